@@ -1,0 +1,62 @@
+"""See inside a convolutional network in one line, and hold what you see in a test.
+
+Every public name is imported on first use, so that `import torchlens_viz` costs next to nothing and pulls
+in neither torchvision nor any optional package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchlens_viz.activations import Activations as Activations
+    from torchlens_viz.activations import capture as capture
+    from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
+    from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
+    from torchlens_viz.pairs import pair_grid as pair_grid
+    from torchlens_viz.sheets import feature_grid as feature_grid
+    from torchlens_viz.sheets import kernel_grid as kernel_grid
+    from torchlens_viz.sheets import save_feature_grid as save_feature_grid
+    from torchlens_viz.sheets import save_kernel_grid as save_kernel_grid
+    from torchlens_viz.tiling import make_grid as make_grid
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Activations": "activations",
+    "LayerNotFoundError": "errors",
+    "TorchlensVizError": "errors",
+    "capture": "activations",
+    "feature_grid": "sheets",
+    "kernel_grid": "sheets",
+    "make_grid": "tiling",
+    "pair_grid": "pairs",
+    "save_feature_grid": "sheets",
+    "save_kernel_grid": "sheets",
+}
+
+__all__ = [
+    "Activations",
+    "LayerNotFoundError",
+    "TorchlensVizError",
+    "capture",
+    "feature_grid",
+    "kernel_grid",
+    "make_grid",
+    "pair_grid",
+    "save_feature_grid",
+    "save_kernel_grid",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,51 @@
+"""Every exception the library raises; each is also a builtin kind, so either can be caught."""
+
+from __future__ import annotations
+
+
+class TorchlensVizError(Exception):
+    """Base of every error the library raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of its message; a sentence should read as one.
+        return str(self.args[0]) if len(self.args) == 1 else super().__str__()
+
+
+class InvalidArgumentError(TorchlensVizError, ValueError):
+    """An argument has the right type and a value that cannot be used."""
+
+
+class InvalidTypeError(TorchlensVizError, TypeError):
+    """An argument has a type that cannot be used."""
+
+
+class LayerNotFoundError(TorchlensVizError, LookupError):
+    """A selector matches no module of the model."""
+
+
+class LayerNotCapturedError(TorchlensVizError, KeyError):
+    """A layer was not selected, or was selected and did not run."""
+
+
+class SeveralCallsError(TorchlensVizError, LookupError):
+    """A layer ran more than once, so that `acts[name]` would be ambiguous."""
+
+
+class CaptureError(TorchlensVizError, RuntimeError):
+    """Capturing is not possible here, or its result could not be trusted."""
+
+
+class CaptureMemoryError(TorchlensVizError, MemoryError):
+    """Recording the next activation would pass the `max_bytes` of the capture."""
+
+
+class PictureError(TorchlensVizError, OSError):
+    """A picture cannot be read or written."""
+
+
+class ModelLoadError(TorchlensVizError, ValueError):
+    """A model or its weights cannot be loaded as asked."""
+
+
+class MissingDependencyError(TorchlensVizError, ImportError):
+    """An optional package is missing, or a required one cannot be imported."""
