@@ -1,0 +1,256 @@
+"""`capture`: record what chosen layers put out; the only place that registers forward hooks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from types import TracebackType
+from typing import Any, Literal, final
+
+import torch
+from torch import nn
+
+from torchlens_viz.errors import CaptureError, InvalidArgumentError
+from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
+from torchlens_viz.layers import Layer, Selector, select, unwrap
+from torchlens_viz.records import Activations as Activations
+from torchlens_viz.records import InputOutput, Inputs
+from torchlens_viz.retention import Retention, channel_tuple, size_in_bytes
+from torchlens_viz.stance import eager_stance
+from torchlens_viz.stopping import StopForwardError, StopPoint
+from torchlens_viz.structure import map_tensors, tensors
+
+
+def capture(
+    model: nn.Module,
+    layers: Selector,
+    *,
+    io: Literal["output", "input", "both"] = "output",
+    copy: bool | Literal["lazy"] = True,
+    grad: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    channels: int | Sequence[int] | None = None,
+    channel_dim: int = 1,
+    reduce: Callable[[torch.Tensor], Any] | None = None,
+    stop: bool = False,
+    max_bytes: int | None = None,
+    compiled: Literal["eager", "error"] = "eager",
+) -> Capture:
+    """Record what the chosen layers of a model put out, inside a `with` block.
+
+    Only forward passes that run in the thread that entered the block are recorded; activations that gradient
+    checkpointing computes a second time, during backward, are not. The model is used as it is: train or eval
+    mode, gradients and autocast are the caller's choice.
+
+    Args:
+        model: The network; wrapped in DDP or compiled by `torch.compile` too.
+        layers: Which layers, as a name, number, glob, pattern, class, instance, predicate or a list of those;
+            see `torchlens_viz.layers.select`.
+        io: Record what the layer put out, what it took, or both as `InputOutput(input, output)`. An input is
+            the layer's only positional argument, else `Inputs(args, kwargs)`, as it was before the layer ran.
+        copy: `True` clones each tensor, which is safe whatever the network does to it later. `"lazy"` copies
+            when either side is written to (CPU only; elsewhere it clones): it cannot see writes through
+            memory addresses taken before the layer returned. `False` keeps the layer's own memory: right only
+            where nothing works in place, and what is handed out must not be changed.
+        grad: Keep the graph: gradients flow through the captured tensor to the model, and
+            `torch.autograd.grad(loss, acts[name])` works, since the network goes on from what was captured.
+        dtype: Convert floating-point tensors to this type.
+        device: Move to this device, after `channels` and `reduce`.
+        channels: Keep only these channels, by index from 0.
+        channel_dim: The dimension that `channels` selects from; 1 in (N, C, H, W).
+        reduce: Keep `reduce(tensor)` instead of each tensor, for instance `lambda t: t.mean((2, 3))`.
+        stop: End each forward pass once every selected layer has run at least once; `model(...)` then returns
+            None. Where a part of the model is called directly, the `with` block ends there.
+        max_bytes: The most this block may hold at once; passing it raises before the copy is made.
+        compiled: `"eager"` runs compiled code as plain Python, in the whole process, while the block is
+            active, because hooks do not fire in compiled code. `"error"` refuses a compiled model.
+
+    Returns:
+        A context manager that gives `Activations`. It may be entered again after it was left.
+
+    Raises:
+        LayerNotFoundError: A selector matches nothing.
+        CaptureError: The model cannot be hooked (TorchScript, sharded, replicated), or a forward pass runs
+            under `vmap` or `torch.jit.trace`, where no value could be kept.
+        CaptureMemoryError: `max_bytes` would be passed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+        >>> with capture(net, ["0", -1]) as acts:
+        ...     y = net(torch.randn(1, 3, 8, 8))
+        >>> acts["0"].shape, torch.equal(acts["2"], y)
+        (torch.Size([1, 4, 6, 6]), True)
+    """
+    if io not in ("output", "input", "both"):
+        raise InvalidArgumentError(f'`io` must be "output", "input" or "both", got {io!r}')
+    if compiled not in ("eager", "error"):
+        raise InvalidArgumentError(f'`compiled` must be "eager" or "error", got {compiled!r}')
+    retention = Retention(
+        copy=copy,
+        grad=grad,
+        dtype=dtype,
+        device=None if device is None else torch.device(device),
+        channels=None if channels is None else channel_tuple(channels),
+        channel_dim=channel_dim,
+        reduce=reduce,
+        max_bytes=max_bytes,
+    )
+    refuse_torchscript(model)
+    selected = select(model, layers)
+    refuse_unhookable(model, selected, stop=stop, compiled=compiled)
+    return Capture(unwrap(model), selected, io=io, retention=retention, stop=stop)
+
+
+@final
+class Capture:
+    """The context manager that `capture` returns: hooks stand from entry to exit, all of them or none."""
+
+    def __init__(
+        self, root: nn.Module, selected: Sequence[Layer], *, io: str, retention: Retention, stop: bool
+    ) -> None:
+        self._root = root
+        self._io = io
+        self._retention = retention
+        self._names: dict[nn.Module, list[str]] = {}
+        for name, module in selected:
+            self._names.setdefault(module, []).append(name)
+        self._stop = StopForwardError() if stop else None
+        self._waiting: set[nn.Module] = set()
+        self._taken: list[tuple[nn.Module, Any]] = []
+        self._acts = Activations(())
+        self._thread = 0
+        self._undo: ExitStack | None = None
+
+    def __enter__(self) -> Activations:
+        if self._undo is not None:
+            raise CaptureError("this capture is active already; make a second one with `capture(...)`")
+        self._acts = Activations(name for names in self._names.values() for name in names)
+        self._thread = threading.get_ident()
+        with ExitStack() as undo:
+            undo.enter_context(eager_stance())
+            for module in self._names:
+                if self._io != "output":
+                    before = module.register_forward_pre_hook(_BeforeHook(self, module), with_kwargs=True)
+                    undo.callback(before.remove)
+                if self._io != "input":
+                    after = module.register_forward_hook(_AfterHook(self, module))
+                    undo.callback(after.remove)
+            if self._stop is not None:
+                undo.enter_context(StopPoint(self._root, self._stop))
+                self._waiting = set(self._names)
+            self._undo = undo.pop_all()
+        return self._acts
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        undo, self._undo = self._undo, None
+        self._taken.clear()
+        if undo is not None:
+            undo.close()
+        return error is not None and error is self._stop
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what a layer is about to take, before the layer can work on it in place."""
+        taken = self._keep(module, args[0] if len(args) == 1 and not kwargs else Inputs(args, kwargs))
+        if self._io == "both":
+            self._taken.append((module, taken))
+        else:
+            self._record(module, taken)
+
+    def after(self, module: nn.Module, output: Any) -> Any:
+        """Keep what a layer put out; return what is to replace it, or None."""
+        kept = self._keep(module, output)
+        if self._io == "both":
+            # Entries above the module's own belong to calls that failed and were caught inside the model.
+            while (entry := self._taken.pop())[0] is not module:
+                pass
+            self._record(module, InputOutput(entry[1], kept))
+        else:
+            self._record(module, kept)
+        if self._retention.is_on_graph and any(tensor.requires_grad for tensor in tensors(kept)):
+            return map_tensors(torch.clone, kept)  # the network goes on from what was kept
+        return None
+
+    def applies(self, module: nn.Module) -> bool:
+        """Tell whether the call of `module` that is going on is one that this block records."""
+        if self._undo is None:
+            return False
+        if threading.get_ident() != self._thread:
+            for name in self._names[module]:
+                self._acts._note_elsewhere(name)
+            return False
+        if torch._C._is_tracing():
+            raise CaptureError("torch.jit.trace is running: trace the model outside the `capture` block")
+        return torch._C._current_graph_task_id() == -1  # else checkpointing runs it again, in backward
+
+    def _keep(self, module: nn.Module, value: Any) -> Any:
+        acts, name = self._acts, self._names[module][0]
+
+        def keep(tensor: torch.Tensor) -> Any:
+            kept = self._retention.keep(tensor, name, acts._held_bytes)
+            acts._held_bytes += size_in_bytes(kept)
+            return kept
+
+        # A clone made in inference mode could never take part in autograd; an ordinary tensor can.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            return map_tensors(keep, value)
+
+    def _record(self, module: nn.Module, kept: Any) -> None:
+        first, *others = self._names[module]
+        self._acts._record(first, kept)
+        for name in others:  # a tensor of its own under each name
+            self._acts._record(name, map_tensors(torch.clone, kept))
+        if self._stop is not None:
+            self._waiting.discard(module)
+            if not self._waiting:
+                self._waiting = set(self._names)
+                raise self._stop
+
+
+class _Hook:
+    """A hook for one capture on one module; inert in a copy or a pickle of it, and in compiled code."""
+
+    __slots__ = ("_capture", "_module")
+
+    def __init__(self, capture: Capture, module: nn.Module) -> None:
+        self._capture = capture
+        self._module = module
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+    def _applies(self, module: nn.Module) -> bool:
+        return not torch.compiler.is_compiling() and module is self._module and self._capture.applies(module)
+
+
+@final
+class _BeforeHook(_Hook):
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._applies(module):
+            self._capture.before(module, args, kwargs)
+
+
+@final
+class _AfterHook(_Hook):
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._capture.after(module, output) if self._applies(module) else None
+
+
+def _inert(*args: object) -> None:
+    """Do nothing: what a hook becomes in a copy of the model."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert

@@ -1,0 +1,151 @@
+"""Layer selection: a selector and a model in, ordered `(name, module)` pairs out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, TypeAlias
+
+from torch import nn
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+
+OneSelector: TypeAlias = (
+    str | int | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
+)
+Selector: TypeAlias = OneSelector | Sequence[OneSelector]
+
+# Modules that stand between a parent and the module a person wrote; they have no place in a name.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+_GLOB = re.compile(r"[*?\[]")
+
+
+class Layer(NamedTuple):
+    """A module and one dotted name under which it is reached; the model itself has the name `""`."""
+
+    name: str
+    module: nn.Module
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module a person wrote, without `torch.compile`, `DataParallel` or DDP around it."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def named_layers(model: nn.Module) -> list[Layer]:
+    """List every module of `model` in definition order, a shared module once per name it is reached by."""
+    found = {}
+    for raw, module in unwrap(model).named_modules(remove_duplicate=False):
+        if _WRAPPERS.isdisjoint(module._modules):
+            name = ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
+            found[name] = Layer(name, module)
+    return list(found.values())
+
+
+def select(model: nn.Module, layers: Selector) -> list[Layer]:
+    """Find the layers that a selector names.
+
+    Args:
+        model: The network. Wrappers (`torch.compile`, DDP, checkpointing) do not show in the names.
+        layers: One of, or a list of: a dotted name; an int (the n-th module without children, in definition
+            order, negative from the end); a glob (`"features.*"`; `*` also matches dots); a `re.Pattern`
+            (searched for in the name); a module class (instances of subclasses count); a module instance;
+            a predicate `(name, module) -> bool`.
+
+    Returns:
+        Pairs of name and module in definition order, each name once. A module that is shared is listed under
+        every name that matches.
+
+    Raises:
+        LayerNotFoundError: A selector, or one in the list, matches nothing; the message names the nearest.
+        InvalidArgumentError: The list is empty.
+        InvalidTypeError: A selector is of another kind.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        >>> [layer.name for layer in select(net, nn.Conv2d)]
+        ['0', '2']
+        >>> [layer.name for layer in select(net, [-1, "1"])]
+        ['1', '2']
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    known = named_layers(model)
+    selectors = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
+    if isinstance(layers, nn.Module):  # nn.Sequential and nn.ModuleList may look like sequences
+        selectors = [layers]
+    if not selectors:
+        raise InvalidArgumentError("`layers` must name at least one layer, got an empty list")
+    wanted = {layer.name for selector in selectors for layer in _matches(known, selector)}
+    return [layer for layer in known if layer.name in wanted]
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Return a clause with the names most like `name`, or the first few where none is."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if not close and name:
+        close = [other for other in names if other.endswith(name) or name.endswith(f".{other}")][:3]
+    if close:
+        return "did you mean " + " or ".join(f"`{other}`" for other in close) + "?"
+    shown = ", ".join(f"`{other}`" for other in names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"there are {shown}" if shown else "there are none"
+
+
+def _matches(known: list[Layer], selector: OneSelector) -> list[Layer]:
+    names = [layer.name for layer in known if layer.name]
+    if isinstance(selector, str):
+        found = [layer for layer in known if layer.name == selector]
+        if not found and _GLOB.search(selector):
+            found = [layer for layer in known if layer.name and fnmatchcase(layer.name, selector)]
+        return found or _fail(f"no layer is named `{selector}`; {nearest(selector, names)}")
+    if isinstance(selector, bool):
+        raise InvalidTypeError("`layers` must not be a bool; give a name, a number or a class")
+    if isinstance(selector, int):
+        module = _numbered(known, selector)
+        return [layer for layer in known if layer.module is module]
+    if isinstance(selector, re.Pattern):
+        found = [layer for layer in known if layer.name and selector.search(layer.name)]
+        return found or _fail(f"no layer name matches {selector.pattern!r}; {nearest('', names)}")
+    if isinstance(selector, nn.Module):
+        inner = unwrap(selector)
+        found = [layer for layer in known if layer.module is inner]
+        return found or _fail(f"the model does not contain the given {type(selector).__name__} instance")
+    if isinstance(selector, type) and issubclass(selector, nn.Module):
+        found = [layer for layer in known if isinstance(layer.module, selector)]
+        return found or _fail(f"the model has no {selector.__name__}; it has {_kinds(known)}")
+    if callable(selector) and not isinstance(selector, type):
+        found = [layer for layer in known if selector(layer.name, layer.module)]
+        return found or _fail(f"no layer satisfies the predicate; {nearest('', names)}")
+    raise InvalidTypeError(
+        "`layers` must be a name, an int, a glob, a re.Pattern, a module class, a module, a predicate or a "
+        f"list of those, got {selector!r}"
+    )
+
+
+def _numbered(known: list[Layer], number: int) -> nn.Module:
+    leaves = list({id(layer.module): layer.module for layer in known if not layer.module._modules}.values())
+    if not -len(leaves) <= number < len(leaves):
+        _fail(
+            f"layer {number} is out of range: the model has {len(leaves)} modules without children, "
+            f"0 to {len(leaves) - 1}, or -1 from the end"
+        )
+    return leaves[number]
+
+
+def _kinds(known: list[Layer]) -> str:
+    counts = Counter(type(layer.module).__name__ for layer in known if not layer.module._modules)
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common(5)) or "no layers at all"
+
+
+def _fail(message: str) -> list[Layer]:
+    raise LayerNotFoundError(message)

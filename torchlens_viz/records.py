@@ -1,0 +1,161 @@
+"""What a capture recorded: `Activations`, a read-only mapping from layer name to what the layer put out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, final
+
+import torch
+
+from torchlens_viz.errors import LayerNotCapturedError, SeveralCallsError
+from torchlens_viz.layers import nearest
+from torchlens_viz.structure import tensors
+
+
+class Inputs(NamedTuple):
+    """What a layer was called with, where that is anything but one positional argument."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class InputOutput(NamedTuple):
+    """What a layer took and gave in one call, as `io="both"` records it."""
+
+    input: Any
+    output: Any
+
+
+@final
+class Activations(Mapping[str, Any]):
+    """Activations by layer name, in the order in which the layers first ran.
+
+    `acts[name]` is what the layer put out: a tensor of shape (N, C, H, W) for a 2-D convolution, else the
+    structure the layer returned. Tensors belong to whoever holds this object: changing one changes nothing
+    else, and no later operation of the network changes them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torchlens_viz import capture
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True))
+        >>> with capture(net, nn.Conv2d) as acts:
+        ...     _ = net(torch.zeros(1, 3, 5, 5))
+        >>> list(acts), acts["0"].shape
+        (['0'], torch.Size([1, 8, 3, 3]))
+    """
+
+    __slots__ = ("_calls", "_elsewhere", "_held_bytes", "_selected")
+
+    def __init__(self, selected: Iterable[str]) -> None:
+        self._selected = tuple(selected)
+        self._calls: dict[str, list[Any]] = {}
+        self._elsewhere: set[str] = set()
+        self._held_bytes = 0
+
+    def __getitem__(self, name: str) -> Any:
+        recorded = self.calls(name)
+        if not recorded:
+            raise LayerNotCapturedError(self._why_not(name))
+        if len(recorded) > 1:
+            raise SeveralCallsError(
+                f"`{name}` ran {len(recorded)} times; take one of `acts.calls({name!r})`, or call "
+                "`acts.clear()` between forward passes"
+            )
+        return recorded[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._calls)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._calls
+
+    def calls(self, name: str) -> tuple[Any, ...]:
+        """Return what the layer put out in each of its calls, over all forward passes in the block.
+
+        Args:
+            name: A selected layer.
+
+        Returns:
+            One entry per call, in order; empty where the layer did not run.
+
+        Raises:
+            LayerNotCapturedError: The layer was not selected.
+        """
+        if name not in self._selected:
+            raise LayerNotCapturedError(
+                f"`{name}` was not selected for this capture; {nearest(str(name), self._selected)}"
+            )
+        return tuple(self._calls.get(name, ()))
+
+    @property
+    def not_called(self) -> tuple[str, ...]:
+        """Selected layers that have not run, in definition order."""
+        return tuple(name for name in self._selected if name not in self._calls)
+
+    def clear(self) -> None:
+        """Forget what was recorded so far. Inside the block the hooks stay and go on recording."""
+        self._calls.clear()
+        self._elsewhere.clear()
+        self._held_bytes = 0
+
+    def __repr__(self) -> str:
+        rows = [("layer", "shape", "dtype", "device", "min", "mean", "max")]
+        for name, recorded in self._calls.items():
+            for index, value in enumerate(recorded):
+                label = name if len(recorded) == 1 else f"{name} [call {index}]"
+                found = list[torch.Tensor | None](tensors(value)) or [None]
+                rows += [(label if i == 0 else "", *_describe(item)) for i, item in enumerate(found)]
+        rows += [(name, "not called", "", "", "", "", "") for name in self.not_called]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if column < 4 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join(["Activations", *(f"  {line}" for line in lines)])
+
+    # What follows is for `activations.capture`, the only writer.
+
+    def _record(self, name: str, value: Any) -> None:
+        self._calls.setdefault(name, []).append(value)
+
+    def _note_elsewhere(self, name: str) -> None:
+        self._elsewhere.add(name)
+
+    def _why_not(self, name: str) -> str:
+        if name in self._elsewhere:
+            return (
+                f"`{name}` ran in another thread than the one that entered the block; enter it in that thread"
+            )
+        return (
+            f"`{name}` was selected but did not run. Either no forward pass reached it (a head skipped "
+            "in eval mode, an earlier `stop=True`), or the model bypasses it: it calls `.forward()` or uses "
+            "the weights directly, or the forward pass was compiled within the block"
+        )
+
+
+def _describe(value: torch.Tensor | None) -> tuple[str, str, str, str, str, str]:
+    if value is None:
+        return ("no tensor", "", "", "", "", "")
+    shape = "(" + ", ".join(map(str, value.shape)) + ")"
+    return (shape, str(value.dtype).removeprefix("torch."), str(value.device), *_summary(value.detach()))
+
+
+def _summary(value: torch.Tensor) -> tuple[str, str, str]:
+    if value.is_meta or value.numel() == 0 or value.is_complex():
+        return ("-", "-", "-")
+    if value.is_quantized:
+        value = value.dequantize()
+    if value.layout is not torch.strided:
+        value = value.to_dense()
+    if not value.is_floating_point() or value.dtype.itemsize == 1:
+        value = value.float()
+    low, high = value.aminmax()
+    mean = value.mean(dtype=torch.promote_types(value.dtype, torch.float32))
+    return (f"{low.item():.4g}", f"{mean.item():.4g}", f"{high.item():.4g}")

@@ -1,0 +1,139 @@
+"""What is kept of a tensor that a layer put out: which part of it, in what form, and where."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
+
+import torch
+
+from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, InvalidTypeError
+from torchlens_viz.structure import map_tensors, tensors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Retention:
+    """The options of `capture` that say what becomes of each tensor; its docstring explains them."""
+
+    copy: bool | Literal["lazy"] = True
+    grad: bool = False
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    channels: tuple[int, ...] | None = None
+    channel_dim: int = 1
+    reduce: Callable[[torch.Tensor], Any] | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.copy not in (True, False, "lazy"):
+            raise InvalidArgumentError(f'`copy` must be True, False or "lazy", got {self.copy!r}')
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise InvalidArgumentError(f"`dtype` must be a floating-point type, got {self.dtype}")
+        if self.reduce is not None and not callable(self.reduce):
+            raise InvalidTypeError(f"`reduce` must be a function of one tensor, got {self.reduce!r}")
+        if self.max_bytes is not None and self.max_bytes <= 0:
+            raise InvalidArgumentError(f"`max_bytes` must be positive, got {self.max_bytes}")
+
+    @property
+    def is_on_graph(self) -> bool:
+        """Whether what is kept can stand in the graph for the tensor itself: a whole clone, of its type."""
+        changes = (self.dtype, self.device, self.channels, self.reduce)
+        return self.grad and self.copy is True and all(change is None for change in changes)
+
+    def keep(self, tensor: torch.Tensor, layer: str, held: int) -> Any:
+        """Return what is to be kept of `tensor`.
+
+        Args:
+            tensor: A tensor that `layer` took or put out.
+            layer: The layer's name, for messages.
+            held: Bytes that the capture holds already.
+
+        Raises:
+            CaptureError: The tensor exists only within a transform such as `vmap`.
+            CaptureMemoryError: Keeping it would pass `max_bytes`.
+            InvalidArgumentError: It has no such channel.
+        """
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise CaptureError(
+                f"`{layer}` ran inside torch.vmap or torch.func.grad, where its output exists only within "
+                "the transform: capture a plain forward pass instead"
+            )
+        kept: Any = tensor if self.grad else tensor.detach()
+        owned = not self.copy
+        if self.channels is not None:
+            self._check(held, layer, _bytes_of_channels(kept, self.channels, self.channel_dim, layer))
+            index = torch.tensor(self.channels, device="cpu").to(kept.device, non_blocking=True)
+            kept, owned = kept.index_select(self.channel_dim, index), True
+        if self.reduce is not None:
+            # A reduction may return a view of what it was given, so it is copied; it is small.
+            reduced = self.reduce(kept)
+            self._check(held, layer, size_in_bytes(reduced))
+            return map_tensors(lambda part: self._place(part, owned=not self.copy), reduced)
+        if self.max_bytes is not None:
+            itemsize = (self._dtype_of(kept) or kept.dtype).itemsize
+            self._check(held, layer, kept.numel() * itemsize)
+        return self._place(kept, owned=owned)
+
+    def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype | None:
+        return self.dtype if tensor.is_floating_point() else None
+
+    def _place(self, tensor: torch.Tensor, *, owned: bool) -> torch.Tensor:
+        dtype, device = self._dtype_of(tensor) or tensor.dtype, self.device or tensor.device
+        if dtype != tensor.dtype or device != tensor.device:
+            return tensor.to(device=device, dtype=dtype, copy=not owned)
+        if owned:
+            return tensor
+        if self.copy == "lazy" and tensor.device.type == "cpu":
+            return _lazy_clone(tensor)
+        return tensor.clone()
+
+    def _check(self, held: int, layer: str, needed: int) -> None:
+        if self.max_bytes is not None and held + needed > self.max_bytes:
+            raise CaptureMemoryError(
+                f"`{layer}` needs {needed:,} bytes, {held:,} are held and `max_bytes` is "
+                f"{self.max_bytes:,}: "
+                'keep less with `channels=` or `reduce=`, select fewer layers, move it with `device="cpu"`, call '
+                "`acts.clear()` between forward passes, or raise `max_bytes`"
+            )
+
+
+def channel_tuple(channels: int | Sequence[int]) -> tuple[int, ...]:
+    """Return channel indices as a tuple, refusing what is not a list of distinct indices from 0."""
+    chosen = [channels] if isinstance(channels, int) else list(channels)
+    try:
+        indices = tuple(operator.index(channel) for channel in chosen)
+    except TypeError:
+        raise InvalidTypeError(f"`channels` must be an int or a list of ints, got {channels!r}") from None
+    if not indices or min(indices) < 0:
+        raise InvalidArgumentError(f"`channels` must be one or more indices from 0, got {channels!r}")
+    return indices
+
+
+def size_in_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in a nested value, counted by their elements."""
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors(value))
+
+
+def _bytes_of_channels(tensor: torch.Tensor, channels: Sequence[int], dim: int, layer: str) -> int:
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise InvalidArgumentError(
+            f"`channel_dim` must be a dimension of what `{layer}` puts out, got {dim} "
+            f"(shape {tuple(tensor.shape)})"
+        )
+    if max(channels) >= tensor.shape[dim]:
+        raise InvalidArgumentError(
+            f"`channels` must be below {tensor.shape[dim]} for `{layer}`, got {max(channels)} "
+            f"(shape {tuple(tensor.shape)}, `channel_dim` {dim})"
+        )
+    rest = prod(size for axis, size in enumerate(tensor.shape) if axis != dim % tensor.ndim)
+    return rest * len(channels) * tensor.dtype.itemsize
+
+
+def _lazy_clone(tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:  # memory that PyTorch did not allocate, such as a numpy array's
+        return tensor.clone()
