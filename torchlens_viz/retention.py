@@ -93,10 +93,9 @@ class Retention:
     def _check(self, held: int, layer: str, needed: int) -> None:
         if self.max_bytes is not None and held + needed > self.max_bytes:
             raise CaptureMemoryError(
-                f"`{layer}` needs {needed:,} bytes, {held:,} are held and `max_bytes` is "
-                f"{self.max_bytes:,}: "
-                'keep less with `channels=` or `reduce=`, select fewer layers, move it with `device="cpu"`, call '
-                "`acts.clear()` between forward passes, or raise `max_bytes`"
+                f"`{layer}` needs {needed:,} bytes, {held:,} are held and `max_bytes` is {self.max_bytes:,}; "
+                "keep less with `channels=` or `reduce=`, select fewer layers, call `acts.clear()` between "
+                "forward passes, or raise `max_bytes`"
             )
 
 
