@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 
 import torch
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.ranges import finite_range
 
 # torchvision does not stretch a range narrower than this, and neither does its drop-in.
 _NARROWEST = 1e-5
@@ -68,7 +68,13 @@ def make_grid(
 
 
 def compose(
-    tiles: torch.Tensor, *, columns: int, padding: int, pad_value: float, upscale: int = 1
+    tiles: torch.Tensor,
+    *,
+    columns: int,
+    padding: int,
+    pad_value: float,
+    upscale: int = 1,
+    header: int = 0,
 ) -> torch.Tensor:
     """Lay tiles out in rows, each enlarged by itself, with padding between and around them.
 
@@ -78,6 +84,7 @@ def compose(
         padding: Pixels between tiles and around the whole.
         pad_value: Value of the padding and of places without a tile.
         upscale: Each pixel of a tile becomes `upscale` x `upscale` pixels.
+        header: Rows of padding that each tile gets above it, for a label.
 
     Returns:
         (C, H', W') with H' = rows * (upscale * H + padding) + padding, and W' alike.
@@ -85,7 +92,7 @@ def compose(
     count, channels, height, width = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    cell_height, cell_width = height * upscale + padding, width * upscale + padding
+    cell_height, cell_width = header + height * upscale + padding, width * upscale + padding
     grid = tiles.new_empty((channels, cell_height * rows + padding, cell_width * columns + padding))
     grid_height, grid_width = grid.shape[1:]
     distinct = 1 if tiles.stride(1) == 0 else channels
@@ -101,7 +108,7 @@ def compose(
             upscale,
             1,
         ),
-        padding * grid_width + padding,
+        (padding + header) * grid_width + padding,
     )
     full, rest = divmod(count, columns)
     sources = tiles[:, :distinct, :, None, :, None]
@@ -151,24 +158,12 @@ def _normalized(images: torch.Tensor, value_range: Sequence[float] | None, scale
         low, high = value_range
         return images.clamp(min=low, max=high).sub_(low).div_(max(high - low, _NARROWEST))
     groups = (images if scale_each else images[None]).flatten(1)
-    lows, highs = groups.amin(1), groups.amax(1)  # vectorised, unlike aminmax along a dimension
+    lows, highs, all_finite = finite_range(groups)
+    lows, highs = lows[:, None, None, None], highs[:, None, None, None]
+    if not all_finite:
+        images = images.clamp(lows, highs)
     # As torchvision does it: the width in double precision, the division in the type that the CPU computes
     # half precision in, and a rounding to the dtype after each of the two steps.
-    widths = highs.double() - lows.double()
-    if not isfinite(widths.sum().item()):
-        lows, highs = finite_range(groups)
-        images = images.clamp(*(limit[:, None, None, None] for limit in (lows, highs)))
-        widths = highs.double() - lows.double()
     compute = torch.promote_types(images.dtype, torch.float32)
-    widths = widths.clamp_(min=_NARROWEST).to(compute)[:, None, None, None]
-    shifted = images - lows[:, None, None, None]
-    return shifted.to(compute).div_(widths).to(images.dtype)
-
-
-def finite_range(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the least and the greatest finite value of each row of (G, K); 0 and 1 where there is none."""
-    is_finite = groups.isfinite()
-    lows = groups.masked_fill(~is_finite, torch.inf).amin(1)
-    highs = groups.masked_fill(~is_finite, -torch.inf).amax(1)
-    none = lows > highs
-    return lows.masked_fill(none, 0), highs.masked_fill(none, 1)
+    widths = (highs.double() - lows.double()).clamp_(min=_NARROWEST).to(compute)
+    return (images - lows).to(compute).div_(widths).to(images.dtype)

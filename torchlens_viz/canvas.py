@@ -1,0 +1,272 @@
+"""From tiles of numbers to one picture: levels, enlargement, layout, labels and legend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, sqrt
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from torchlens_viz import colormaps, lettering
+from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap, colormap
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
+from torchlens_viz.tiling import compose
+
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+
+_TILE_SIZE: Final = 32
+_MOST_PIXELS: Final = 2**28
+_BAR_HEIGHT: Final = 10
+_MARGIN: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Style:
+    """How tiles are drawn; `torchlens_viz.kernel_grid` explains the options."""
+
+    normalize: bool = True
+    scale_each: bool = False
+    value_range: Sequence[float] | None = None
+    cmap: str = "auto"
+    nrow: int | None = None
+    padding: int = 1
+    upscale: int | None = None
+    interpolation: Interpolation = "nearest"
+    labels: bool | Sequence[str] = False
+    legend: bool = False
+    max_tiles: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("nrow", self.nrow, 1),
+            ("upscale", self.upscale, 1),
+            ("max_tiles", self.max_tiles, 1),
+            ("padding", self.padding, 0),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
+            if value is not None and value < least:
+                raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise InvalidArgumentError(
+                f'`interpolation` must be "nearest", "bilinear" or "bicubic", got {self.interpolation!r}'
+            )
+        if self.cmap != "auto":
+            colormap(self.cmap)
+
+
+def draw(tiles: torch.Tensor, style: Style, *, labels: Sequence[str], notes: Sequence[str]) -> Image.Image:
+    """Draw tiles as one sheet.
+
+    Args:
+        tiles: (T, 1, H, W) values, or (T, 3, H, W) colours.
+        style: How to draw them.
+        labels: T labels, for when the style asks for labels and does not bring its own.
+        notes: Lines for the legend.
+
+    Returns:
+        An image of mode "RGB" for colours, "L" for finite values in gray, else "P".
+    """
+    count = len(tiles)
+    shown = count if style.max_tiles is None else min(style.max_tiles, count)
+    if not isinstance(style.labels, bool):
+        if isinstance(style.labels, str) or len(style.labels) != count:
+            raise InvalidArgumentError(f"`labels` must be True or a list of {count} strings, one per tile")
+        labels = [str(label) for label in style.labels]
+    tiles = _as_floating(tiles.detach()[:shown], style)
+    limits = find_limits(
+        tiles, normalize=style.normalize, scale_each=style.scale_each, value_range=style.value_range
+    )
+    colours = _choose_colours(tiles, style, limits)
+    if colours.diverging:
+        limits = limits.symmetric()
+    layout = _Layout.of(tiles, style)
+    image = _paint(tiles, limits, colours, style, layout)
+    if style.labels:
+        for corner, label in zip(layout.corners(), labels, strict=False):
+            text = lettering.shortened(label, layout.tile_width)
+            lettering.write_line(image, corner, text, _entry(image, colours, TEXT))
+    lines = [f"{shown} of {count} shown"] if shown < count else []
+    if style.legend:
+        return _with_caption(image, colours, [*lines, *notes], limits)
+    return _with_caption(image, colours, lines, None) if lines else image
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where tiles go, in output pixels."""
+
+    count: int
+    columns: int
+    upscale: int
+    tile_height: int
+    tile_width: int
+    padding: int
+    header: int
+
+    @classmethod
+    def of(cls, tiles: torch.Tensor, style: Style) -> _Layout:
+        count, _, height, width = tiles.shape
+        upscale = style.upscale or ceil(_TILE_SIZE / max(height, width))
+        header = lettering.LINE_HEIGHT if style.labels else 0
+        columns = style.nrow or ceil(sqrt(count))
+        layout = cls(count, columns, upscale, height * upscale, width * upscale, style.padding, header)
+        rows = ceil(count / columns)
+        pixels = rows * (layout.tile_height + header + style.padding)
+        pixels *= min(columns, count) * (layout.tile_width + style.padding)
+        if pixels > _MOST_PIXELS:
+            raise InvalidArgumentError(
+                f"the sheet would have {pixels:,} pixels ({count} tiles of {layout.tile_height} x "
+                f"{layout.tile_width}), more than {_MOST_PIXELS:,}; choose fewer tiles with `max_tiles`, "
+                "`filters` or `channels`, or pass `upscale=1`"
+            )
+        return layout
+
+    def corners(self) -> list[tuple[int, int]]:
+        """Return the upper left corner (x, y) of every tile's label."""
+        places = (divmod(index, self.columns) for index in range(self.count))
+        return [
+            (
+                self.padding + column * (self.tile_width + self.padding),
+                self.padding + row * (self.header + self.tile_height + self.padding),
+            )
+            for row, column in places
+        ]
+
+
+def _as_floating(tiles: torch.Tensor, style: Style) -> torch.Tensor:
+    if tiles.dtype == torch.uint8 and not style.normalize:
+        return tiles.float() / 255
+    return tiles if tiles.dtype == torch.float64 else tiles.float()
+
+
+def _choose_colours(tiles: torch.Tensor, style: Style, limits: Limits) -> Colormap:
+    if style.cmap != "auto":
+        return colormap(style.cmap)
+    signed = tiles.shape[1] == 1 and style.normalize and limits.have_both_signs
+    return colormap("RdBu_r" if signed else "gray")
+
+
+def _paint(
+    tiles: torch.Tensor, limits: Limits, colours: Colormap, style: Style, layout: _Layout
+) -> Image.Image:
+    is_colour = tiles.shape[1] == 3
+    codes = None if limits.all_finite else special_codes(tiles)
+    repeat = layout.upscale
+    if style.interpolation != "nearest" and repeat > 1:
+        tiles, repeat = _smoothly_enlarged(tiles, repeat, style.interpolation), 1
+    levels = to_levels(tiles, limits, levels=256 if is_colour else LEVELS, signed=colours.diverging)
+
+    def laid_out(parts: torch.Tensor, pad_value: int, upscale: int) -> npt.NDArray[np.uint8]:
+        sheet = compose(
+            parts,
+            columns=layout.columns,
+            padding=layout.padding,
+            pad_value=pad_value,
+            upscale=upscale,
+            header=layout.header,
+        )
+        pixels: npt.NDArray[np.uint8] = sheet.movedim(0, 2).contiguous().numpy(force=True)
+        return pixels
+
+    pixels = laid_out(levels, 255 if is_colour else PADDING, repeat)
+    if codes is not None:
+        special = laid_out(codes, 0, layout.upscale)[..., 0]
+        for code in colormaps.SPECIAL_COLOURS:
+            pixels[special == code] = colours.palette[code] if is_colour else code
+    if is_colour:
+        return Image.fromarray(pixels)
+    image = Image.fromarray(pixels[..., 0])
+    if codes is None and colours.name == "gray":
+        return image.point(colours.palette[:, 0].tolist())
+    image.putpalette(colours.palette.tobytes())
+    return image
+
+
+def _smoothly_enlarged(tiles: torch.Tensor, factor: int, mode: str) -> torch.Tensor:
+    """Enlarge each tile by itself; a pixel that is not finite is drawn over later and must not spread."""
+    flat = tiles.flatten(1)
+    is_finite = flat.isfinite()
+    mean = flat.masked_fill(~is_finite, 0).sum(1, keepdim=True) / is_finite.sum(1, keepdim=True).clamp(min=1)
+    filled = torch.where(is_finite, flat, mean).view_as(tiles)
+    return F.interpolate(filled, scale_factor=float(factor), mode=mode)
+
+
+def in_colour(tiles: torch.Tensor, style: Style, *, upscale: int) -> torch.Tensor:
+    """Draw each tile by itself, without a sheet around it.
+
+    Args:
+        tiles: (T, 1, H, W) values, or (T, 3, H, W) colours.
+        style: How to draw them; what concerns the layout is not looked at.
+        upscale: Whole factor of enlargement.
+
+    Returns:
+        (T, 3, H', W') uint8 on the CPU.
+    """
+    alone = replace(style, nrow=1, padding=0, upscale=upscale, labels=False, legend=False, max_tiles=None)
+    column = np.array(draw(tiles, alone, labels=(), notes=()).convert("RGB"))
+    return torch.from_numpy(column.reshape(len(tiles), -1, *column.shape[1:])).movedim(3, 1)
+
+
+def _entry(image: Image.Image, colours: Colormap, code: int) -> int | tuple[int, int, int]:
+    """Return what a palette entry is called in an image's own mode."""
+    if image.mode == "P":
+        return code
+    red, green, blue = (int(part) for part in colours.palette[code])
+    return (red, green, blue) if image.mode == "RGB" else red
+
+
+def _with_caption(
+    image: Image.Image, colours: Colormap, lines: list[str], limits: Limits | None
+) -> Image.Image:
+    """Return the image with lines of text below it, and above those the scale where limits are given."""
+    lines = list(lines)
+    bar = None
+    if limits is not None:
+        has_one_range = len(limits.low) == 1
+        low, high = (f"{limit.flatten()[0].item():.3g}" for limit in (limits.low, limits.high))
+        if not has_one_range:
+            lines.insert(0, "each tile has its own range")
+        elif image.mode == "RGB":
+            lines.insert(0, f"values from {low} to {high}")
+        else:
+            bar = (low, high)
+        if not limits.all_finite:
+            lines.append("magenta: NaN, green: +Inf, cyan: -Inf")
+    low_width = lettering.text_width(bar[0]) if bar else 0
+    widths = [lettering.text_width(line) for line in lines]
+    if bar:
+        widths.append(low_width + lettering.text_width(bar[1]) + LEVELS + 2 * _MARGIN)
+    width = max(image.width, *(2 * _MARGIN + each for each in widths))
+    height = image.height + 2 * _MARGIN + lettering.LINE_HEIGHT * len(widths)
+    canvas = Image.new(image.mode, (width, height), _entry(image, colours, PADDING))
+    if image.mode == "P":
+        canvas.putpalette(colours.palette.tobytes())
+    canvas.paste(image, (0, 0))
+    ink = _entry(image, colours, TEXT)
+    y = image.height + _MARGIN
+    if bar:
+        x = _MARGIN + low_width + _MARGIN
+        lettering.write_line(canvas, (_MARGIN, y), bar[0], ink)
+        canvas.paste(_scale_bar(image.mode, colours), (x, y + 2))
+        lettering.write_line(canvas, (x + LEVELS + _MARGIN, y), bar[1], ink)
+        y += lettering.LINE_HEIGHT
+    for line in lines:
+        lettering.write_line(canvas, (_MARGIN, y), line, ink)
+        y += lettering.LINE_HEIGHT
+    return canvas
+
+
+def _scale_bar(mode: str, colours: Colormap) -> Image.Image:
+    levels = np.arange(LEVELS, dtype=np.uint8) if mode == "P" else colours.levels[:, 0]
+    bar = Image.fromarray(np.tile(levels, (_BAR_HEIGHT, 1)))
+    if mode == "P":
+        bar.putpalette(colours.palette.tobytes())
+    return bar

@@ -1,0 +1,98 @@
+"""The kernels of a layer, whatever kind of convolution it is, as one tensor (O, I, kH, kW)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.layers import Layer, Selector, named_layers, select
+
+
+class Kernels(NamedTuple):
+    """Kernels (O, I, kH, kW), detached, and the name of their layer, `""` where there is no model."""
+
+    weight: torch.Tensor
+    name: str
+
+
+def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None = None) -> Kernels:
+    """Take the kernels from a model or from a weight tensor.
+
+    Args:
+        model_or_weight: A model, or kernels (O, I, kH, kW), or (O, I, k) of a 1-D convolution.
+        layer: Which layer of the model, by a selector that finds exactly one; None is the first convolution.
+
+    Returns:
+        One filter per output channel: transposed convolutions, stored the other way round, too. Kernels of
+        1-D convolutions are one pixel high. Quantised kernels are given as the numbers they stand for.
+
+    Raises:
+        LayerNotFoundError: There is no such layer, or no convolution.
+        InvalidArgumentError: The layer has no kernels, `layer` finds several, or the kernels have no pixels.
+        InvalidTypeError: The first argument is neither a model nor a tensor.
+    """
+    if isinstance(model_or_weight, torch.Tensor):
+        if layer is not None:
+            raise InvalidArgumentError("`layer` has no effect on a weight tensor; leave it out")
+        return Kernels(_as_planes(model_or_weight.detach(), "the weight"), "")
+    if not isinstance(model_or_weight, nn.Module):
+        raise InvalidTypeError(f"expected a model or a weight tensor, got {type(model_or_weight).__name__}")
+    name, module = _first_convolution(model_or_weight) if layer is None else _only(model_or_weight, layer)
+    weight = _stored_weight(module)
+    if weight is None:
+        raise InvalidArgumentError(f"`{name}` ({type(module).__name__}) has no kernels; choose a convolution")
+    if isinstance(weight, UninitializedParameter):
+        raise InvalidArgumentError(f"`{name}` has no weights yet; run the model once on an input first")
+    weight = weight.detach()
+    if weight.is_quantized:
+        weight = weight.dequantize()
+    if isinstance(module, _ConvTransposeNd):
+        # Stored as (in, out / groups, ...), the group being part of the input channel.
+        grouped = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
+        weight = grouped.flatten(0, 1)
+    return Kernels(_as_planes(weight, f"`{name}`"), name)
+
+
+def _first_convolution(model: nn.Module) -> Layer:
+    for layer in named_layers(model):
+        kinds = (kind.__name__ for kind in type(layer.module).__mro__)
+        if any("Conv" in kind for kind in kinds) and _stored_weight(layer.module) is not None:
+            return layer
+    raise LayerNotFoundError(
+        f"the model ({type(model).__name__}) has no convolution; pass the weight of a layer as (O, I, kH, kW)"
+    )
+
+
+def _only(model: nn.Module, selector: Selector) -> Layer:
+    found = select(model, selector)
+    if len({id(module) for _, module in found}) > 1:
+        names = ", ".join(f"`{name}`" for name, _ in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise InvalidArgumentError(f"`layer` must find one layer, got {len(found)}: {names}")
+    return found[0]
+
+
+def _stored_weight(module: nn.Module) -> torch.Tensor | None:
+    weight = getattr(module, "weight", None)
+    if callable(weight) and not isinstance(weight, torch.Tensor):
+        weight = weight()  # quantised layers
+    if isinstance(weight, UninitializedParameter):
+        return weight
+    return weight if isinstance(weight, torch.Tensor) and weight.ndim >= 3 else None
+
+
+def _as_planes(weight: torch.Tensor, what: str) -> torch.Tensor:
+    if weight.ndim == 3:
+        weight = weight[:, :, None]
+    if weight.ndim != 4 or weight.numel() == 0:
+        raise InvalidArgumentError(
+            f"{what} must be (O, I, kH, kW) with at least one pixel, got shape {tuple(weight.shape)}"
+            + ("; pass one slice, `weight[:, :, depth]`" if weight.ndim == 5 else "")
+        )
+    if weight.is_meta or weight.is_complex():
+        raise InvalidTypeError(f"{what} must be real numbers to draw, got {weight.dtype} on {weight.device}")
+    return weight
