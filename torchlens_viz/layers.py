@@ -45,7 +45,7 @@ def named_layers(model: nn.Module) -> list[Layer]:
     """List every module of `model` in definition order, a shared module once per name it is reached by."""
     found = {}
     for raw, module in unwrap(model).named_modules(remove_duplicate=False):
-        if _WRAPPERS.isdisjoint(module._modules):
+        if not any(wrapper in module._modules for wrapper in _WRAPPERS):
             name = ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
             found[name] = Layer(name, module)
     return list(found.values())

@@ -1,0 +1,449 @@
+"""Pictures are read as upright RGB or refused in one sentence, and written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, PngImagePlugin
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
+from torchlens_viz.pictures import read_image, safe_name, safe_names, save_picture
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def entries(folder: Path) -> set[str]:
+    return {str(place.relative_to(folder)) for place in folder.rglob("*")}
+
+
+def png_header_only(path: Path, width: int, height: int) -> Path:
+    """Write a PNG that claims a size and holds no pixels: only a check of the header can refuse it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+    return path
+
+
+# Reading: what every kind of file becomes
+
+
+def test_an_rgb_picture_is_read_as_it_is(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    assert np.array_equal(as_array(read_image(tmp_path / "a.png")), PIXELS)
+    assert np.array_equal(as_array(read_image(str(tmp_path / "a.png"))), PIXELS)
+
+
+def test_the_image_outlives_its_file(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    (tmp_path / "a.png").unlink()
+    assert np.array_equal(as_array(image), PIXELS)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied_once(tmp_path, orientation, suffix):
+    shown = {
+        1: PIXELS,
+        2: PIXELS[:, ::-1],
+        3: PIXELS[::-1, ::-1],
+        4: PIXELS[::-1],
+        5: PIXELS.transpose(1, 0, 2),
+        6: np.rot90(PIXELS, -1),
+        7: PIXELS[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(PIXELS),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if suffix == "webp" else {}
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(PIXELS).save(path, exif=exif.tobytes(), **options)
+    assert np.array_equal(as_array(read_image(path)), shown)
+
+
+def test_damaged_exif_does_not_cost_the_picture(tmp_path):
+    info = PngImagePlugin.PngInfo()
+    info.add(b"eXIf", b"this is no TIFF header")
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", pnginfo=info)
+    assert np.array_equal(as_array(read_image(tmp_path / "a.png")), PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_other_modes_are_converted(tmp_path, mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    image.save(tmp_path / "a.tiff")
+    assert np.array_equal(as_array(read_image(tmp_path / "a.tiff")), np.asarray(image.convert("RGB")))
+
+
+def test_cmyk_jpeg_keeps_its_colour(tmp_path):
+    Image.new("RGB", (16, 16), (250, 20, 30)).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    mean = as_array(read_image(tmp_path / "a.jpg")).reshape(-1, 3).mean(0)
+    assert np.abs(mean - [250, 20, 30]).max() < 6
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 51]]], dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    assert as_array(read_image(tmp_path / "rgba.png")).tolist() == [[[10, 20, 30], [255] * 3, [204] * 3]]
+    Image.fromarray(rgba).convert("LA").save(tmp_path / "la.png")
+    assert as_array(read_image(tmp_path / "la.png"))[0, 1:].tolist() == [[255] * 3, [204] * 3]
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
+def test_palette_transparency_is_laid_on_white(tmp_path, transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 0, 0, 0, 200, 0])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=transparency)
+    assert as_array(read_image(tmp_path / "a.png")).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+def test_16_bit_gray_is_scaled_from_its_full_range(tmp_path):
+    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(values).save(tmp_path / name)
+        assert as_array(read_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_a_dark_16_bit_picture_stays_dark(tmp_path):
+    Image.fromarray(np.full((2, 2), 200, dtype=np.uint16)).save(tmp_path / "a.png")
+    assert as_array(read_image(tmp_path / "a.png")).max() == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 100.0, 255.0], [0, 100, 255]),
+        ([0.0, 257.0, 65535.0], [0, 1, 255]),
+        ([-1.0, 0.0, 1.0], [0, 128, 255]),
+        ([0.0, 1e6, 2e6], [0, 128, 255]),
+        ([-3.0, -3.0, -3.0], [0, 0, 0]),
+        ([float("nan"), float("inf"), 0.2], [0, 255, 51]),
+        ([float("nan"), float("nan"), float("inf")], [0, 0, 255]),
+    ],
+)
+def test_floating_point_pictures_follow_the_stated_white(tmp_path, values, expected):
+    Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tiff")
+    assert as_array(read_image(tmp_path / "a.tiff"))[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0, 100, 255], [0, 100, 255]), ([0, 257, 65535], [0, 1, 255]), ([-100, 0, 100], [0, 128, 255])],
+)
+def test_32_bit_pictures_follow_the_stated_white(tmp_path, values, expected):
+    Image.fromarray(np.array([values], dtype=np.int32)).save(tmp_path / "a.tiff")
+    assert as_array(read_image(tmp_path / "a.tiff"))[0, :, 0].tolist() == expected
+
+
+def test_of_several_frames_the_first_is_read(tmp_path):
+    frames = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.tiff", save_all=True, append_images=frames[1:])
+    assert as_array(read_image(tmp_path / "a.tiff"))[0, 0].tolist() == [255, 0, 0]
+
+
+# What reading refuses
+
+
+def refusal(path: Path, **options) -> str:
+    with pytest.raises(PictureError, match=r"[;,] ") as caught:
+        read_image(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert repr(str(path)) in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "tiff", "bmp"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_a_truncated_file_is_refused(tmp_path, suffix, share):
+    whole = tmp_path / f"whole.{suffix}"
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    data = whole.read_bytes()
+    path = tmp_path / f"cut.{suffix}"
+    path.write_bytes(data[: int(share * len(data))])
+    message = refusal(path)
+    assert "truncated, damaged" in message or "no format that Pillow reads" in message
+
+
+def test_a_file_that_is_no_picture_is_refused(tmp_path):
+    path = tmp_path / "notes.png"
+    path.write_text("not a picture")
+    assert "no format that Pillow reads" in refusal(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert f"relative paths start at {str(Path.cwd())!r}" in refusal(tmp_path / "missing.png")
+    (tmp_path / "file").write_text("")
+    refusal(tmp_path / "file" / "inside.png")
+    refusal(tmp_path / "nul\0.png")
+    assert "check the path" in refusal(tmp_path / ("long" * 100))
+
+
+def test_a_folder_is_refused(tmp_path):
+    assert "which is a folder" in refusal(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert "no regular file" in refusal(tmp_path / "pipe.png")
+
+
+def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(PIXELS).save(path)
+
+    def denied(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert "check its permissions" in refusal(path)
+
+
+def test_the_pixel_limit_is_inclusive_and_read_from_the_header(tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", max_pixels=35).size == (7, 5)
+    assert "7 x 5 = 35 pixels, more than `max_pixels` = 34" in refusal(tmp_path / "a.png", max_pixels=34)
+    assert "more than `max_pixels` = 1000" in refusal(
+        png_header_only(tmp_path / "b.png", 40, 30), max_pixels=1000
+    )
+
+
+@pytest.mark.parametrize("side", [10_001, 12_000, 20_000, 2**31 - 1])
+def test_absurd_sizes_are_refused_whether_pillow_warns_or_raises(tmp_path, side):
+    path = png_header_only(tmp_path / "bomb.png", side, side)
+    assert "shrink" in refusal(path)
+
+
+def test_pillows_own_limit_holds_too(tmp_path, monkeypatch):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png")
+    for limit in (30, 10):  # 35 pixels: Pillow warns above its limit and raises above twice that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert f"PIL.Image.MAX_IMAGE_PIXELS ({limit})" in refusal(tmp_path / "a.png")
+
+
+def test_reading_changes_no_global_of_pillow(tmp_path):
+    before = (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+    refusal(png_header_only(tmp_path / "bomb.png", 20_000, 20_000))
+    assert before == (Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES)
+
+
+def test_a_pixel_limit_below_one_is_refused(tmp_path):
+    with pytest.raises(InvalidArgumentError, match="`max_pixels` must be at least 1, got 0"):
+        read_image(tmp_path / "a.png", max_pixels=0)
+
+
+# Writing
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA"])
+def test_a_png_holds_the_same_pixels_and_mode(tmp_path, mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    given = str(tmp_path / "a.png")
+    assert save_picture(image, given) == Path(given)
+    with Image.open(given) as read:
+        assert read.mode == mode
+        assert np.array_equal(np.asarray(read.convert("RGBA")), np.asarray(image.convert("RGBA")))
+
+
+def test_the_path_comes_back_as_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert save_picture(Image.new("L", (2, 2)), "sub/a.png") == Path("sub/a.png")
+    assert entries(tmp_path) == {"sub", "sub/a.png"}
+
+
+def test_a_palette_picture_can_be_a_jpeg(tmp_path):
+    save_picture(Image.fromarray(PIXELS).convert("P"), tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as read:
+        assert (read.format, read.mode) == ("JPEG", "RGB")
+
+
+def test_options_reach_pillow(tmp_path):
+    image = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1)))
+    save_picture(image, tmp_path / "fast.png")
+    save_picture(image, tmp_path / "plain.png", compress_level=0)
+    assert (tmp_path / "fast.png").stat().st_size < (tmp_path / "plain.png").stat().st_size
+
+
+def test_an_existing_file_is_replaced(tmp_path):
+    (tmp_path / "a.png").write_text("old")
+    save_picture(Image.new("L", (2, 2), 7), tmp_path / "a.png")
+    assert as_array(read_image(tmp_path / "a.png")).tolist() == [[[7] * 3] * 2] * 2
+    assert entries(tmp_path) == {"a.png"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX permissions")
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_permissions_follow_the_umask_and_an_existing_file_keeps_its_own(tmp_path, umask, expected):
+    path = tmp_path / "a.png"
+    before = os.umask(umask)
+    try:
+        save_picture(Image.new("L", (2, 2)), path)
+        assert stat.S_IMODE(path.stat().st_mode) == expected
+        path.chmod(0o640)
+        save_picture(Image.new("L", (2, 2)), path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need privileges there")
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.png").write_text("old")
+    (tmp_path / "link.png").symlink_to("real/a.png")
+    save_picture(Image.new("L", (2, 2), 7), tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink()
+    assert read_image(tmp_path / "real" / "a.png").getpixel((0, 0)) == (7, 7, 7)
+    assert entries(tmp_path) == {"real", "real/a.png", "link.png"}
+
+
+@pytest.mark.parametrize("name", ["a", "a.xyz", "a.txt", ".png", "a.", "a.psd"])
+def test_a_suffix_that_cannot_be_written_is_refused(tmp_path, name):
+    with pytest.raises(
+        PictureError, match=r"`path` must end in a picture suffix such as \.png.*append \.png"
+    ):
+        save_picture(Image.new("L", (2, 2)), tmp_path / "new" / name)
+    assert entries(tmp_path) == set()
+
+
+def test_a_folder_as_path_is_refused(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(PictureError, match=r"got the folder .*; append a file name"):
+        save_picture(Image.new("L", (2, 2)), tmp_path / "folder.png")
+    assert entries(tmp_path) == {"folder.png"}
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(PictureError, match=r"cannot write .*choose a path in a folder you can write to"):
+        save_picture(Image.new("L", (2, 2)), tmp_path / "file" / "deep" / "a.png")
+    assert entries(tmp_path) == {"file"}
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(PictureError, match=r"can be replaced, got .*no regular file"):
+        save_picture(Image.new("L", (2, 2)), tmp_path / "pipe.png")
+    assert stat.S_ISFIFO((tmp_path / "pipe.png").stat().st_mode)
+
+
+def test_a_read_only_file_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("kept")
+    monkeypatch.setattr(os, "access", lambda *_args: False)  # root may write anything, so ask as someone else
+    with pytest.raises(PictureError, match="is read-only; choose another name"):
+        save_picture(Image.new("L", (2, 2)), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_text() == "kept"
+
+
+@pytest.mark.parametrize("step", ["open", "replace"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_while_writing_leaves_everything_as_it_was(tmp_path, monkeypatch, step, error):
+    (tmp_path / "a.png").write_text("old")
+
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(Path, step, fail)
+    raised = PictureError if isinstance(error, OSError) else KeyboardInterrupt
+    for name in ("a.png", "new/deep/b.png"):
+        with pytest.raises(raised, match=r"No space left|^$"):
+            save_picture(Image.new("L", (2, 2)), tmp_path / name)
+    monkeypatch.undo()
+    assert entries(tmp_path) == {"a.png"}
+    assert (tmp_path / "a.png").read_text() == "old"
+
+
+def test_a_picture_that_the_format_cannot_hold_leaves_everything_as_it_was(tmp_path):
+    (tmp_path / "a.jpg").write_text("old")
+    with pytest.raises(PictureError, match=r"JPEG cannot hold this 2 x 3 .* mode RGBA .*use a \.png path"):
+        save_picture(Image.new("RGBA", (2, 3)), tmp_path / "a.jpg")
+    with pytest.raises(PictureError, match="JPEG cannot hold this 70000 x 1 picture"):
+        save_picture(Image.new("L", (70_000, 1)), tmp_path / "new" / "a.jpg")
+    assert entries(tmp_path) == {"a.jpg"}
+    assert (tmp_path / "a.jpg").read_text() == "old"
+
+
+def test_an_array_is_not_a_picture(tmp_path):
+    with pytest.raises(InvalidTypeError, match=r"`image` must be a PIL\.Image\.Image, got ndarray"):
+        save_picture(PIXELS, tmp_path / "a.png")
+    assert entries(tmp_path) == set()
+
+
+# File names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("features.0", "features.0"),
+        ("a/b", "a_b"),
+        ("../x", "___x"),
+        ("..", "__"),
+        (".hidden", "_hidden"),
+        ("trailing.", "trailing_"),
+        ("", "_"),
+        ("a b\\c:d*e\n\0", "a_b_c_d_e__"),
+        ("Größe", "Gr__e"),
+        ("con", "_con"),
+        ("NUL.0", "_NUL.0"),
+        ("lpt1", "_lpt1"),
+        ("conv", "conv"),
+    ],
+)
+def test_names_become_plain_file_names(name, expected):
+    assert safe_name(name) == expected
+
+
+def test_long_names_are_cut_and_stay_apart():
+    first, second = safe_name("layer." * 100 + "a"), safe_name("layer." * 100 + "b")
+    assert first != second
+    assert len(first) == len(second) == 120
+    assert first.startswith("layer.layer.")
+
+
+def test_colliding_names_are_numbered_and_exact_ones_keep_their_form():
+    assert safe_names(["a/b", "a_b", "A_B", "a_b-2", "c"]) == ["a_b-4", "a_b", "A_B-3", "a_b-2", "c"]
+    assert safe_names(["x", "x", "x"]) == ["x", "x-2", "x-3"]
+    assert safe_names([]) == []
+
+
+@given(
+    st.lists(
+        st.text(max_size=200) | st.sampled_from(["a/b", "a_b", "A_b", "nul", "..", "a_b-2"]), max_size=12
+    )
+)
+def test_every_list_of_names_becomes_distinct_files_inside_the_folder(names):
+    cleaned = safe_names(names)
+    assert len(cleaned) == len(names)
+    assert len({name.lower() for name in cleaned}) == len(names)
+    for name in cleaned:
+        assert 0 < len(name) <= 130
+        assert name.isascii()
+        assert Path(f"{name}.png").name == f"{name}.png"
+        assert not name.startswith(".")
+        assert not name.endswith(".")

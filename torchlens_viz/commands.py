@@ -1,0 +1,125 @@
+"""What the commands of the command line do, apart from reading arguments and printing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from torchlens_viz.activations import capture
+from torchlens_viz.checkpoints import one_line
+from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
+from torchlens_viz.pictures import read_image, safe_names, save_picture
+from torchlens_viz.sheets import feature_grid, save_kernel_grid
+from torchlens_viz.zoo import LoadedModel, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a command did.
+
+    Attributes:
+        paths: The files it wrote, in the order of the layers.
+        notes: What the user may want to know about them, one line each.
+    """
+
+    paths: list[Path]
+    notes: list[str]
+
+
+def draw_kernels(
+    model: str, out: Path, *, layer: str | None, weights: str, options: Mapping[str, Any]
+) -> Outcome:
+    """Write the kernels of one layer as one sheet.
+
+    Args:
+        model: What `torchlens_viz.zoo.load_model` takes.
+        out: The picture to write.
+        layer: A layer; the first convolution where it is None.
+        weights: What `load_model` takes.
+        options: What `kernel_grid` takes by keyword.
+
+    Returns:
+        The file, and which weights it shows.
+    """
+    loaded = load_model(model, weights=weights)
+    path = save_kernel_grid(loaded.model, out, layer, **options)
+    return Outcome(paths=[path], notes=[f"{loaded.name}: {loaded.weights_note}"])
+
+
+def draw_maps(
+    model: str,
+    image: Path,
+    out: Path,
+    *,
+    layers: Sequence[str] | None,
+    weights: str,
+    options: Mapping[str, Any],
+) -> Outcome:
+    """Write one sheet of feature maps per layer, for one picture.
+
+    Nothing is written unless every sheet can be drawn.
+
+    Args:
+        model: What `torchlens_viz.zoo.load_model` takes.
+        image: The picture file.
+        out: The folder for the sheets, each named after its layer.
+        layers: Names and globs; every convolution where it is None.
+        weights: What `load_model` takes.
+        options: What `feature_grid` takes by keyword.
+
+    Returns:
+        The files in the order in which the layers ran, the weights used, and the layers without maps.
+    """
+    picture = read_image(image)
+    if out.exists() and not out.is_dir():
+        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
+    loaded = load_model(model, weights=weights)
+    selected = nn.Conv2d if layers is None else list(layers)
+    with torch.inference_mode(), capture(loaded.model, selected) as acts:
+        _forward(loaded, picture)
+
+    maps = {name: list(_maps(name, acts.calls(name))) for name in (*acts, *acts.not_called)}
+    without = ", ".join(name for name, found in maps.items() if not found)
+    labelled = [pair for found in maps.values() for pair in found]
+    if not labelled:
+        raise InvalidArgumentError(
+            f"`--layer` must select layers that put out maps (N, C, H, W), got {without}; "
+            "leave it out for every convolution"
+        )
+    sheets = [feature_grid(values, **options) for _, values in labelled]
+    names = safe_names([label for label, _ in labelled])
+    paths = [save_picture(sheet, out / f"{name}.png") for sheet, name in zip(sheets, names, strict=True)]
+    notes = [f"{loaded.name}: {loaded.weights_note}"]
+    if without:
+        notes.append(f"not drawn, because they did not run or put out no maps (N, C, H, W): {without}")
+    return Outcome(paths=paths, notes=notes)
+
+
+def _forward(loaded: LoadedModel, picture: Image.Image) -> None:
+    prepared = loaded.preprocess(picture)
+    for weight in loaded.model.parameters():
+        prepared = prepared.to(weight.device)
+        break
+    try:
+        loaded.model(prepared)
+    except TorchlensVizError:
+        raise
+    except RuntimeError as error:
+        raise ModelLoadError(
+            f"{loaded.name} cannot run on this picture as an input of shape {tuple(prepared.shape)} "
+            f"({one_line(error)}); use another picture, or put a function preprocess(image) that fits "
+            "beside the factory"
+        ) from error
+
+
+def _maps(name: str, calls: Sequence[object]) -> Iterator[tuple[str, Tensor]]:
+    """Yield every output that is a stack of maps, numbered where the layer ran several times."""
+    for index, values in enumerate(calls):
+        if isinstance(values, Tensor) and values.ndim == 4 and values.numel() > 0:
+            yield (name if len(calls) == 1 else f"{name}-call{index}"), values

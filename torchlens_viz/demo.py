@@ -1,0 +1,107 @@
+"""The demo: a trained network and a real photograph in, every kind of picture out, and no download."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from torchlens_viz.activations import capture
+from torchlens_viz.demo_net import load_demo_net, preprocess
+from torchlens_viz.errors import MissingDependencyError, PictureError
+from torchlens_viz.pairs import pair_grid
+from torchlens_viz.pictures import read_image, safe_names, save_picture
+from torchlens_viz.sheets import feature_grid, kernel_grid
+
+_NEXT_COMMAND = "torchlens-viz maps resnet18 photo.jpg -o maps"
+_FIRST_LAYER = "features.0"
+_LONGEST_SIDE = 512
+_SHORTEST_SIDE = 31  # the least that reaches the network's last layer
+_KERNEL_UPSCALE = 6  # 11 pixels become 66
+_MAP_PIXELS = 96  # at least, for the longer side of a map
+_PAIRS = 16
+
+
+def run_demo(*, image: str | os.PathLike[str] | None, out: str | os.PathLike[str]) -> list[Path]:
+    """Draw the demo network's kernels and what they make of a photograph, and print where.
+
+    Args:
+        image: A picture file, drawn at no more than 512 pixels a side; None for a photograph of a cat that
+            comes with scikit-image.
+        out: The folder to write to: `kernels.png`, `maps/LAYER.png` for each convolution, and
+            `kernels_beside_maps.png`.
+
+    Returns:
+        The files written, in that order.
+
+    Raises:
+        MissingDependencyError: If scikit-image or safetensors is needed and not installed.
+        PictureError: If the picture cannot be read or is too small, or the folder cannot be written.
+    """
+    picture = _photograph() if image is None else read_image(image)
+    picture = _at_screen_size(picture, "the photograph" if image is None else repr(os.fspath(image)))
+    network = load_demo_net()
+    with torch.inference_mode(), capture(network, nn.Conv2d) as acts:
+        network(preprocess(picture))
+
+    # Everything is drawn before anything is written, so that a failure leaves nothing behind.
+    sheets = {"kernels.png": kernel_grid(network, _FIRST_LAYER, upscale=_KERNEL_UPSCALE)}
+    for layer, name in zip(acts, safe_names(list(acts)), strict=True):
+        sheets[f"maps/{name}.png"] = feature_grid(acts[layer], upscale=_enlargement(acts[layer]))
+    sheets["kernels_beside_maps.png"] = pair_grid(
+        network,
+        _FIRST_LAYER,
+        picture,
+        channels=_telling_channels(network.get_parameter(f"{_FIRST_LAYER}.weight"), acts[_FIRST_LAYER]),
+        preprocess=preprocess,
+        nrow=_PAIRS // 4,
+    )
+    paths = [save_picture(sheet, Path(out) / name) for name, sheet in sheets.items()]
+    for path in paths:
+        print(path.absolute())
+    print(f"\nNow your own model and picture:\n  {_NEXT_COMMAND}")
+    return paths
+
+
+def _photograph() -> Image.Image:
+    try:
+        data = importlib.import_module("skimage.data")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the demo's photograph comes with scikit-image, which is not installed; run "
+            '`python -m pip install "torchlens_viz[demo]"`, or give a picture of yours with --image'
+        ) from error
+    return Image.fromarray(data.chelsea())
+
+
+def _at_screen_size(picture: Image.Image, shown: str) -> Image.Image:
+    smaller = picture.copy()
+    smaller.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    if min(smaller.size) < _SHORTEST_SIDE:
+        raise PictureError(
+            f"the demo's picture must be at least {_SHORTEST_SIDE} pixels a side when its longer side is "
+            f"{_LONGEST_SIDE} or less, got {shown} with {picture.width} x {picture.height}; use another"
+        )
+    return smaller
+
+
+def _enlargement(maps: Tensor) -> int:
+    return -(-_MAP_PIXELS // max(maps.shape[-2:]))
+
+
+def _telling_channels(kernels: Tensor, maps: Tensor) -> list[int]:
+    """Choose half the pairs for the pattern in the kernel, and of the others those with the liveliest maps.
+
+    The first are edges, which leave little of the picture but its outlines; the others are mostly colours,
+    in whose maps the picture is still clear.
+    """
+    pattern = kernels.flatten(2).std(dim=2).sum(dim=1)
+    edges: list[int] = pattern.topk(_PAIRS // 2).indices.tolist()
+    liveliness = maps[0].flatten(1).std(dim=1)
+    liveliness[edges] = -1.0
+    colours: list[int] = liveliness.topk(_PAIRS - len(edges)).indices.tolist()
+    return [*edges, *colours]
