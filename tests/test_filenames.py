@@ -1,0 +1,63 @@
+"""File names from layer names: plain, distinct, and inside the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchlens_viz.filenames import safe_name, safe_names
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("features.0", "features.0"),
+        ("a/b", "a_b"),
+        ("../x", "___x"),
+        ("..", "__"),
+        (".hidden", "_hidden"),
+        ("trailing.", "trailing_"),
+        ("", "_"),
+        ("a b\\c:d*e\n\0", "a_b_c_d_e__"),
+        ("Größe", "Gr__e"),
+        ("con", "_con"),
+        ("NUL.0", "_NUL.0"),
+        ("lpt1", "_lpt1"),
+        ("conv", "conv"),
+    ],
+)
+def test_names_become_plain_file_names(name, expected):
+    assert safe_name(name) == expected
+
+
+def test_long_names_are_cut_and_stay_apart():
+    first, second = safe_name("layer." * 100 + "a"), safe_name("layer." * 100 + "b")
+    assert first != second
+    assert len(first) == len(second) == 120
+    assert first.startswith("layer.layer.")
+
+
+def test_colliding_names_are_numbered_and_exact_ones_keep_their_form():
+    assert safe_names(["a/b", "a_b", "A_B", "a_b-2", "c"]) == ["a_b-4", "a_b", "A_B-3", "a_b-2", "c"]
+    assert safe_names(["x", "x", "x"]) == ["x", "x-2", "x-3"]
+    assert safe_names([]) == []
+
+
+@given(
+    st.lists(
+        st.text(max_size=200) | st.sampled_from(["a/b", "a_b", "A_b", "nul", "..", "a_b-2"]), max_size=12
+    )
+)
+def test_every_list_of_names_becomes_distinct_files_inside_the_folder(names):
+    cleaned = safe_names(names)
+    assert len(cleaned) == len(names)
+    assert len({name.lower() for name in cleaned}) == len(names)
+    for name in cleaned:
+        assert 0 < len(name) <= 130
+        assert name.isascii()
+        assert Path(f"{name}.png").name == f"{name}.png"
+        assert not name.startswith(".")
+        assert not name.endswith(".")

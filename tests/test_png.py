@@ -1,0 +1,62 @@
+"""The PNG encoder, read back by Pillow."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from torchlens_viz import png
+
+
+def read_back(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        image.verify()  # checks every chunk's checksum
+    return Image.open(io.BytesIO(data))
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["L", "P", "RGB"]), st.integers(0, 2**32 - 1))
+def test_pillow_reads_back_every_pixel_and_colour(width, height, mode, seed):
+    rng = np.random.default_rng(seed)
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image.putpalette(rng.bytes(768))
+    assert png.can_encode(image)
+    again = read_back(png.encode(image))
+    assert again.mode == mode
+    assert np.array_equal(np.asarray(again), pixels)
+    assert again.getpalette() == image.getpalette()
+
+
+def test_short_palette_is_kept():
+    image = Image.fromarray(np.array([[0, 1]], np.uint8))
+    image.putpalette([1, 2, 3, 4, 5, 6])
+    again = read_back(png.encode(image)).convert("RGB")
+    assert [again.getpixel((x, 0)) for x in (0, 1)] == [(1, 2, 3), (4, 5, 6)]
+
+
+@pytest.mark.parametrize("mode", ["1", "LA", "RGBA", "CMYK", "I;16", "F"])
+def test_other_modes_are_left_to_pillow(mode):
+    assert not png.can_encode(Image.new(mode, (2, 2)))
+
+
+def test_metadata_is_left_to_pillow():
+    image = Image.new("P", (2, 2))
+    image.info["transparency"] = 0
+    assert not png.can_encode(image)
+
+
+def test_flat_sheet_is_as_small_as_pillows():
+    tile = np.kron(
+        np.random.default_rng(0).integers(0, 251, (32, 32), dtype=np.uint8), np.ones((8, 8), np.uint8)
+    )
+    image = Image.fromarray(tile)
+    other = io.BytesIO()
+    image.save(other, "PNG", compress_level=1)
+    assert len(png.encode(image)) < 1.1 * len(other.getvalue())
