@@ -59,6 +59,7 @@ def run_demo(*, image: str | os.PathLike[str] | None, out: str | os.PathLike[str
         picture,
         channels=_telling_channels(network.get_parameter(f"{_FIRST_LAYER}.weight"), acts[_FIRST_LAYER]),
         preprocess=preprocess,
+        scale_each=True,
         nrow=_PAIRS // 4,
     )
     paths = [save_picture(sheet, Path(out) / name) for name, sheet in sheets.items()]
