@@ -21,6 +21,7 @@ FLOORS = [
         "colormaps",
         "demo_net",
         "filenames",
+        "files",
         "layers",
         "lettering",
         "modes",
@@ -30,8 +31,9 @@ FLOORS = [
         "stopping",
         "structure",
     },
-    {"hookable", "kernels", "pictures", "records", "retention", "scaling", "tiling"},
-    {"activations", "canvas"},
+    {"archive", "hookable", "kernels", "pictures", "retention", "scaling", "tiling"},
+    {"canvas", "records"},
+    {"activations"},
     {"sheets"},
     {"pairs"},
     {"zoo"},
@@ -101,6 +103,16 @@ def test_the_guard_on_imports_can_fail(line):
 
 def registers_hooks(source: str) -> bool:
     return "register_forward_hook" in source or "register_forward_pre_hook" in source
+
+
+def test_the_documented_floors_are_these():
+    table = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    documented = {}
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) == 5 and cells[1].isdigit():
+            documented |= {name.strip(" `"): int(cells[1]) for name in cells[2].split(",")}
+    assert documented == FLOOR
 
 
 def test_forward_hooks_are_registered_in_one_place():

@@ -49,3 +49,7 @@ class ModelLoadError(TorchlensVizError, ValueError):
 
 class MissingDependencyError(TorchlensVizError, ImportError):
     """An optional package is missing, or a required one cannot be imported."""
+
+
+class ArchiveError(TorchlensVizError, OSError):
+    """A file of activations cannot be written or read."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import secrets
 import stat
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from torchlens_viz import png
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
+from torchlens_viz.files import reason_of, replacing
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -62,7 +60,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = 100_000_000) -
             f"check the spelling (relative paths start at {str(Path.cwd())!r})"
         ) from None
     except OSError as error:
-        raise PictureError(f"cannot read {shown}: {_reason(error)}; check the path") from error
+        raise PictureError(f"cannot read {shown}: {reason_of(error)}; check the path") from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
         raise PictureError(f"`path` must name a picture file, got {shown}, which is {kind}; name one file")
@@ -86,23 +84,20 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = 100_000_000) -
             "shrink it, or raise that limit if you trust the file"
         ) from error
     except PermissionError as error:
-        raise PictureError(f"cannot read {shown}: {_reason(error)}; check its permissions") from error
+        raise PictureError(f"cannot read {shown}: {reason_of(error)}; check its permissions") from error
     except (
         Exception
     ) as error:  # decoders of damaged data raise nearly anything, struct.error and KeyError included
         raise PictureError(
             f"cannot decode {shown}: the file is truncated, damaged or of an unsupported kind "
-            f"({_reason(error)}); fetch it again or save it as PNG"
+            f"({reason_of(error)}); fetch it again or save it as PNG"
         ) from error
 
 
 def save_picture(image: Image.Image, path: str | os.PathLike[str], **options: object) -> Path:
     """Write an image to a file that appears whole or not at all.
 
-    The picture goes to a temporary name in the same folder, which then takes the file's place. Missing
-    folders are made, and removed again if writing fails. Where `path` is a symbolic link, the file it
-    points to is replaced and the link stays, as with `open`. A new file gets the permissions that `open`
-    would give it; an existing one keeps its own.
+    `torchlens_viz.files.replacing` says what becomes of folders, links and permissions.
 
     Args:
         image: The picture. A palette image is written to JPEG as RGB.
@@ -124,24 +119,9 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], **options: ob
         )
     given = Path(path)
     data = _encode(image, given, options)
-    target = Path(os.path.realpath(given))
-    try:
-        _check_replaceable(target, given)
-        with _folders(target.parent):
-            _replace(target, data)
-    except PictureError:
-        raise
-    except (OSError, ValueError) as error:
-        raise PictureError(
-            f"cannot write {str(given)!r}: {_reason(error)}; choose a path in a folder you can write to"
-        ) from error
+    with replacing(given, PictureError) as temporary:
+        temporary.write_bytes(data)
     return given
-
-
-def _reason(error: BaseException) -> str:
-    """Say in one line what an exception reports."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
 
 
 def _decode(file: io.BufferedReader, shown: str, max_pixels: int) -> Image.Image:
@@ -218,52 +198,6 @@ def _encode(image: Image.Image, path: Path, options: dict[str, object]) -> bytes
     except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise PictureError(
             f"cannot write {str(path)!r}: {name} cannot hold this {image.width} x {image.height} picture "
-            f"of mode {image.mode} with these options ({_reason(error)}); use a .png path"
+            f"of mode {image.mode} with these options ({reason_of(error)}); use a .png path"
         ) from error
     return buffer.getvalue()
-
-
-def _check_replaceable(target: Path, given: Path) -> None:
-    try:
-        mode = target.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    if stat.S_ISDIR(mode):
-        raise PictureError(
-            f"`path` must name a file, got the folder {str(given)!r}; append a file name such as sheet.png"
-        )
-    # Replacing a device or pipe would delete it, and a read-only file is meant to stay.
-    if not stat.S_ISREG(mode) or not os.access(target, os.W_OK):
-        kind = "is read-only" if stat.S_ISREG(mode) else "is no regular file"
-        raise PictureError(
-            f"`path` must name a file that can be replaced, got {str(given)!r}, which {kind}; "
-            "choose another name"
-        )
-
-
-@contextlib.contextmanager
-def _folders(folder: Path) -> Iterator[None]:
-    """Make a folder with its parents; where the block fails, remove those it made, if they are empty."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for place in missing:
-            with contextlib.suppress(OSError):
-                place.rmdir()
-        raise
-
-
-def _replace(target: Path, data: bytes) -> None:
-    # Made by open() and not by tempfile, whose files are private to the user whatever the umask says.
-    temporary = target.parent / f".torchlens-viz-{secrets.token_hex(8)}.tmp"
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-        with contextlib.suppress(FileNotFoundError):
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, final
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
 
 import torch
 
+from torchlens_viz import archive
 from torchlens_viz.errors import LayerNotCapturedError, SeveralCallsError
 from torchlens_viz.layers import nearest
 from torchlens_viz.structure import tensors
@@ -24,6 +27,19 @@ class InputOutput(NamedTuple):
 
     input: Any
     output: Any
+
+
+_KINDS: Final[Mapping[str, type]] = {"Inputs": Inputs, "InputOutput": InputOutput}
+
+
+@final
+class _Unread:
+    """A call whose values are still in a file."""
+
+    __slots__ = ("read",)
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self.read = read
 
 
 @final
@@ -89,7 +105,11 @@ class Activations(Mapping[str, Any]):
             raise LayerNotCapturedError(
                 f"`{name}` was not selected for this capture; {nearest(str(name), self._selected)}"
             )
-        return tuple(self._calls.get(name, ()))
+        recorded = self._calls.get(name, [])
+        for index, value in enumerate(recorded):
+            if isinstance(value, _Unread):
+                recorded[index] = value.read()
+        return tuple(recorded)
 
     @property
     def not_called(self) -> tuple[str, ...]:
@@ -102,9 +122,45 @@ class Activations(Mapping[str, Any]):
         self._elsewhere.clear()
         self._held_bytes = 0
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything recorded to a safetensors file, which appears whole or not at all.
+
+        Args:
+            path: The file. Missing folders are made.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArchiveError: A layer put out something that a file cannot hold, or the file cannot be written.
+            MissingDependencyError: safetensors is not installed.
+        """
+        calls = {name: self.calls(name) for name in self}
+        return archive.write(path, calls, selected=self._selected, kinds=_KINDS)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Activations:
+        """Open a file that `save` wrote.
+
+        Args:
+            path: The file. It must stay in place while values are unread.
+
+        Returns:
+            The activations, on the CPU; each value is read when it is first asked for.
+
+        Raises:
+            ArchiveError: The file is missing, truncated, or holds something else.
+            MissingDependencyError: safetensors is not installed.
+        """
+        selected, calls = archive.read(path, kinds=_KINDS)
+        loaded = cls(selected)
+        loaded._calls = {name: [_Unread(read) for read in values] for name, values in calls.items()}
+        return loaded
+
     def __repr__(self) -> str:
         rows = [("layer", "shape", "dtype", "device", "min", "mean", "max")]
-        for name, recorded in self._calls.items():
+        for name in self._calls:
+            recorded = self.calls(name)
             for index, value in enumerate(recorded):
                 label = name if len(recorded) == 1 else f"{name} [call {index}]"
                 found = list[torch.Tensor | None](tensors(value)) or [None]

@@ -1,0 +1,178 @@
+"""Activations on disk: what was recorded comes back, and a damaged file says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import safetensors
+import torch
+from torch import nn
+
+from torchlens_viz import Activations, capture
+from torchlens_viz.errors import ArchiveError, LayerNotCapturedError, MissingDependencyError
+from torchlens_viz.records import InputOutput
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+        self.lstm = nn.LSTM(2, 3)
+        self.unused = nn.ReLU()
+
+    def forward(self, value):
+        value = self.conv(self.conv(value)[:, :, ::2])
+        return self.lstm(value.flatten(2).permute(2, 0, 1))
+
+
+@pytest.fixture
+def acts():
+    model = Twice()
+    with torch.no_grad(), capture(model, ["conv", "lstm", "unused"]) as acts:
+        model(torch.randn(1, 2, 4, 4))
+    return acts
+
+
+def test_what_was_saved_comes_back(acts, tmp_path):
+    path = tmp_path / "new" / "acts.safetensors"
+    assert acts.save(path) == path
+    loaded = Activations.load(path)
+    assert list(loaded) == list(acts) == ["conv", "lstm"]
+    assert loaded.not_called == ("unused",)
+    for actual, expected in zip(loaded.calls("conv"), acts.calls("conv"), strict=True):
+        assert torch.equal(actual, expected)
+    output, (hidden, cell) = loaded["lstm"]
+    expected_output, (expected_hidden, expected_cell) = acts["lstm"]
+    assert torch.equal(output, expected_output)
+    assert torch.equal(hidden, expected_hidden)
+    assert torch.equal(cell, expected_cell)
+    assert repr(loaded) == repr(acts)
+    assert list(tmp_path.glob("new/*")) == [path]
+
+
+def test_tensors_are_readable_by_safetensors_itself(acts, tmp_path):
+    from safetensors.torch import load_file
+
+    tensors = load_file(acts.save(tmp_path / "a.safetensors"))
+    assert torch.equal(tensors["conv#1"], acts.calls("conv")[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool])
+def test_every_dtype_keeps_its_bits(dtype, tmp_path):
+    model = nn.Identity()
+    value = torch.tensor([[0.0, 1.5], [-2.0, 3.0]]).to(dtype)
+    with capture(model, "") as acts:
+        model(value)
+    loaded = Activations.load(acts.save(tmp_path / "a.safetensors"))
+    assert loaded[""].dtype == dtype
+    assert torch.equal(loaded[""], value)
+
+
+def test_channels_last_and_inputs_keep_their_values(tmp_path):
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    with torch.no_grad(), capture(model, "", io="both") as acts:
+        model(torch.randn(2, 3, 5, 5))
+    loaded = Activations.load(acts.save(tmp_path / "a.safetensors"))
+    assert isinstance(loaded[""], InputOutput)
+    assert torch.equal(loaded[""].output, acts[""].output)
+
+
+def test_loading_reads_only_what_is_asked_for_and_hands_it_out_for_good(acts, tmp_path, monkeypatch):
+    path = acts.save(tmp_path / "a.safetensors")
+    read = []
+
+    class Counting:
+        def __init__(self, file):
+            self._file = file
+
+        def metadata(self):
+            return self._file.metadata()
+
+        def get_tensor(self, key):
+            read.append(key)
+            return self._file.get_tensor(key)
+
+    real = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", lambda *a, **k: Counting(real(*a, **k)))
+    loaded = Activations.load(path)
+    assert read == []
+    first = loaded.calls("conv")[0]
+    assert read == ["conv#0", "conv#1"]
+    first.fill_(7)
+    assert (loaded.calls("conv")[0] == 7).all()
+    assert not (Activations.load(path).calls("conv")[0] == 7).any()
+
+
+def test_names_that_were_not_selected_are_explained_after_loading(acts, tmp_path):
+    loaded = Activations.load(acts.save(tmp_path / "a.safetensors"))
+    with pytest.raises(LayerNotCapturedError, match=r"`cnv` was not selected .* did you mean `conv`"):
+        loaded["cnv"]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -10])
+def test_truncated_file_says_so(acts, tmp_path, keep):
+    path = acts.save(tmp_path / "a.safetensors")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ArchiveError, match=r"cannot read .*a\.safetensors.* truncated"):
+        Activations.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    with pytest.raises(OSError, match="it is missing"):
+        Activations.load(tmp_path / "none.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ArchiveError, match="holds no activations"):
+        Activations.load(tmp_path / "weights.safetensors")
+
+
+def test_what_a_file_cannot_hold_is_named_and_nothing_is_written(tmp_path):
+    class Gives(nn.Module):
+        def forward(self, value):
+            return {"sparse": value.to_sparse()} if value.ndim == 2 else [object(), value]
+
+    model = Gives()
+    for value, message in (
+        (torch.zeros(2, 2), "`#0.sparse` is a torch.sparse_coo"),
+        (torch.zeros(1), "is a object"),
+    ):
+        with capture(model, "") as acts:
+            model(value)
+        with pytest.raises(ArchiveError, match=message):
+            acts.save(tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_to_write_leaves_the_old_file(acts, tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    path.write_text("old")
+
+    def fail(*args, **kwargs):
+        raise safetensors.SafetensorError("I/O error: no space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(ArchiveError, match="no space left"):
+        acts.save(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_safetensors_names_the_install_command(acts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(
+        MissingDependencyError, match=r"python -m pip install \"torchlens_viz\[safetensors\]\""
+    ):
+        acts.save(tmp_path / "a.safetensors")
+
+
+def test_another_process_reads_the_same_values(acts, tmp_path):
+    path = acts.save(tmp_path / "a.safetensors")
+    code = (
+        "from torchlens_viz import Activations\n"
+        f"print(Activations.load({str(path)!r}).calls('conv')[0].sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == acts.calls("conv")[0].sum().item()

@@ -1,0 +1,89 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from torchlens_viz.errors import TorchlensVizError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], error: type[TorchlensVizError]) -> Iterator[Path]:
+    """Give a temporary file to write to, which takes the place of `path` where the block succeeds.
+
+    Missing folders are made, and removed again if the block fails. Where `path` is a symbolic link, the file
+    it points to is replaced and the link stays, as with `open`. A new file gets the permissions that `open`
+    would give it; an existing one keeps its own.
+
+    Args:
+        path: The file to write or replace.
+        error: What to raise where the file cannot be written.
+    """
+    given = Path(path)
+    target = Path(os.path.realpath(given))
+    try:
+        _check_replaceable(target, given, error)
+        with _folders(target.parent), _renamed(target) as temporary:
+            yield temporary
+    except TorchlensVizError:
+        raise
+    except (OSError, ValueError) as reason:
+        raise error(
+            f"cannot write {str(given)!r}: {reason_of(reason)}; choose a path in a folder you can write to"
+        ) from reason
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line what an exception reports."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
+
+
+def _check_replaceable(target: Path, given: Path, error: type[TorchlensVizError]) -> None:
+    try:
+        mode = target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISDIR(mode):
+        raise error(f"`path` must name a file, got the folder {str(given)!r}; append a file name")
+    # Replacing a device or pipe would delete it, and a read-only file is meant to stay.
+    if not stat.S_ISREG(mode) or not os.access(target, os.W_OK):
+        kind = "is read-only" if stat.S_ISREG(mode) else "is no regular file"
+        raise error(
+            f"`path` must name a file that can be replaced, got {str(given)!r}, which {kind}; "
+            "choose another name"
+        )
+
+
+@contextlib.contextmanager
+def _folders(folder: Path) -> Iterator[None]:
+    """Make a folder with its parents; where the block fails, remove those it made, if they are empty."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in missing:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _renamed(target: Path) -> Iterator[Path]:
+    # Made by open() and not by tempfile, whose files are private to the user whatever the umask says.
+    temporary = target.parent / f".torchlens-viz-{secrets.token_hex(8)}.tmp"
+    try:
+        temporary.open("xb").close()
+        yield temporary
+        with contextlib.suppress(FileNotFoundError):
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
