@@ -30,6 +30,7 @@ FLOORS = [
         "stance",
         "stopping",
         "structure",
+        "transfers",
     },
     {"archive", "hookable", "kernels", "pictures", "retention", "scaling", "tiling"},
     {"canvas", "records"},

@@ -20,6 +20,7 @@ from torchlens_viz.retention import Retention, channel_tuple, size_in_bytes
 from torchlens_viz.stance import eager_stance
 from torchlens_viz.stopping import StopForwardError, StopPoint
 from torchlens_viz.structure import map_tensors, tensors
+from torchlens_viz.transfers import Transfers
 
 
 def capture(
@@ -57,7 +58,8 @@ def capture(
         grad: Keep the graph: gradients flow through the captured tensor to the model, and
             `torch.autograd.grad(loss, acts[name])` works, since the network goes on from what was captured.
         dtype: Convert floating-point tensors to this type.
-        device: Move to this device, after `channels` and `reduce`.
+        device: Move to this device, after `channels`, `reduce` and `dtype`. From CUDA to the host,
+            tensors travel beside the computation, through 256 MiB of pinned memory; reading waits for them.
         channels: Keep only these channels, by index from 0.
         channel_dim: The dimension that `channels` selects from; 1 in (N, C, H, W).
         reduce: Keep `reduce(tensor)` instead of each tensor, for instance `lambda t: t.mean((2, 3))`.
@@ -122,6 +124,7 @@ class Capture:
         self._waiting: set[nn.Module] = set()
         self._taken: list[tuple[nn.Module, Any]] = []
         self._acts = Activations(())
+        self._transfers = Transfers()
         self._thread = 0
         self._undo: ExitStack | None = None
 
@@ -129,8 +132,11 @@ class Capture:
         if self._undo is not None:
             raise CaptureError("this capture is active already; make a second one with `capture(...)`")
         self._acts = Activations(name for names in self._names.values() for name in names)
+        self._transfers = Transfers()
+        self._acts._complete = self._transfers.finish
         self._thread = threading.get_ident()
         with ExitStack() as undo:
+            undo.callback(self._transfers.finish)
             undo.enter_context(eager_stance())
             for module in self._names:
                 if self._io != "output":
@@ -192,7 +198,7 @@ class Capture:
         acts, name = self._acts, self._names[module][0]
 
         def keep(tensor: torch.Tensor) -> Any:
-            kept = self._retention.keep(tensor, name, acts._held_bytes)
+            kept = self._retention.keep(tensor, name, acts._held_bytes, self._transfers.send)
             acts._held_bytes += size_in_bytes(kept)
             return kept
 
@@ -203,6 +209,8 @@ class Capture:
     def _record(self, module: nn.Module, kept: Any) -> None:
         first, *others = self._names[module]
         self._acts._record(first, kept)
+        if others:
+            self._transfers.finish()
         for name in others:  # a tensor of its own under each name
             self._acts._record(name, map_tensors(torch.clone, kept))
         if self._stop is not None:

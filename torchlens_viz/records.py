@@ -61,13 +61,14 @@ class Activations(Mapping[str, Any]):
         (['0'], torch.Size([1, 8, 3, 3]))
     """
 
-    __slots__ = ("_calls", "_elsewhere", "_held_bytes", "_selected")
+    __slots__ = ("_calls", "_complete", "_elsewhere", "_held_bytes", "_selected")
 
     def __init__(self, selected: Iterable[str]) -> None:
         self._selected = tuple(selected)
         self._calls: dict[str, list[Any]] = {}
         self._elsewhere: set[str] = set()
         self._held_bytes = 0
+        self._complete: Callable[[], None] | None = None  # waits for values that are on their way
 
     def __getitem__(self, name: str) -> Any:
         recorded = self.calls(name)
@@ -105,6 +106,8 @@ class Activations(Mapping[str, Any]):
             raise LayerNotCapturedError(
                 f"`{name}` was not selected for this capture; {nearest(str(name), self._selected)}"
             )
+        if self._complete is not None:
+            self._complete()
         recorded = self._calls.get(name, [])
         for index, value in enumerate(recorded):
             if isinstance(value, _Unread):

@@ -43,13 +43,16 @@ class Retention:
         changes = (self.dtype, self.device, self.channels, self.reduce)
         return self.grad and self.copy is True and all(change is None for change in changes)
 
-    def keep(self, tensor: torch.Tensor, layer: str, held: int) -> Any:
+    def keep(
+        self, tensor: torch.Tensor, layer: str, held: int, send: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Any:
         """Return what is to be kept of `tensor`.
 
         Args:
             tensor: A tensor that `layer` took or put out.
             layer: The layer's name, for messages.
             held: Bytes that the capture holds already.
+            send: Moves a tensor of our own to the host; its values may come later.
 
         Raises:
             CaptureError: The tensor exists only within a transform such as `vmap`.
@@ -62,29 +65,34 @@ class Retention:
                 "the transform: capture a plain forward pass instead"
             )
         kept: Any = tensor if self.grad else tensor.detach()
-        owned = not self.copy
+        is_ours = False
         if self.channels is not None:
             self._check(held, layer, _bytes_of_channels(kept, self.channels, self.channel_dim, layer))
             index = torch.tensor(self.channels, device="cpu").to(kept.device, non_blocking=True)
-            kept, owned = kept.index_select(self.channel_dim, index), True
+            kept, is_ours = kept.index_select(self.channel_dim, index), True
         if self.reduce is not None:
-            # A reduction may return a view of what it was given, so it is copied; it is small.
             reduced = self.reduce(kept)
             self._check(held, layer, size_in_bytes(reduced))
-            return map_tensors(lambda part: self._place(part, owned=not self.copy), reduced)
+            # A reduction may return a view of what it was given, so that it is not ours; but it is small.
+            return map_tensors(lambda part: self._place(part, send, is_ours=False), reduced)
         if self.max_bytes is not None:
             itemsize = (self._dtype_of(kept) or kept.dtype).itemsize
             self._check(held, layer, kept.numel() * itemsize)
-        return self._place(kept, owned=owned)
+        return self._place(kept, send, is_ours=is_ours)
 
     def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype | None:
         return self.dtype if tensor.is_floating_point() else None
 
-    def _place(self, tensor: torch.Tensor, *, owned: bool) -> torch.Tensor:
+    def _place(
+        self, tensor: torch.Tensor, send: Callable[[torch.Tensor], torch.Tensor], *, is_ours: bool
+    ) -> torch.Tensor:
         dtype, device = self._dtype_of(tensor) or tensor.dtype, self.device or tensor.device
+        if travels(tensor, self.device):
+            return send(tensor.to(dtype, copy=not is_ours))
+        must_copy = not is_ours and self.copy is not False
         if dtype != tensor.dtype or device != tensor.device:
-            return tensor.to(device=device, dtype=dtype, copy=not owned)
-        if owned:
+            return tensor.to(device=device, dtype=dtype, copy=must_copy)
+        if not must_copy:
             return tensor
         if self.copy == "lazy" and tensor.device.type == "cpu":
             return _lazy_clone(tensor)
@@ -97,6 +105,11 @@ class Retention:
                 "keep less with `channels=` or `reduce=`, select fewer layers, call `acts.clear()` between "
                 "forward passes, or raise `max_bytes`"
             )
+
+
+def travels(tensor: torch.Tensor, device: torch.device | None) -> bool:
+    """Tell whether a tensor goes to the host beside the computation, which its graph could not."""
+    return device is not None and device.type == "cpu" and tensor.is_cuda and not tensor.requires_grad
 
 
 def channel_tuple(channels: int | Sequence[int]) -> tuple[int, ...]:
