@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, sqrt
+from math import ceil, inf, log10, sqrt
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -25,6 +25,8 @@ _TILE_SIZE: Final = 32
 _MOST_PIXELS: Final = 2**28
 _BAR_HEIGHT: Final = 10
 _MARGIN: Final = 4
+_GAP: Final = 3  # at least, between the labels of neighbours
+_LONGEST_LINE: Final = 640
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,10 @@ class Style:
             raise InvalidArgumentError(
                 f'`interpolation` must be "nearest", "bilinear" or "bicubic", got {self.interpolation!r}'
             )
+        if self.interpolation != "nearest" and self.upscale == 1:
+            raise InvalidArgumentError(
+                f"`interpolation={self.interpolation!r}` has no effect with `upscale=1`; leave one out"
+            )
         if self.cmap != "auto":
             colormap(self.cmap)
 
@@ -66,32 +72,32 @@ def draw(tiles: torch.Tensor, style: Style, *, labels: Sequence[str], notes: Seq
     """Draw tiles as one sheet.
 
     Args:
-        tiles: (T, 1, H, W) values, or (T, 3, H, W) colours.
+        tiles: (T, 1, H, W) values, or (T, 3, H, W) colours; those beyond `max_tiles` may be missing.
         style: How to draw them.
-        labels: T labels, for when the style asks for labels and does not bring its own.
+        labels: A label for every tile, for when the style asks for labels and does not bring its own.
         notes: Lines for the legend.
 
     Returns:
         An image of mode "RGB" for colours, "L" for finite values in gray, else "P".
     """
-    count = len(tiles)
+    count = len(labels)
     shown = count if style.max_tiles is None else min(style.max_tiles, count)
     if not isinstance(style.labels, bool):
-        if isinstance(style.labels, str) or len(style.labels) != count:
-            raise InvalidArgumentError(f"`labels` must be True or a list of {count} strings, one per tile")
-        labels = [str(label) for label in style.labels]
-    tiles = _as_floating(tiles.detach()[:shown], style)
+        labels = _own_labels(style.labels, count)
+    tiles = tiles.detach()[:shown]
+    layout = _Layout.of(tiles, style)  # refuses what is too large, so it comes before the work
+    tiles = _as_floating(tiles, style)
     limits = find_limits(
         tiles, normalize=style.normalize, scale_each=style.scale_each, value_range=style.value_range
     )
     colours = _choose_colours(tiles, style, limits)
     if colours.diverging:
         limits = limits.symmetric()
-    layout = _Layout.of(tiles, style)
     image = _paint(tiles, limits, colours, style, layout)
-    if style.labels:
+    if style.labels is not False:
+        room = layout.tile_width + layout.padding - _GAP
         for corner, label in zip(layout.corners(), labels, strict=False):
-            text = lettering.shortened(label, layout.tile_width)
+            text = lettering.shortened(label, room)
             lettering.write_line(image, corner, text, _entry(image, colours, TEXT))
     lines = [f"{shown} of {count} shown"] if shown < count else []
     if style.legend:
@@ -115,7 +121,7 @@ class _Layout:
     def of(cls, tiles: torch.Tensor, style: Style) -> _Layout:
         count, _, height, width = tiles.shape
         upscale = style.upscale or ceil(_TILE_SIZE / max(height, width))
-        header = lettering.LINE_HEIGHT if style.labels else 0
+        header = 0 if style.labels is False else lettering.LINE_HEIGHT
         columns = style.nrow or ceil(sqrt(count))
         layout = cls(count, columns, upscale, height * upscale, width * upscale, style.padding, header)
         rows = ceil(count / columns)
@@ -141,10 +147,20 @@ class _Layout:
         ]
 
 
+def _own_labels(given: Sequence[str], count: int) -> list[str]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InvalidTypeError(f"`labels` must be True or a list of {count} strings, got {given!r}")
+    labels = [" ".join(str(label).split()) for label in given]
+    if len(labels) != count:
+        raise InvalidArgumentError(f"`labels` must be {count} strings, one per tile, got {len(labels)}")
+    return labels
+
+
 def _as_floating(tiles: torch.Tensor, style: Style) -> torch.Tensor:
     if tiles.dtype == torch.uint8 and not style.normalize:
         return tiles.float() / 255
-    return tiles if tiles.dtype == torch.float64 else tiles.float()
+    is_exact = tiles.dtype == torch.float32 or tiles.dtype.itemsize <= 2
+    return tiles.float() if is_exact else tiles.double()
 
 
 def _choose_colours(tiles: torch.Tensor, style: Style, limits: Limits) -> Colormap:
@@ -160,9 +176,11 @@ def _paint(
     is_colour = tiles.shape[1] == 3
     codes = None if limits.all_finite else special_codes(tiles)
     repeat = layout.upscale
-    if style.interpolation != "nearest" and repeat > 1:
-        tiles, repeat = _smoothly_enlarged(tiles, repeat, style.interpolation), 1
     levels = to_levels(tiles, limits, levels=256 if is_colour else LEVELS, signed=colours.diverging)
+    if style.interpolation != "nearest" and repeat > 1:
+        last = 255 if is_colour else LEVELS - 1
+        levels = _smoothly_enlarged(levels, codes, repeat, style.interpolation, last)
+        repeat = 1
 
     def laid_out(parts: torch.Tensor, pad_value: int, upscale: int) -> npt.NDArray[np.uint8]:
         sheet = compose(
@@ -190,13 +208,20 @@ def _paint(
     return image
 
 
-def _smoothly_enlarged(tiles: torch.Tensor, factor: int, mode: str) -> torch.Tensor:
+def _smoothly_enlarged(
+    levels: torch.Tensor, codes: torch.Tensor | None, factor: int, mode: str, last: int
+) -> torch.Tensor:
     """Enlarge each tile by itself; a pixel that is not finite is drawn over later and must not spread."""
-    flat = tiles.flatten(1)
-    is_finite = flat.isfinite()
-    mean = flat.masked_fill(~is_finite, 0).sum(1, keepdim=True) / is_finite.sum(1, keepdim=True).clamp(min=1)
-    filled = torch.where(is_finite, flat, mean).view_as(tiles)
-    return F.interpolate(filled, scale_factor=float(factor), mode=mode)
+    values = levels.float()
+    if codes is not None:
+        # It takes the mean of the finite pixels within reach: any other value would show around it.
+        is_finite = (codes == 0).float()
+        share = F.avg_pool2d(is_finite, 5, stride=1, padding=2)
+        around = F.avg_pool2d(values * is_finite, 5, stride=1, padding=2) / share.clamp(min=0.01)
+        values = torch.where(codes == 0, values, around)
+    enlarged = F.interpolate(values, scale_factor=float(factor), mode=mode)
+    # Rounded up a little below one half: halves are frequent, and come out a rounding error above or below.
+    return enlarged.add_(0.5043).clamp_(0, last).to(torch.uint8)
 
 
 def in_colour(tiles: torch.Tensor, style: Style, *, upscale: int) -> torch.Tensor:
@@ -211,7 +236,7 @@ def in_colour(tiles: torch.Tensor, style: Style, *, upscale: int) -> torch.Tenso
         (T, 3, H', W') uint8 on the CPU.
     """
     alone = replace(style, nrow=1, padding=0, upscale=upscale, labels=False, legend=False, max_tiles=None)
-    column = np.array(draw(tiles, alone, labels=(), notes=()).convert("RGB"))
+    column = np.array(draw(tiles, alone, labels=[""] * len(tiles), notes=()).convert("RGB"))
     return torch.from_numpy(column.reshape(len(tiles), -1, *column.shape[1:])).movedim(3, 1)
 
 
@@ -231,7 +256,7 @@ def _with_caption(
     bar = None
     if limits is not None:
         has_one_range = len(limits.low) == 1
-        low, high = (f"{limit.flatten()[0].item():.3g}" for limit in (limits.low, limits.high))
+        low, high = _distinct(limits.low[0].item(), limits.high[0].item())
         if not has_one_range:
             lines.insert(0, "each tile has its own range")
         elif image.mode == "RGB":
@@ -240,6 +265,8 @@ def _with_caption(
             bar = (low, high)
         if not limits.all_finite:
             lines.append("magenta: NaN, green: +Inf, cyan: -Inf")
+    longest = max(image.width, _LONGEST_LINE) - 2 * _MARGIN
+    lines = [lettering.shortened(line, longest) for line in lines]
     low_width = lettering.text_width(bar[0]) if bar else 0
     widths = [lettering.text_width(line) for line in lines]
     if bar:
@@ -262,6 +289,13 @@ def _with_caption(
         lettering.write_line(canvas, (_MARGIN, y), line, ink)
         y += lettering.LINE_HEIGHT
     return canvas
+
+
+def _distinct(low: float, high: float) -> tuple[str, str]:
+    """Write two numbers short, and long enough to tell them apart."""
+    width = high - low
+    digits = 3 + max(0, int(log10(max(abs(low), abs(high)) / width))) if 0 < width < inf else 3
+    return f"{low:.{digits}g}", f"{high:.{digits}g}"
 
 
 def _scale_bar(mode: str, colours: Colormap) -> Image.Image:

@@ -84,7 +84,6 @@ class Colormap:
         return np.concatenate([self.levels, extra])
 
 
-@cache
 def colormap(name: str) -> Colormap:
     """Return a colour map by its name.
 
@@ -101,6 +100,11 @@ def colormap(name: str) -> Colormap:
         raise InvalidTypeError(f"`cmap` must be the name of a colour map, got {type(name).__name__}")
     if name not in NAMES:
         raise InvalidArgumentError(f'`cmap` must be "auto" or one of {", ".join(NAMES)}, got {name!r}')
+    return _made(name)
+
+
+@cache
+def _made(name: str) -> Colormap:
     levels = _hot() if name == "hot" else _between(_ANCHORS[name])
     levels.flags.writeable = False
     return Colormap(name, levels, name in _DIVERGING)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.layers import Layer, Selector, named_layers, select
+from torchlens_viz.modes import inference
 
 
 class Kernels(NamedTuple):
@@ -39,19 +39,15 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
     if isinstance(model_or_weight, torch.Tensor):
         if layer is not None:
             raise InvalidArgumentError("`layer` has no effect on a weight tensor; leave it out")
-        return Kernels(_as_planes(model_or_weight.detach(), "the weight"), "")
+        return Kernels(_as_planes(_numbers(model_or_weight, "the weight"), "the weight"), "")
     if not isinstance(model_or_weight, nn.Module):
         raise InvalidTypeError(f"expected a model or a weight tensor, got {type(model_or_weight).__name__}")
     name, module = _first_convolution(model_or_weight) if layer is None else _only(model_or_weight, layer)
     weight = _stored_weight(module)
     if weight is None:
         raise InvalidArgumentError(f"`{name}` ({type(module).__name__}) has no kernels; choose a convolution")
-    if isinstance(weight, UninitializedParameter):
-        raise InvalidArgumentError(f"`{name}` has no weights yet; run the model once on an input first")
-    weight = weight.detach()
-    if weight.is_quantized:
-        weight = weight.dequantize()
-    if isinstance(module, _ConvTransposeNd):
+    weight = _numbers(weight, f"`{name}`")
+    if getattr(module, "transposed", False):
         # Stored as (in, out / groups, ...), the group being part of the input channel.
         grouped = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
         weight = grouped.flatten(0, 1)
@@ -77,12 +73,20 @@ def _only(model: nn.Module, selector: Selector) -> Layer:
 
 
 def _stored_weight(module: nn.Module) -> torch.Tensor | None:
-    weight = getattr(module, "weight", None)
-    if callable(weight) and not isinstance(weight, torch.Tensor):
-        weight = weight()  # quantised layers
+    with inference(module):  # a spectral norm in training mode changes with every look at the weight
+        weight = getattr(module, "weight", None)
+        if callable(weight) and not isinstance(weight, torch.Tensor):
+            weight = weight()  # quantised layers
     if isinstance(weight, UninitializedParameter):
         return weight
     return weight if isinstance(weight, torch.Tensor) and weight.ndim >= 3 else None
+
+
+def _numbers(weight: torch.Tensor, what: str) -> torch.Tensor:
+    if isinstance(weight, UninitializedParameter):
+        raise InvalidArgumentError(f"{what} has no values yet; run the model once on an input first")
+    weight = weight.detach()
+    return weight.dequantize() if weight.is_quantized else weight
 
 
 def _as_planes(weight: torch.Tensor, what: str) -> torch.Tensor:

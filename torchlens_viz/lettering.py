@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cache
+from math import ceil
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
@@ -18,8 +20,8 @@ def font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 
 
 def text_width(text: str) -> int:
-    """Return the pixels that a line of text takes."""
-    return round(font().getlength(text))
+    """Return the pixels that a line of text takes, in pictures with and without smooth edges of letters."""
+    return ceil(max(font().getlength(text, mode) for mode in ("1", "L")))
 
 
 def shortened(text: str, width: int) -> str:
@@ -29,12 +31,13 @@ def shortened(text: str, width: int) -> str:
     """
     if text_width(text) <= width:
         return text
-    for kept in range(len(text) - 1, 0, -1):
+
+    def ends(kept: int) -> str:
         head = (kept + 1) // 2
-        candidate = text[:head] + "…" + text[len(text) - (kept - head) :]
-        if text_width(candidate) <= width:
-            return candidate
-    return ""
+        return text[:head] + "…" + text[len(text) - (kept - head) :]
+
+    fitting = bisect_right(range(1, len(text)), width, key=lambda kept: text_width(ends(kept)))
+    return ends(fitting) if fitting else ""
 
 
 def write_line(image: Image.Image, at: tuple[int, int], text: str, fill: int | tuple[int, int, int]) -> None:

@@ -11,11 +11,15 @@ from torch import nn
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients; every module gets its own `training` flag back."""
+    """Run the block in eval mode without gradients.
+
+    Afterwards every module has its own `training` flag back, and random numbers go on as if nothing had run.
+    """
     flags = {module: module.training for module in model.modules()}
+    devices = {parameter.get_device() for parameter in model.parameters() if parameter.is_cuda}
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         for module, training in flags.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil, sqrt
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from torchlens_viz.sheets import indices_of, maps_of
 
 _MAP_SIZE: Final = 96
 _WHITE: Final = 255
+_FRAME: Final = 192
 
 
 def pair_grid(
@@ -66,41 +68,39 @@ def pair_grid(
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(inplace=True))
         >>> pair_grid(net, "0", torch.rand(3, 36, 36), labels=False).size
-        (393, 197)
+        (412, 214)
     """
-    batch = _as_batch(image if preprocess is None else preprocess(image))
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
     weight, name = kernels_of(model, layer)
+    chosen = indices_of(channels, len(weight), "channels")
+    labels_ = [str(index) for index in chosen]
+    sheet = Style(normalize=False, nrow=nrow, padding=6, upscale=1, labels=labels, max_tiles=max_tiles)
+    chosen = chosen[:max_tiles]
+    batch = _as_batch(image if preprocess is None else preprocess(image))
+    first = next((each for each in model.parameters() if each.is_floating_point()), weight)
+    batch = batch.to(first.device, first.dtype if batch.is_floating_point() else None)
     with inference(model), capture(model, name, stop=True) as acts:
         model(batch)
     maps = maps_of(acts[name], sample=0)
     if len(maps) != len(weight):
         raise InvalidArgumentError(f"`{name}` has {len(weight)} kernels and puts out {len(maps)} maps")
-    chosen = indices_of(channels, len(weight), "channels")
     kernels = weight[chosen] if weight.shape[1] == 3 else weight[chosen][:, :1]
     style = Style(scale_each=scale_each)
     map_tiles = in_colour(maps[chosen][:, None], style, upscale=ceil(_MAP_SIZE / max(maps.shape[1:])))
     height = map_tiles.shape[2]
     kernel_tiles = in_colour(kernels, style, upscale=max(1, height // max(kernels.shape[2:])))
-    return draw(
-        _side_by_side(kernel_tiles, map_tiles),
-        Style(
-            normalize=False,
-            upscale=1,
-            padding=6,
-            nrow=nrow or ceil(sqrt(len(chosen) / 2)),
-            labels=labels,
-            max_tiles=max_tiles,
-        ),
-        labels=[str(index) for index in chosen],
-        notes=(),
-    )
+    if nrow is None:  # a pair is about twice as wide as high
+        sheet = replace(sheet, nrow=ceil(sqrt(len(chosen) / 2)))
+    return draw(_side_by_side(kernel_tiles, map_tiles), sheet, labels=labels_, notes=())
 
 
 def _side_by_side(kernels: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Put white around the kernels until they are as high as the maps, and a white line between."""
-    height = max(kernels.shape[2], maps.shape[2])
+    """Frame kernels and maps, put white around the lower ones up to the others' height, and white between."""
+    height = max(kernels.shape[2], maps.shape[2]) + 2
     parts = []
     for tiles in (kernels, maps):
+        tiles = F.pad(tiles, (1, 1, 1, 1), value=_FRAME)  # zero is white on white
         missing = height - tiles.shape[2]
         parts.append(F.pad(tiles, (0, 2, missing // 2, missing - missing // 2), value=_WHITE))
     return torch.cat(parts, dim=3)[..., :-2]

@@ -9,7 +9,7 @@ from math import isfinite
 import torch
 
 from torchlens_viz.colormaps import NAN, NEGATIVE_INFINITY, POSITIVE_INFINITY
-from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.ranges import finite_range
 
 
@@ -49,11 +49,9 @@ def find_limits(
 
     Raises:
         InvalidArgumentError: The options contradict each other, or the range is no range.
+        InvalidTypeError: The range does not consist of numbers.
     """
-    if value_range is not None and (len(value_range) != 2 or not _is_range(*value_range)):
-        raise InvalidArgumentError(
-            f"`value_range` must be (low, high) with low <= high, both finite, got {tuple(value_range)}"
-        )
+    fixed = (0.0, 1.0) if value_range is None else _as_range(value_range)
     for name, given in (("scale_each", scale_each), ("value_range", value_range is not None)):
         if given and not normalize:
             raise InvalidArgumentError(
@@ -64,7 +62,6 @@ def find_limits(
     groups = (tiles if scale_each else tiles[None]).flatten(1)
     low, high, all_finite = finite_range(groups)
     if not normalize or value_range is not None:
-        fixed = (0.0, 1.0) if value_range is None else value_range
         low, high = (torch.tensor([limit], dtype=torch.float64, device=tiles.device) for limit in fixed)
     return Limits(low.double(), high.double(), all_finite)
 
@@ -82,18 +79,35 @@ def to_levels(tiles: torch.Tensor, limits: Limits, *, levels: int, signed: bool)
     Returns:
         (T, C, H, W) uint8 on the tiles' device. Non-finite values get a level without a meaning.
     """
+    if tiles.dtype == torch.float64:
+        return _placed(tiles, limits, levels, signed)
+    placed = _placed(tiles.float(), limits, levels, signed)
+    exceeds = _exceed_float32(limits)
+    if bool(exceeds.any()):
+        # These tiles only: the others must look as they do without them.
+        chosen = exceeds.expand(len(tiles))
+        part = Limits(limits.low[exceeds], limits.high[exceeds], limits.all_finite)
+        placed[chosen] = _placed(tiles[chosen].double(), part, levels, signed)
+    return placed
+
+
+def _placed(values: torch.Tensor, limits: Limits, levels: int, signed: bool) -> torch.Tensor:
     width = limits.high - limits.low
     is_constant = width == 0
-    scale = torch.where(is_constant, 0, (levels - 1) / width)
-    has_middle = is_constant if signed else is_constant & (limits.low != 0)
+    # Float64 holds neither a width of twice its greatest number nor the scale of a width near its least one.
+    is_narrow = (width > 0) & (width < 2.0**-900)
+    unit = torch.ones_like(width).masked_fill_(width.isinf(), 2.0**-2).masked_fill_(is_narrow, 2.0**600)
+    low, high = limits.low * unit, limits.high * unit
+    scale = torch.where(is_constant, 0, (levels - 1) / (high - low))
+    has_middle = is_constant if signed else is_constant & (low != 0)
     base = torch.where(has_middle, (levels - 1) // 2, 0)
-    compute = _compute_dtype(tiles.dtype, width)
-    low, high, scale, base = (
-        value.to(compute)[:, None, None, None] for value in (limits.low, limits.high, scale, base + 0.5)
+    low, high, scale, base, unit = (
+        value.to(values.dtype)[:, None, None, None] for value in (low, high, scale, base + 0.5, unit)
     )
-    values = tiles.to(compute)
     if not limits.all_finite:
         values = values.nan_to_num(0)
+    if values.dtype == torch.float64:
+        values = values * unit
     return values.clamp(low, high).sub_(low).mul_(scale).add_(base).to(torch.uint8)
 
 
@@ -116,13 +130,24 @@ def special_codes(tiles: torch.Tensor) -> torch.Tensor:
     return codes
 
 
-def _is_range(low: float, high: float) -> bool:
-    return isfinite(low) and isfinite(high) and low <= high
+def _as_range(value_range: Sequence[float]) -> tuple[float, float]:
+    rule = f"`value_range` must be (low, high) with low <= high, both finite, got {value_range!r}"
+    try:
+        limits = [float(limit) for limit in value_range]
+    except TypeError:
+        raise InvalidTypeError(rule) from None
+    except ValueError:
+        raise InvalidArgumentError(rule) from None
+    if len(limits) != 2 or not all(map(isfinite, limits)) or limits[0] > limits[1]:
+        raise InvalidArgumentError(rule)
+    return limits[0], limits[1]
 
 
-def _compute_dtype(dtype: torch.dtype, width: torch.Tensor) -> torch.dtype:
-    # Float32 holds neither the width of a range that fills it nor the scale of a very narrow one.
-    extreme = (width > 1e37) | ((width > 0) & (width < 1e-30))
-    if dtype == torch.float64 or bool(extreme.any()):
-        return torch.float64
-    return torch.float32
+def _exceed_float32(limits: Limits) -> torch.Tensor:
+    # Float32 holds neither the width of a range that fills it, nor the scale of a very narrow one, nor limits
+    # that lie close together far from zero, unless they are float32 values themselves.
+    low, high = limits.low, limits.high
+    width = high - low
+    is_close = width < 1e-3 * torch.maximum(low.abs(), high.abs())
+    is_inexact = is_close & ((low.float() != low) | (high.float() != high))
+    return (width > 1e37) | ((width > 0) & (width < 1e-30)) | is_inexact

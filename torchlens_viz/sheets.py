@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -278,29 +279,45 @@ def maps_of(activation: torch.Tensor, sample: int) -> torch.Tensor:
         batch = batch.dequantize()
     if batch.ndim == 3:
         batch = batch[None]
-    if isinstance(sample, bool) or not isinstance(sample, int) or not 0 <= sample < len(batch):
+    index = _as_index(sample)
+    if index is None:
+        raise InvalidTypeError(f"`sample` must be an int, got {sample!r}")
+    if not 0 <= index < len(batch):
         raise InvalidArgumentError(
-            f"`sample` must be an index from 0 to {len(batch) - 1}, got {sample!r} "
+            f"`sample` must be an index from 0 to {len(batch) - 1}, got {index} "
             f"(shape {tuple(activation.shape)})"
         )
-    return batch[sample]
+    return batch[index]
 
 
 def indices_of(chosen: int | Sequence[int] | None, count: int, name: str) -> list[int]:
     """Return the indices that an option named `name` chooses from `count` things; None is all of them."""
     if chosen is None:
         return list(range(count))
+    single = _as_index(chosen)
     try:
-        given = list(chosen) if isinstance(chosen, Iterable) else [chosen]
-        indices = [operator.index(index) for index in given]
+        given = list(chosen) if single is None else [single]  # type: ignore[arg-type]
     except TypeError:
-        raise InvalidTypeError(f"`{name}` must be an int or a list of ints, got {chosen!r}") from None
+        given = [chosen]  # type: ignore[list-item]
+    indices = [index for index in map(_as_index, given) if index is not None]
+    if len(indices) < len(given):
+        raise InvalidTypeError(f"`{name}` must be an int or a list of ints, got {chosen!r}")
     if not indices:
         raise InvalidArgumentError(f"`{name}` must choose at least one, got an empty list")
     wrong = [index for index in indices if not 0 <= index < count]
     if wrong:
         raise InvalidArgumentError(f"`{name}` must be indices from 0 to {count - 1}, got {wrong[0]}")
     return indices
+
+
+def _as_index(value: object) -> int | None:
+    """Return an integer of any kind as an int, and None for all else: a bool is a mask, not an index."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _channel_note(planes: Sequence[int], inputs: int) -> str:

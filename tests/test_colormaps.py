@@ -1,0 +1,142 @@
+"""Colour maps: published colours, an exact white middle, and special entries that look like no value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from torchlens_viz import colormaps
+from torchlens_viz.colormaps import NAMES, SPECIAL_COLOURS, colormap
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+
+DIVERGING = ["seismic", "RdBu_r"]
+
+# What matplotlib publishes, as 8-bit colours at fractions of the map that fall on a level exactly.
+ANCHORS = {
+    "gray": {0.0: (0, 0, 0), 0.2: (51, 51, 51), 0.4: (102, 102, 102), 0.8: (204, 204, 204), 1.0: (255,) * 3},
+    "hot": {0.0: (11, 0, 0), 1.0: (255, 255, 255)},
+    "seismic": {0.0: (0, 0, 77), 0.5: (255, 255, 255), 1.0: (128, 0, 0)},
+    # ColorBrewer's eleven RdBu colours, but for the middle, which there is (247, 247, 247).
+    "RdBu_r": {
+        0.0: (5, 48, 97),
+        0.1: (33, 102, 172),
+        0.2: (67, 147, 195),
+        0.3: (146, 197, 222),
+        0.4: (209, 229, 240),
+        0.5: (255, 255, 255),
+        0.6: (253, 219, 199),
+        0.7: (244, 165, 130),
+        0.8: (214, 96, 77),
+        0.9: (178, 24, 43),
+        1.0: (103, 0, 31),
+    },
+}
+
+
+def lightness(colours: np.ndarray) -> np.ndarray:
+    """CIE lightness of 8-bit sRGB colours, by the definition."""
+    part = colours / 255
+    linear = np.where(part <= 0.04045, part / 12.92, ((part + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    return np.where(luminance > (6 / 29) ** 3, 116 * np.cbrt(luminance) - 16, luminance * (29 / 3) ** 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_map_has_251_levels_and_256_entries(name):
+    colours = colormap(name)
+    assert (colours.name, colours.levels.shape, colours.levels.dtype) == (name, (251, 3), np.uint8)
+    assert (colours.palette.shape, colours.palette.dtype) == ((256, 3), np.uint8)
+    assert np.array_equal(colours.palette[:251], colours.levels)
+    assert (colormaps.PADDING, colormaps.TEXT) == (251, 255)
+    assert [colormaps.NAN, colormaps.POSITIVE_INFINITY, colormaps.NEGATIVE_INFINITY] == [252, 253, 254]
+
+
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name in NAMES for at in ANCHORS[name]])
+def test_anchor_colours_are_the_published_ones(name, at):
+    assert tuple(colormap(name).levels[round(at * 250)].tolist()) == ANCHORS[name][at]
+
+
+def test_hot_is_full_red_where_green_begins_and_full_green_where_blue_begins():
+    red, green, blue = colormap("hot").levels.astype(int).T
+    at = np.linspace(0, 1, 251)
+    assert (red[at > 0.365079] == 255).all()
+    assert (green[at < 0.365079] == 0).all()
+    assert (green[at > 0.746032] == 255).all()
+    assert (blue[at < 0.746032] == 0).all()
+    halfway = (0.365079 + 0.746032) / 2
+    assert green[round(halfway * 250)] == pytest.approx(127.5, abs=2)
+
+
+@pytest.mark.parametrize("name", ["gray", "hot"])
+def test_sequential_maps_get_lighter_with_every_level(name):
+    assert (np.diff(lightness(colormap(name).levels)) > 0).all()
+    assert not colormap(name).diverging
+
+
+@pytest.mark.parametrize("name", DIVERGING)
+def test_diverging_maps_are_white_at_zero_and_nowhere_else(name):
+    colours = colormap(name)
+    assert colours.diverging
+    assert np.flatnonzero((colours.levels == 255).all(1)).tolist() == [125]
+
+
+@pytest.mark.parametrize("name", DIVERGING)
+def test_positive_is_red_and_negative_is_blue(name):
+    red, _, blue = colormap(name).levels.astype(int).T
+    assert (red[126:] > blue[126:]).all()
+    assert (blue[:125] > red[:125]).all()
+
+
+@pytest.mark.parametrize("name", DIVERGING)
+def test_diverging_maps_get_darker_away_from_zero(name):
+    light = lightness(colormap(name).levels)
+    assert (np.diff(light[125:]) < 0).all()
+    assert (np.diff(light[:126]) > 0).all()
+
+
+def test_the_arms_of_rdbu_match_in_lightness():
+    light = lightness(colormap("RdBu_r").levels)
+    assert np.abs(light[:125][::-1] - light[126:]).max() < 12
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_finite_looks_like_no_level_no_padding_and_no_text(name):
+    colours = colormap(name)
+    special = {code: np.array(colour, float) for code, colour in SPECIAL_COLOURS.items()}
+    assert len(special) == 3
+    for code, colour in special.items():
+        assert np.array_equal(colours.palette[code], colour)
+        others = np.delete(colours.palette.astype(float), code, axis=0)
+        assert np.linalg.norm(others - colour, axis=1).min() > 130, code
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_stands_out_from_the_padding(name):
+    colours = colormap(name)
+    padding, text = lightness(colours.palette[[colormaps.PADDING, colormaps.TEXT]])
+    assert abs(padding - text) > 80
+
+
+@pytest.mark.parametrize("name", DIVERGING)
+def test_padding_of_diverging_maps_looks_like_no_level(name):
+    colours = colormap(name)
+    distance = np.linalg.norm(colours.levels.astype(float) - colours.palette[colormaps.PADDING], axis=1)
+    assert distance.min() > 60
+
+
+def test_levels_cannot_be_changed():
+    with pytest.raises(ValueError, match="read-only"):
+        colormap("gray").levels[0] = 1
+
+
+def test_unknown_names_are_answered_with_the_known_ones():
+    with pytest.raises(
+        InvalidArgumentError, match=r'"auto" or one of gray, hot, seismic, RdBu_r, got \'jet\''
+    ):
+        colormap("jet")
+
+
+@pytest.mark.parametrize("name", [None, 3, ["gray"], np.zeros((256, 3), np.uint8)])
+def test_what_is_no_name_raises_type_error(name):
+    with pytest.raises(InvalidTypeError, match=f"name of a colour map, got {type(name).__name__}"):
+        colormap(name)
