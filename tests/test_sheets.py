@@ -588,6 +588,16 @@ def same(image: Image.Image, maps: torch.Tensor, labels: list[str]) -> bool:
     return np.array_equal(colours(image), colours(feature_grid(maps, labels=labels)))
 
 
+def test_numbers_of_deep_layers_are_told_apart_on_small_tiles():
+    maps = torch.zeros(3, 3, 3)
+    labels = ["100/107", "100/117", "110/107"]  # the same where shortened to "10…7" or "1…7"
+    pixels = colours(feature_grid(maps, labels=labels, nrow=3))[1 : 1 + HEADER, 1:]
+    first, second, third = (pixels[:, at : at + 33] for at in (0, 34, 68))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, third)
+    assert all(has_ink(part, WHITE) for part in (first, second, third))
+
+
 def test_label_over_several_lines_stays_in_its_line():
     maps = ramp(2, 40, 40)
     assert same(feature_grid(maps, labels=["a\nb", "c\td"]), maps, ["a b", "c d"])

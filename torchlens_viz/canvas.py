@@ -25,7 +25,7 @@ _TILE_SIZE: Final = 32
 _MOST_PIXELS: Final = 2**28
 _BAR_HEIGHT: Final = 10
 _MARGIN: Final = 4
-_GAP: Final = 3  # at least, between the labels of neighbours
+_GAP: Final = 2  # at least, between the labels of neighbours
 _LONGEST_LINE: Final = 640
 
 
@@ -96,9 +96,11 @@ def draw(tiles: torch.Tensor, style: Style, *, labels: Sequence[str], notes: Seq
     image = _paint(tiles, limits, colours, style, layout)
     if style.labels is not False:
         room = layout.tile_width + layout.padding - _GAP
-        for corner, label in zip(layout.corners(), labels, strict=False):
-            text = lettering.shortened(label, room)
-            lettering.write_line(image, corner, text, _entry(image, colours, TEXT))
+        size = lettering.fitting_size(labels[:shown], room)
+        for (x, y), label in zip(layout.corners(), labels, strict=False):
+            text = label if size < lettering.SIZES[0] else lettering.shortened(label, room)
+            below = (lettering.SIZES[0] - size) // 2  # small letters stand as close to their tile
+            lettering.write_line(image, (x, y + below), text, _entry(image, colours, TEXT), size)
     lines = [f"{shown} of {count} shown"] if shown < count else []
     if style.legend:
         return _with_caption(image, colours, [*lines, *notes], limits)

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cache
 from math import ceil
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-FONT_SIZE: Final = 12
+SIZES: Final = (12, 10, 8)  # the first is that of all text that has room enough
 LINE_HEIGHT: Final = 16
 
 
 @cache
-def font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font(size: int = SIZES[0]) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """Return the font that Pillow ships."""
-    return ImageFont.load_default(FONT_SIZE)
+    return ImageFont.load_default(size)
 
 
-def text_width(text: str) -> int:
+def text_width(text: str, size: int = SIZES[0]) -> int:
     """Return the pixels that a line of text takes, in pictures with and without smooth edges of letters."""
-    return ceil(max(font().getlength(text, mode) for mode in ("1", "L")))
+    return ceil(max(font(size).getlength(text, mode) for mode in ("1", "L")))
+
+
+def fitting_size(texts: Sequence[str], width: int) -> int:
+    """Return the largest size at which every text takes at most `width` pixels, or the first if none does."""
+    longest = max(texts, key=text_width)
+    return next((size for size in SIZES if text_width(longest, size) <= width), SIZES[0])
 
 
 def shortened(text: str, width: int) -> str:
@@ -40,6 +47,12 @@ def shortened(text: str, width: int) -> str:
     return ends(fitting) if fitting else ""
 
 
-def write_line(image: Image.Image, at: tuple[int, int], text: str, fill: int | tuple[int, int, int]) -> None:
+def write_line(
+    image: Image.Image,
+    at: tuple[int, int],
+    text: str,
+    fill: int | tuple[int, int, int],
+    size: int = SIZES[0],
+) -> None:
     """Write one line of text with its upper left corner at `at`, (x, y)."""
-    ImageDraw.Draw(image).text(at, text, fill=fill, font=font())
+    ImageDraw.Draw(image).text(at, text, fill=fill, font=font(size))
