@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,7 @@ ANCHORS = {
     "hot": {0.0: (11, 0, 0), 1.0: (255, 255, 255)},
     "seismic": {0.0: (0, 0, 77), 0.5: (255, 255, 255), 1.0: (128, 0, 0)},
     # ColorBrewer's eleven RdBu colours, but for the middle, which there is (247, 247, 247).
+    "viridis": {0.0: (68, 1, 84), 0.2: (65, 68, 135), 0.4: (42, 120, 142), 1.0: (253, 231, 37)},
     "RdBu_r": {
         0.0: (5, 48, 97),
         0.1: (33, 102, 172),
@@ -129,14 +132,54 @@ def test_levels_cannot_be_changed():
         colormap("gray").levels[0] = 1
 
 
-def test_unknown_names_are_answered_with_the_known_ones():
+def test_unknown_names_are_answered_with_the_known_ones(monkeypatch):
+    with pytest.raises(InvalidArgumentError, match=r"gray, hot, viridis, seismic, RdBu_r.*got \'grey2\'"):
+        colormap("grey2")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(
-        InvalidArgumentError, match=r'"auto" or one of gray, hot, seismic, RdBu_r, got \'jet\''
+        InvalidArgumentError, match=r"got \'jet\'; matplotlib, which is not installed, has more"
     ):
         colormap("jet")
 
 
-@pytest.mark.parametrize("name", [None, 3, ["gray"], np.zeros((256, 3), np.uint8)])
-def test_what_is_no_name_raises_type_error(name):
-    with pytest.raises(InvalidTypeError, match=f"name of a colour map, got {type(name).__name__}"):
+def test_names_that_matplotlib_knows_are_taken_from_it():
+    matplotlib = pytest.importorskip("matplotlib")
+    for name, diverging in (("magma", False), ("coolwarm", True), ("RdBu", True), ("coolwarm_r", True)):
+        colours = colormap(name)
+        expected = matplotlib.colormaps[name](np.linspace(0, 1, 251))[:, :3] * 255
+        assert np.abs(colours.levels - expected).max() <= 0.5
+        assert colours.diverging is diverging
+    with pytest.raises(InvalidArgumentError, match="got 'magna'; did you mean magma"):
+        colormap("magna")
+
+
+@pytest.mark.parametrize("name", ["gray", "hot", "seismic", "viridis"])
+def test_our_own_maps_are_matplotlibs_within_one_of_its_256_steps(name):
+    matplotlib = pytest.importorskip("matplotlib")
+    theirs = matplotlib.colormaps[name]
+    step = np.abs(np.diff(theirs(np.arange(256))[:, :3] * 255, axis=0)).max()
+    expected = theirs(np.linspace(0, 1, 251))[:, :3] * 255
+    assert np.abs(colormap(name).levels - expected).max() <= step
+
+
+def test_a_table_of_colours_is_a_map_without_a_middle():
+    table = np.stack([np.arange(256), np.zeros(256), 255 - np.arange(256)], 1).astype(np.uint8)
+    colours = colormap(table)
+    assert not colours.diverging
+    assert colours.levels[[0, 250]].tolist() == [[0, 0, 255], [255, 0, 0]]
+    assert (np.diff(colours.levels[:, 0].astype(int)) >= 1).all()
+    assert colormap(colours) is colours
+
+
+@pytest.mark.parametrize("table", [np.zeros((255, 3), np.uint8), np.zeros((256, 3)), np.zeros(256, np.uint8)])
+def test_tables_of_another_shape_or_type_are_refused(table):
+    with pytest.raises(InvalidArgumentError, match=r"`cmap` must be \(256, 3\) uint8 where it is an array"):
+        colormap(table)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["gray"]])
+def test_what_is_neither_name_nor_table_raises_type_error(name):
+    with pytest.raises(
+        InvalidTypeError, match=f"name of a colour map or an array.*got {type(name).__name__}"
+    ):
         colormap(name)

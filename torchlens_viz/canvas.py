@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from torchlens_viz import colormaps, lettering
-from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap, colormap
+from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap, Table, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
 from torchlens_viz.tiling import compose
@@ -36,7 +36,7 @@ class Style:
     normalize: bool = True
     scale_each: bool = False
     value_range: Sequence[float] | None = None
-    cmap: str = "auto"
+    cmap: str | Table | Colormap = "auto"
     nrow: int | None = None
     padding: int = 1
     upscale: int | None = None
@@ -64,7 +64,7 @@ class Style:
             raise InvalidArgumentError(
                 f"`interpolation={self.interpolation!r}` has no effect with `upscale=1`; leave one out"
             )
-        if self.cmap != "auto":
+        if not _is_auto(self.cmap):
             colormap(self.cmap)
 
 
@@ -149,6 +149,10 @@ class _Layout:
         ]
 
 
+def _is_auto(cmap: str | Table | Colormap) -> bool:
+    return isinstance(cmap, str) and cmap == "auto"
+
+
 def _own_labels(given: Sequence[str], count: int) -> list[str]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InvalidTypeError(f"`labels` must be True or a list of {count} strings, got {given!r}")
@@ -166,7 +170,7 @@ def _as_floating(tiles: torch.Tensor, style: Style) -> torch.Tensor:
 
 
 def _choose_colours(tiles: torch.Tensor, style: Style, limits: Limits) -> Colormap:
-    if style.cmap != "auto":
+    if not _is_auto(style.cmap):
         return colormap(style.cmap)
     signed = tiles.shape[1] == 1 and style.normalize and limits.have_both_signs
     return colormap("RdBu_r" if signed else "gray")

@@ -6,6 +6,8 @@ changes no other pixel. 251 is odd, so that a diverging table has an exact middl
 
 from __future__ import annotations
 
+import difflib
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Final, TypeAlias
@@ -36,6 +38,41 @@ _BLACK: Final = (0, 0, 0)
 # (247, 247, 247); here zero is white.
 _ANCHORS: Final[dict[str, tuple[tuple[int, int, int], ...]]] = {
     "gray": (_BLACK, _WHITE),
+    "viridis": (
+        (68, 1, 84),
+        (71, 13, 96),
+        (72, 24, 106),
+        (72, 35, 116),
+        (71, 45, 123),
+        (69, 54, 129),
+        (66, 64, 134),
+        (63, 73, 137),
+        (59, 82, 139),
+        (55, 90, 141),
+        (51, 99, 141),
+        (47, 106, 142),
+        (44, 114, 142),
+        (41, 122, 142),
+        (38, 129, 142),
+        (35, 137, 142),
+        (33, 144, 140),
+        (31, 152, 139),
+        (31, 159, 136),
+        (33, 166, 133),
+        (40, 174, 128),
+        (49, 181, 123),
+        (62, 188, 116),
+        (76, 194, 108),
+        (93, 201, 99),
+        (110, 206, 88),
+        (130, 211, 76),
+        (150, 216, 63),
+        (171, 220, 50),
+        (192, 223, 36),
+        (213, 226, 26),
+        (234, 229, 26),
+        (253, 231, 37),
+    ),
     "seismic": ((0, 0, 77), (0, 0, 255), _WHITE, (255, 0, 0), (128, 0, 0)),
     "RdBu_r": (
         (5, 48, 97),
@@ -52,7 +89,11 @@ _ANCHORS: Final[dict[str, tuple[tuple[int, int, int], ...]]] = {
     ),
 }
 _DIVERGING: Final = frozenset({"seismic", "RdBu_r"})
-NAMES: Final = ("gray", "hot", "seismic", "RdBu_r")
+# Those of matplotlib, each of which has a reversed form as well.
+_DIVERGING_ELSEWHERE: Final = re.compile(
+    "(PiYG|PRGn|BrBG|PuOr|RdGy|RdBu|RdYlBu|RdYlGn|Spectral|coolwarm|bwr|berlin|managua|vanimo)(_r)?"
+)
+NAMES: Final = ("gray", "hot", "viridis", "seismic", "RdBu_r")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,30 +125,71 @@ class Colormap:
         return np.concatenate([self.levels, extra])
 
 
-def colormap(name: str) -> Colormap:
-    """Return a colour map by its name.
+def colormap(cmap: str | Table | Colormap) -> Colormap:
+    """Return a colour map by its name, or made of a table of colours.
 
     Args:
-        name: `"gray"`, `"hot"` (both for values without a middle), `"seismic"` or `"RdBu_r"` (diverging: blue
-            is negative, white zero, red positive). The colours are those of the maps of these names in
-            matplotlib, except that the middle of `"RdBu_r"` is pure white.
+        cmap: `"gray"`, `"hot"` or `"viridis"` (for values without a middle), `"seismic"` or `"RdBu_r"`
+            (diverging: blue is negative, white zero, red positive); where matplotlib is installed, any name
+            that it knows; or 256 colours, (256, 3) uint8, which count as a map without a middle; or a
+            `Colormap`. The maps of our own have the colours of matplotlib's, except that the middle of
+            `"RdBu_r"` is pure white.
 
     Raises:
-        InvalidArgumentError: There is no such map.
-        InvalidTypeError: `name` is not a string.
+        InvalidArgumentError: There is no such map, or the table has another shape.
+        InvalidTypeError: It is something else.
     """
-    if not isinstance(name, str):
-        raise InvalidTypeError(f"`cmap` must be the name of a colour map, got {type(name).__name__}")
-    if name not in NAMES:
-        raise InvalidArgumentError(f'`cmap` must be "auto" or one of {", ".join(NAMES)}, got {name!r}')
-    return _made(name)
+    if isinstance(cmap, Colormap):
+        return cmap
+    if isinstance(cmap, str):
+        return _named(cmap)
+    if isinstance(cmap, np.ndarray):
+        if cmap.shape != (256, 3) or cmap.dtype != np.uint8:
+            raise InvalidArgumentError(
+                f"`cmap` must be (256, 3) uint8 where it is an array, got {cmap.shape} {cmap.dtype}"
+            )
+        return Colormap("table", _resampled(cmap), diverging=False)
+    raise InvalidTypeError(
+        f"`cmap` must be the name of a colour map or an array (256, 3) of uint8, got {type(cmap).__name__}"
+    )
 
 
 @cache
-def _made(name: str) -> Colormap:
-    levels = _hot() if name == "hot" else _between(_ANCHORS[name])
+def _named(name: str) -> Colormap:
+    if name == "hot":
+        levels = _hot()
+    elif name in _ANCHORS:
+        levels = _between(_ANCHORS[name])
+    else:
+        levels = _of_matplotlib(name)
     levels.flags.writeable = False
-    return Colormap(name, levels, name in _DIVERGING)
+    is_diverging = name in _DIVERGING or _DIVERGING_ELSEWHERE.fullmatch(name) is not None
+    return Colormap(name, levels, is_diverging)
+
+
+def _of_matplotlib(name: str) -> Table:
+    try:
+        from matplotlib import colormaps
+    except ImportError:
+        raise InvalidArgumentError(
+            f'`cmap` must be "auto" or one of {", ".join(NAMES)}, got {name!r}; matplotlib, which is not '
+            "installed, has more: `python -m pip install matplotlib`"
+        ) from None
+    if name not in colormaps:
+        near = difflib.get_close_matches(name, [*NAMES, *colormaps], n=3)
+        raise InvalidArgumentError(
+            f'`cmap` must be "auto", one of {", ".join(NAMES)} or a name that matplotlib knows, got {name!r}'
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    colours = colormaps[name](np.linspace(0, 1, LEVELS))[:, :3]
+    levels: Table = (colours * 255).round().astype(np.uint8)
+    return levels
+
+
+def _resampled(table: Table) -> Table:
+    """Choose 251 of the 256 colours, the first and the last among them."""
+    levels: Table = table[np.linspace(0, len(table) - 1, LEVELS).round().astype(int)]
+    return levels
 
 
 def _between(anchors: tuple[tuple[int, int, int], ...]) -> Table:
