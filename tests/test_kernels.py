@@ -237,7 +237,6 @@ NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), n
         (torch.zeros(0, 3, 3, 3), None, r"got shape \(0, 3, 3, 3\)"),
         (torch.zeros(2, 3, 0, 3), None, r"got shape \(2, 3, 0, 3\)"),
         (torch.zeros(2, 0, 3), None, r"got shape \(2, 0, 1, 3\)"),
-        (nn.Conv3d(1, 2, 3), None, r"got shape \(2, 1, 3, 3, 3\); pass one slice, `weight\[:, :, depth\]`"),
     ],
 )
 def test_what_cannot_be_drawn_raises_with_the_next_step(source, layer, message):

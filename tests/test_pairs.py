@@ -52,7 +52,7 @@ def split(sheet: np.ndarray, kernel_width: int, map_size: tuple[int, int], colum
 def test_kernel_stands_left_of_the_map_it_makes():
     image = torch.rand(3, 34, 34)
     image[:, 1, 1], image[:, 32, 32] = 0.0, 1.0
-    sheet = pixels(pair_grid(network(), "0", image, labels=False, nrow=3))
+    sheet = pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=3))
     assert sheet.shape == (6 + 98 + 6, 6 + 3 * (98 + 2 + 98 + 6), 3)
     maps = image[:, 1:-1, 1:-1]  # each channel by itself, without its border
     low, high = maps.min(), maps.max()
@@ -66,7 +66,7 @@ def test_kernel_stands_left_of_the_map_it_makes():
 
 
 def test_kernel_and_map_are_framed_on_white():
-    sheet = pixels(pair_grid(network(), "0", torch.rand(3, 34, 34), labels=False, nrow=1))
+    sheet = pixels(pair_grid(network(), "0", torch.rand(3, 34, 34), order="channel", labels=False, nrow=1))
     row = sheet[6 + 50, :, 0].tolist()
     assert row[:7] == [WHITE] * 6 + [FRAME]
     assert row[6 + 97 : 6 + 101] == [FRAME, WHITE, WHITE, FRAME]
@@ -101,8 +101,8 @@ def test_one_range_holds_for_all_maps_unless_each_has_its_own():
     shared, each = (
         [drawn for _, drawn in split(pixels(sheet), 96, (96, 96), 3)]
         for sheet in (
-            pair_grid(network(), "0", image, labels=False, nrow=3),
-            pair_grid(network(), "0", image, labels=False, nrow=3, scale_each=True),
+            pair_grid(network(), "0", image, order="channel", labels=False, nrow=3),
+            pair_grid(network(), "0", image, order="channel", labels=False, nrow=3, scale_each=True),
         )
     )
     assert shared[1].max() < 40
@@ -115,7 +115,10 @@ def test_values_are_those_before_an_in_place_relu():
     with torch.no_grad():
         model[0].weight.neg_()
     ((_, drawn), *_) = split(
-        pixels(pair_grid(model, "0", torch.rand(3, 34, 34), labels=False, nrow=3)), 96, (96, 96), 3
+        pixels(pair_grid(model, "0", torch.rand(3, 34, 34), order="channel", labels=False, nrow=3)),
+        96,
+        (96, 96),
+        3,
     )
     assert drawn.min() < drawn.max()  # after the ReLU all would be zero
 
@@ -139,7 +142,10 @@ def test_chosen_channels_are_drawn_in_their_order(chosen):
     image[:, 1, 1], image[:, 32, 32] = 0.0, 1.0
     everything, some = (
         split(
-            pixels(pair_grid(network(), "0", image, labels=False, nrow=count, **options)), 96, (96, 96), count
+            pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=count, **options)),
+            96,
+            (96, 96),
+            count,
         )
         for count, options in ((3, {}), (2, {"channels": chosen}))
     )
@@ -157,9 +163,11 @@ def test_sheet_of_pairs_is_near_square(count, columns):
 
 def test_labels_stand_above_and_change_no_pair():
     image = torch.rand(3, 34, 34)
-    plain = split(pixels(pair_grid(network(), "0", image, labels=False, nrow=2)), 96, (96, 96), 2)
+    plain = split(
+        pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=2)), 96, (96, 96), 2
+    )
     for labels in (True, ["one", "two", "three"]):
-        sheet = pixels(pair_grid(network(), "0", image, labels=labels, nrow=2))
+        sheet = pixels(pair_grid(network(), "0", image, order="channel", labels=labels, nrow=2))
         labelled = split(sheet, 96, (96, 96), 2, HEADER)
         for before, after in zip(plain, labelled, strict=True):
             assert np.array_equal(before[0], after[0])
@@ -169,7 +177,7 @@ def test_labels_stand_above_and_change_no_pair():
 
 def test_first_pairs_are_drawn_as_if_they_were_all_and_the_rest_is_mentioned():
     model, image = nn.Conv2d(3, 32, 3), torch.rand(3, 34, 34)
-    few = pixels(pair_grid(model, None, image, max_tiles=3))
+    few = pixels(pair_grid(model, None, image, order="channel", max_tiles=3))
     chosen = pixels(pair_grid(model, None, image, channels=range(3)))
     assert few.shape[1] == chosen.shape[1]
     assert np.array_equal(few[: len(chosen)], chosen)
@@ -178,7 +186,7 @@ def test_first_pairs_are_drawn_as_if_they_were_all_and_the_rest_is_mentioned():
 
 def test_labels_of_pairs_that_are_not_drawn_may_be_given():
     image = torch.rand(3, 34, 34)
-    few = pixels(pair_grid(network(), "0", image, max_tiles=1, labels=["a", "b", "c"]))
+    few = pixels(pair_grid(network(), "0", image, order="channel", max_tiles=1, labels=["a", "b", "c"]))
     alone = pixels(pair_grid(network(), "0", image, channels=0, labels=["a"]))
     assert np.array_equal(few[: len(alone)], alone)
 
@@ -186,9 +194,9 @@ def test_labels_of_pairs_that_are_not_drawn_may_be_given():
 def test_values_that_are_not_finite_are_visible_and_alone():
     image = torch.rand(3, 34, 34)
     image[0, 1, 1], image[0, 2, 2] = 0.0, 1.0
-    clean = pixels(pair_grid(network(), "0", image, labels=False, nrow=3))
+    clean = pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=3))
     image[0, 17, 17] = math.inf
-    dirty = pixels(pair_grid(network(), "0", image, labels=False, nrow=3))
+    dirty = pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=3))
     ((_, drawn), *_) = split(dirty, 96, (96, 96), 3)
     assert tuple(drawn[49, 49]) == (0, 255, 0)
     expected = clean.copy()
@@ -229,7 +237,7 @@ def test_preprocessing_makes_what_the_model_takes():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_photograph_is_drawn_by_models_of_other_precision(dtype):
     picture = Image.linear_gradient("L").resize((34, 34))
-    sheet = pixels(pair_grid(network()[0].to(dtype), None, picture, labels=False, nrow=3))
+    sheet = pixels(pair_grid(network()[0].to(dtype), None, picture, order="channel", labels=False, nrow=3))
     for _, drawn in split(sheet, 96, (96, 96), 3):
         assert (np.diff(drawn[:, 50, 0].astype(int)) >= 0).all()
         assert drawn[0, 50, 0] < 20
@@ -399,3 +407,63 @@ def test_photograph_goes_where_the_model_is():
     here, there = pixels(pair_grid(model, None, picture)), pixels(pair_grid(model.cuda(), None, picture))
     assert np.abs(here.astype(int) - there.astype(int)).max() <= 2
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+# Order and figures.
+
+
+class Three(nn.Module):
+    """Convolutions with a blur, an edge and a colour kernel, in the order edge, colour, blur."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, padding_mode="replicate", bias=False)
+        edge = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).expand(3, 3, 3)
+        colour = torch.zeros(3, 3, 3)
+        colour[0, 1, 1], colour[2, 1, 1] = 1, -1
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.stack([edge, colour, torch.full((3, 3, 3), 1 / 27)]))
+
+    def forward(self, value):
+        return self.conv(value)
+
+
+@pytest.fixture
+def scene():
+    image = torch.zeros(3, 40, 40)
+    image[:, :, 20:] = 1
+    image[0, 10:30, 5:15] = 0.3
+    return image
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("channel", [0, 1, 2]),
+        (None, [2, 1, 0]),
+        ("picture", [2, 1, 0]),
+        ("edges", [0, 1, 2]),
+        ("colour", [1, 0, 2]),
+    ],
+)
+def test_pairs_are_sorted_by_what_the_kernels_keep(scene, order, expected):
+    sheet = pair_grid(Three(), None, scene, order=order, labels=False, scale_each=True, nrow=3)
+    by_hand = pair_grid(Three(), None, scene, channels=expected, labels=False, scale_each=True, nrow=3)
+    assert sheet.tobytes() == by_hand.tobytes()
+
+
+def test_most_telling_pairs_are_those_that_stay(scene):
+    few = pixels(pair_grid(Three(), None, scene, labels=False, max_tiles=1, scale_each=True))
+    first = pixels(pair_grid(Three(), None, scene, labels=False, channels=2, scale_each=True))
+    assert np.array_equal(few[: first.shape[0], : first.shape[1]], first)
+
+
+def test_own_labels_go_with_their_pairs(scene):
+    labelled = pair_grid(Three(), None, scene, labels=["a", "b", "c"], order="picture")
+    by_hand = pair_grid(Three(), None, scene, labels=["c", "b", "a"], channels=[2, 1, 0])
+    assert labelled.tobytes() == by_hand.tobytes()
+
+
+def test_unknown_order_is_refused(scene):
+    with pytest.raises(InvalidArgumentError, match="`order` must be one of picture, edges, colour, channel"):
+        pair_grid(Three(), None, scene, order="size")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf, log10, sqrt
-from typing import Final, Literal, TypeAlias
+from math import ceil, sqrt
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,77 +14,47 @@ from PIL import Image
 from torch.nn import functional as F
 
 from torchlens_viz import colormaps, lettering
-from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap, Table, colormap
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.captions import captioned, entry
+from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap, colormap
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
+from torchlens_viz.style import Rank, Style, own_labels
 from torchlens_viz.tiling import compose
-
-Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
 
 _TILE_SIZE: Final = 32
 _MOST_PIXELS: Final = 2**28
-_BAR_HEIGHT: Final = 10
-_MARGIN: Final = 4
 _GAP: Final = 2  # at least, between the labels of neighbours
-_LONGEST_LINE: Final = 640
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Style:
-    """How tiles are drawn; `torchlens_viz.kernel_grid` explains the options."""
-
-    normalize: bool = True
-    scale_each: bool = False
-    value_range: Sequence[float] | None = None
-    cmap: str | Table | Colormap = "auto"
-    nrow: int | None = None
-    padding: int = 1
-    upscale: int | None = None
-    interpolation: Interpolation = "nearest"
-    labels: bool | Sequence[str] = False
-    legend: bool = False
-    max_tiles: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("nrow", self.nrow, 1),
-            ("upscale", self.upscale, 1),
-            ("max_tiles", self.max_tiles, 1),
-            ("padding", self.padding, 0),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
-            if value is not None and value < least:
-                raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
-        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise InvalidArgumentError(
-                f'`interpolation` must be "nearest", "bilinear" or "bicubic", got {self.interpolation!r}'
-            )
-        if self.interpolation != "nearest" and self.upscale == 1:
-            raise InvalidArgumentError(
-                f"`interpolation={self.interpolation!r}` has no effect with `upscale=1`; leave one out"
-            )
-        if not _is_auto(self.cmap):
-            colormap(self.cmap)
-
-
-def draw(tiles: torch.Tensor, style: Style, *, labels: Sequence[str], notes: Sequence[str]) -> Image.Image:
+def draw(
+    tiles: torch.Tensor,
+    style: Style,
+    *,
+    labels: Sequence[str],
+    notes: Sequence[str],
+    order: Sequence[int] | None = None,
+) -> Image.Image:
     """Draw tiles as one sheet.
 
     Args:
-        tiles: (T, 1, H, W) values, or (T, 3, H, W) colours; those beyond `max_tiles` may be missing.
+        tiles: (T, 1, H, W) values, or (T, 3, H, W) colours.
         style: How to draw them.
-        labels: A label for every tile, for when the style asks for labels and does not bring its own.
+        labels: T labels, for when the style asks for labels and does not bring its own.
         notes: Lines for the legend.
+        order: The order in which to show the tiles, where it is not their own; their labels go with them.
 
     Returns:
         An image of mode "RGB" for colours, "L" for finite values in gray, else "P".
     """
-    count = len(labels)
-    shown = count if style.max_tiles is None else min(style.max_tiles, count)
-    if not isinstance(style.labels, bool):
-        labels = _own_labels(style.labels, count)
-    tiles = tiles.detach()[:shown]
+    count = len(tiles)
+    labels = own_labels(style, count) or labels
+    shown = _page(style, count)
+    if order is None:
+        tiles = tiles.detach()[shown.start : shown.stop]
+        labels = labels[shown.start : shown.stop]
+    else:
+        places = [order[index] for index in shown]
+        tiles, labels = tiles.detach()[places], [labels[place] for place in places]
     layout = _Layout.of(tiles, style)  # refuses what is too large, so it comes before the work
     tiles = _as_floating(tiles, style)
     limits = find_limits(
@@ -95,16 +65,34 @@ def draw(tiles: torch.Tensor, style: Style, *, labels: Sequence[str], notes: Seq
         limits = limits.symmetric()
     image = _paint(tiles, limits, colours, style, layout)
     if style.labels is not False:
-        room = layout.tile_width + layout.padding - _GAP
-        size = lettering.fitting_size(labels[:shown], room)
-        for (x, y), label in zip(layout.corners(), labels, strict=False):
-            text = label if size < lettering.SIZES[0] else lettering.shortened(label, room)
-            below = (lettering.SIZES[0] - size) // 2  # small letters stand as close to their tile
-            lettering.write_line(image, (x, y + below), text, _entry(image, colours, TEXT), size)
-    lines = [f"{shown} of {count} shown"] if shown < count else []
+        _write_labels(image, labels, layout, entry(image, colours, TEXT))
+    lines = [] if len(shown) == count else [_shown(shown, count, style.rank)]
     if style.legend:
-        return _with_caption(image, colours, [*lines, *notes], limits)
-    return _with_caption(image, colours, lines, None) if lines else image
+        lines += notes
+    if not (lines or style.legend or style.title):
+        return image
+    scale = limits if style.legend else None
+    return captioned(image, colours, title=style.title, limits=scale, lines=lines)
+
+
+def draw_each(tiles: torch.Tensor, style: Style) -> list[Image.Image]:
+    """Draw every tile as a picture of its own, all in the colours that they would have in one sheet.
+
+    Args:
+        tiles: (T, 1, H, W) values, or (T, 3, H, W) colours.
+        style: How to draw them; what concerns the layout is not looked at.
+
+    Returns:
+        T images of one mode and size.
+    """
+    alone = replace(
+        style, nrow=1, padding=0, labels=False, legend=False, title=None, max_tiles=None, page=0, rank=None
+    )
+    column = draw(tiles, alone, labels=[""] * len(tiles), notes=())
+    height = column.height // len(tiles)
+    return [
+        column.crop((0, height * index, column.width, height * (index + 1))) for index in range(len(tiles))
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +137,31 @@ class _Layout:
         ]
 
 
-def _is_auto(cmap: str | Table | Colormap) -> bool:
-    return isinstance(cmap, str) and cmap == "auto"
+def _page(style: Style, count: int) -> range:
+    """Return the places of the tiles to show."""
+    size = count if style.max_tiles is None else style.max_tiles
+    pages = max(1, ceil(count / size))
+    if style.page >= pages:
+        raise InvalidArgumentError(
+            f"`page` must be below {pages} ({count} tiles, {size} on each), got {style.page}"
+        )
+    return range(style.page * size, min((style.page + 1) * size, count))
 
 
-def _own_labels(given: Sequence[str], count: int) -> list[str]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise InvalidTypeError(f"`labels` must be True or a list of {count} strings, got {given!r}")
-    labels = [" ".join(str(label).split()) for label in given]
-    if len(labels) != count:
-        raise InvalidArgumentError(f"`labels` must be {count} strings, one per tile, got {len(labels)}")
-    return labels
+def _shown(shown: range, count: int, rank: Rank | None) -> str:
+    first = f"{len(shown)}" if shown.start == 0 else f"{shown.start + 1} to {shown.stop}"
+    return f"{first} of {count} shown" + (f", ranked by {rank}" if rank else "")
+
+
+def _write_labels(
+    image: Image.Image, labels: Sequence[str], layout: _Layout, ink: int | tuple[int, int, int]
+) -> None:
+    room = layout.tile_width + layout.padding - _GAP
+    size = lettering.fitting_size(labels, room)
+    for (x, y), label in zip(layout.corners(), labels, strict=True):
+        text = label if size < lettering.SIZES[0] else lettering.shortened(label, room)
+        below = (lettering.SIZES[0] - size) // 2  # small letters stand as close to their tile
+        lettering.write_line(image, (x, y + below), text, ink, size)
 
 
 def _as_floating(tiles: torch.Tensor, style: Style) -> torch.Tensor:
@@ -170,7 +172,7 @@ def _as_floating(tiles: torch.Tensor, style: Style) -> torch.Tensor:
 
 
 def _choose_colours(tiles: torch.Tensor, style: Style, limits: Limits) -> Colormap:
-    if not _is_auto(style.cmap):
+    if style.has_own_colours:
         return colormap(style.cmap)
     signed = tiles.shape[1] == 1 and style.normalize and limits.have_both_signs
     return colormap("RdBu_r" if signed else "gray")
@@ -241,72 +243,5 @@ def in_colour(tiles: torch.Tensor, style: Style, *, upscale: int) -> torch.Tenso
     Returns:
         (T, 3, H', W') uint8 on the CPU.
     """
-    alone = replace(style, nrow=1, padding=0, upscale=upscale, labels=False, legend=False, max_tiles=None)
-    column = np.array(draw(tiles, alone, labels=[""] * len(tiles), notes=()).convert("RGB"))
-    return torch.from_numpy(column.reshape(len(tiles), -1, *column.shape[1:])).movedim(3, 1)
-
-
-def _entry(image: Image.Image, colours: Colormap, code: int) -> int | tuple[int, int, int]:
-    """Return what a palette entry is called in an image's own mode."""
-    if image.mode == "P":
-        return code
-    red, green, blue = (int(part) for part in colours.palette[code])
-    return (red, green, blue) if image.mode == "RGB" else red
-
-
-def _with_caption(
-    image: Image.Image, colours: Colormap, lines: list[str], limits: Limits | None
-) -> Image.Image:
-    """Return the image with lines of text below it, and above those the scale where limits are given."""
-    lines = list(lines)
-    bar = None
-    if limits is not None:
-        has_one_range = len(limits.low) == 1
-        low, high = _distinct(limits.low[0].item(), limits.high[0].item())
-        if not has_one_range:
-            lines.insert(0, "each tile has its own range")
-        elif image.mode == "RGB":
-            lines.insert(0, f"values from {low} to {high}")
-        else:
-            bar = (low, high)
-        if not limits.all_finite:
-            lines.append("magenta: NaN, green: +Inf, cyan: -Inf")
-    longest = max(image.width, _LONGEST_LINE) - 2 * _MARGIN
-    lines = [lettering.shortened(line, longest) for line in lines]
-    low_width = lettering.text_width(bar[0]) if bar else 0
-    widths = [lettering.text_width(line) for line in lines]
-    if bar:
-        widths.append(low_width + lettering.text_width(bar[1]) + LEVELS + 2 * _MARGIN)
-    width = max(image.width, *(2 * _MARGIN + each for each in widths))
-    height = image.height + 2 * _MARGIN + lettering.LINE_HEIGHT * len(widths)
-    canvas = Image.new(image.mode, (width, height), _entry(image, colours, PADDING))
-    if image.mode == "P":
-        canvas.putpalette(colours.palette.tobytes())
-    canvas.paste(image, (0, 0))
-    ink = _entry(image, colours, TEXT)
-    y = image.height + _MARGIN
-    if bar:
-        x = _MARGIN + low_width + _MARGIN
-        lettering.write_line(canvas, (_MARGIN, y), bar[0], ink)
-        canvas.paste(_scale_bar(image.mode, colours), (x, y + 2))
-        lettering.write_line(canvas, (x + LEVELS + _MARGIN, y), bar[1], ink)
-        y += lettering.LINE_HEIGHT
-    for line in lines:
-        lettering.write_line(canvas, (_MARGIN, y), line, ink)
-        y += lettering.LINE_HEIGHT
-    return canvas
-
-
-def _distinct(low: float, high: float) -> tuple[str, str]:
-    """Write two numbers short, and long enough to tell them apart."""
-    width = high - low
-    digits = 3 + max(0, int(log10(max(abs(low), abs(high)) / width))) if 0 < width < inf else 3
-    return f"{low:.{digits}g}", f"{high:.{digits}g}"
-
-
-def _scale_bar(mode: str, colours: Colormap) -> Image.Image:
-    levels = np.arange(LEVELS, dtype=np.uint8) if mode == "P" else colours.levels[:, 0]
-    bar = Image.fromarray(np.tile(levels, (_BAR_HEIGHT, 1)))
-    if mode == "P":
-        bar.putpalette(colours.palette.tobytes())
-    return bar
+    column = [np.array(image.convert("RGB")) for image in draw_each(tiles, replace(style, upscale=upscale))]
+    return torch.from_numpy(np.stack(column)).movedim(3, 1)

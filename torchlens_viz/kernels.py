@@ -14,7 +14,10 @@ from torchlens_viz.modes import inference
 
 
 class Kernels(NamedTuple):
-    """Kernels (O, I, kH, kW), detached, and the name of their layer, `""` where there is no model."""
+    """Kernels (O, I, kH, kW), detached, and the name of their layer, `""` where there is no model.
+
+    Those of a 3-D convolution are (O, I, kD, kH, kW).
+    """
 
     weight: torch.Tensor
     name: str
@@ -24,7 +27,8 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
     """Take the kernels from a model or from a weight tensor.
 
     Args:
-        model_or_weight: A model, or kernels (O, I, kH, kW), or (O, I, k) of a 1-D convolution.
+        model_or_weight: A model, or kernels (O, I, kH, kW), (O, I, k) of a 1-D or (O, I, kD, kH, kW) of a 3-D
+            convolution.
         layer: Which layer of the model, by a selector that finds exactly one; None is the first convolution.
 
     Returns:
@@ -54,10 +58,15 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
     return Kernels(_as_planes(weight, f"`{name}`"), name)
 
 
+def has_kernels(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution of any kind."""
+    kinds = (kind.__name__ for kind in type(module).__mro__)
+    return any("Conv" in kind for kind in kinds) and _stored_weight(module) is not None
+
+
 def _first_convolution(model: nn.Module) -> Layer:
     for layer in named_layers(model):
-        kinds = (kind.__name__ for kind in type(layer.module).__mro__)
-        if any("Conv" in kind for kind in kinds) and _stored_weight(layer.module) is not None:
+        if has_kernels(layer.module):
             return layer
     raise LayerNotFoundError(
         f"the model ({type(model).__name__}) has no convolution; pass the weight of a layer as (O, I, kH, kW)"
@@ -92,10 +101,9 @@ def _numbers(weight: torch.Tensor, what: str) -> torch.Tensor:
 def _as_planes(weight: torch.Tensor, what: str) -> torch.Tensor:
     if weight.ndim == 3:
         weight = weight[:, :, None]
-    if weight.ndim != 4 or weight.numel() == 0:
+    if weight.ndim not in (4, 5) or weight.numel() == 0:
         raise InvalidArgumentError(
             f"{what} must be (O, I, kH, kW) with at least one pixel, got shape {tuple(weight.shape)}"
-            + ("; pass one slice, `weight[:, :, depth]`" if weight.ndim == 5 else "")
         )
     if weight.is_meta or weight.is_complex():
         raise InvalidTypeError(f"{what} must be real numbers to draw, got {weight.dtype} on {weight.device}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import ceil, sqrt
-from typing import Any, Final
+from math import ceil, isnan, sqrt
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -14,12 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz.activations import capture
-from torchlens_viz.canvas import Style, draw, in_colour
+from torchlens_viz.canvas import draw, in_colour
+from torchlens_viz.captions import captioned
+from torchlens_viz.choices import indices_of, maps_of
+from torchlens_viz.colormaps import colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.kernels import kernels_of
 from torchlens_viz.layers import Selector
 from torchlens_viz.modes import inference
-from torchlens_viz.sheets import indices_of, maps_of
+from torchlens_viz.patterns import Patterns, measure_patterns
+from torchlens_viz.style import Style, own_labels
+
+Order: TypeAlias = Literal["picture", "edges", "colour", "channel"]
 
 _MAP_SIZE: Final = 96
 _WHITE: Final = 255
@@ -34,11 +40,16 @@ def pair_grid(
     channels: int | Sequence[int] | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     scale_each: bool = False,
+    order: Order | None = None,
     nrow: int | None = None,
     labels: bool | Sequence[str] = True,
     max_tiles: int | None = None,
 ) -> Image.Image:
     """Draw the kernels of a convolution, each with the feature map it makes of an image to its right.
+
+    Which kernels keep the picture, and which only its edges? `torchlens_viz.patterns` has the numbers, by
+    which the pairs are sorted and labelled: `p` how clearly the picture is still there, `e` how much its
+    edges are, `c` the kernel's share of colour.
 
     The model runs once, in eval mode and without gradients, as far as the layer; its flags are restored.
 
@@ -51,8 +62,11 @@ def pair_grid(
             taken as it is and a picture as RGB values in [0, 1].
         scale_each: Give each kernel and each map its own range, instead of one range for all kernels and one
             for all maps.
+        order: Which pairs come first: those that keep the `"picture"`, its `"edges"`, those with most
+            `"colour"`, or `"channel"` for the order of the channels. None is `"picture"`, or the order of
+            `channels` where these are given.
         nrow: Pairs per row; None is near-square.
-        labels: Write channel numbers above the pairs, or these strings.
+        labels: Write channel numbers and what the kernels keep above the pairs, or these strings.
         max_tiles: Draw no more pairs than this, and say below how many there are.
 
     Returns:
@@ -72,12 +86,33 @@ def pair_grid(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    if order not in (None, *get_args(Order)):
+        raise InvalidArgumentError(f"`order` must be one of {', '.join(get_args(Order))}, got {order!r}")
     weight, name = kernels_of(model, layer)
+    if weight.ndim != 4:
+        raise InvalidArgumentError(f"`{name}` must have kernels (O, I, kH, kW), got {tuple(weight.shape)}")
     chosen = indices_of(channels, len(weight), "channels")
-    labels_ = [str(index) for index in chosen]
     sheet = Style(normalize=False, nrow=nrow, padding=6, upscale=1, labels=labels, max_tiles=max_tiles)
-    chosen = chosen[:max_tiles]
     batch = _as_batch(image if preprocess is None else preprocess(image))
+    maps = _maps(model, name, batch, weight)
+    patterns = measure_patterns(weight[chosen], maps[chosen], batch[0])
+    places = _places(patterns, order or ("picture" if channels is None else "channel"))[:max_tiles]
+    if labels is True:
+        sheet = replace(sheet, labels=_captions(chosen, patterns))
+    own = own_labels(sheet, len(chosen))
+    if nrow is None:  # a pair is about twice as wide as high
+        sheet = replace(sheet, nrow=ceil(sqrt(len(places) / 2)))
+    sheet = replace(sheet, max_tiles=None, labels=own and [own[place] for place in places])
+    shown = [chosen[place] for place in places]
+    pairs = _drawn(weight[shown], maps[shown], Style(scale_each=scale_each))
+    picture = draw(pairs, sheet, labels=[""] * len(pairs), notes=())
+    if len(shown) == len(chosen):
+        return picture
+    line = f"{len(shown)} of {len(chosen)} shown"
+    return captioned(picture, colormap("gray"), title=None, limits=None, lines=[line])
+
+
+def _maps(model: nn.Module, name: str, batch: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     first = next((each for each in model.parameters() if each.is_floating_point()), weight)
     batch = batch.to(first.device, first.dtype if batch.is_floating_point() else None)
     with inference(model), capture(model, name, stop=True) as acts:
@@ -85,14 +120,31 @@ def pair_grid(
     maps = maps_of(acts[name], sample=0)
     if len(maps) != len(weight):
         raise InvalidArgumentError(f"`{name}` has {len(weight)} kernels and puts out {len(maps)} maps")
-    kernels = weight[chosen] if weight.shape[1] == 3 else weight[chosen][:, :1]
-    style = Style(scale_each=scale_each)
-    map_tiles = in_colour(maps[chosen][:, None], style, upscale=ceil(_MAP_SIZE / max(maps.shape[1:])))
+    return maps
+
+
+def _places(patterns: Patterns, order: Order) -> list[int]:
+    if order == "channel":
+        return list(range(len(patterns.picture)))
+    figures = getattr(patterns, order).nan_to_num(0)
+    places: list[int] = figures.sort(descending=True, stable=True).indices.tolist()
+    return places
+
+
+def _captions(chosen: Sequence[int], patterns: Patterns) -> list[str]:
+    rows = zip(chosen, *(figure.tolist() for figure in patterns), strict=True)
+    return [
+        f"{index}  p {picture:.2f}  e {edges:.2f}" + ("" if isnan(colour) else f"  c {colour:.2f}")
+        for index, picture, edges, colour in rows
+    ]
+
+
+def _drawn(kernels: torch.Tensor, maps: torch.Tensor, style: Style) -> torch.Tensor:
+    kernels = kernels if kernels.shape[1] == 3 else kernels[:, :1]
+    map_tiles = in_colour(maps[:, None], style, upscale=ceil(_MAP_SIZE / max(maps.shape[1:])))
     height = map_tiles.shape[2]
     kernel_tiles = in_colour(kernels, style, upscale=max(1, height // max(kernels.shape[2:])))
-    if nrow is None:  # a pair is about twice as wide as high
-        sheet = replace(sheet, nrow=ceil(sqrt(len(chosen) / 2)))
-    return draw(_side_by_side(kernel_tiles, map_tiles), sheet, labels=labels_, notes=())
+    return _side_by_side(kernel_tiles, map_tiles)
 
 
 def _side_by_side(kernels: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Unpack
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.canvas import Interpolation, Style, draw
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.canvas import draw
+from torchlens_viz.choices import indices_of, maps_of
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.kernels import kernels_of
 from torchlens_viz.layers import Selector
 from torchlens_viz.pictures import save_picture
-
-
-class StyleOptions(TypedDict, total=False):
-    """The drawing options that every sheet takes; `kernel_grid` explains them."""
-
-    normalize: bool
-    scale_each: bool
-    value_range: Sequence[float] | None
-    cmap: str
-    nrow: int | None
-    padding: int
-    upscale: int | None
-    interpolation: Interpolation
-    labels: bool | Sequence[str]
-    legend: bool
-    max_tiles: int | None
+from torchlens_viz.style import Style, StyleOptions, ranking
 
 
 class KernelOptions(StyleOptions, total=False):
@@ -49,6 +33,7 @@ class FeatureOptions(StyleOptions, total=False):
 
     sample: int
     channels: int | Sequence[int] | None
+    grid: tuple[int, int] | None
 
 
 def kernel_grid(
@@ -57,43 +42,43 @@ def kernel_grid(
     *,
     filters: int | Sequence[int] | None = None,
     channels: int | Sequence[int] | None = None,
-    normalize: bool = True,
-    scale_each: bool = False,
-    value_range: Sequence[float] | None = None,
-    cmap: str = "auto",
-    nrow: int | None = None,
-    padding: int = 1,
-    upscale: int | None = None,
-    interpolation: Interpolation = "nearest",
-    labels: bool | Sequence[str] = False,
-    legend: bool = False,
-    max_tiles: int | None = None,
+    **options: Unpack[StyleOptions],
 ) -> Image.Image:
     """Draw the kernels of a convolution, one tile per filter.
 
     Kernels with three input channels are drawn in colour. Of others, input channel 0 is shown unless
-    `channels` says otherwise; several channels make one row per filter and one column per channel.
+    `channels` says otherwise; several channels, or the slices of a 3-D kernel, make one row per filter.
+    Kernels of a single pixel are drawn as one picture: a row per filter, a column per input channel.
 
     Args:
-        model_or_weight: A model, or kernels (O, I, kH, kW).
+        model_or_weight: A model, or kernels (O, I, kH, kW); (O, I, k) and (O, I, kD, kH, kW) too.
         layer: Which layer of the model, by a selector that finds exactly one; None is the first convolution.
         filters: Show only these filters, by index from 0.
         channels: Show these input channels, by index from 0, each as a tile of its own.
-        normalize: Spread the range of values over the colours: one range for the whole sheet. With False,
-            values are taken to lie in [0, 1] ([-1, 1] in a diverging map; uint8 in [0, 255]) and clipped.
-        scale_each: Give each tile its own range.
-        value_range: The range (low, high) to show; values beyond are clipped.
-        cmap: `"gray"`, `"hot"`, `"seismic"` or `"RdBu_r"`. The last two show a range symmetric about zero,
-            with zero white and positive values red. `"auto"` is colour for kernels with three input channels,
-            else `"RdBu_r"` for a range with both signs, else `"gray"`. A named map draws the channels of a
-            colour kernel as separate tiles.
-        nrow: Tiles per row, that is, the number of columns; None is near-square, wider than high.
-        padding: Pixels between tiles and around the sheet.
-        upscale: Enlarge each tile by this whole factor; None brings its longer side to at least 32 pixels.
-        interpolation: `"nearest"` repeats pixels; `"bilinear"` and `"bicubic"` smooth within each tile.
-        labels: Write filter (and channel) numbers above the tiles, or these strings, one per tile.
-        legend: Write limits, layer and choice of channels below the sheet.
-        max_tiles: Draw no more tiles than this, and say below the sheet how many there are.
+        options: How to draw them:
+
+            normalize (True): Spread the range of values over the colours: one range for the whole sheet. With
+                False, values are taken to lie in [0, 1] ([-1, 1] in a diverging map; uint8 in [0, 255]).
+            scale_each (False): Give each tile its own range.
+            value_range (None): The range (low, high) to show; values beyond are clipped.
+            cmap ("auto"): `"gray"`, `"hot"`, `"viridis"`, `"seismic"`, `"RdBu_r"`, a name that matplotlib
+                knows where it is installed, or 256 colours, (256, 3) uint8. Diverging maps show a range
+                symmetric about zero, with zero white and positive values red in the two of ours. `"auto"` is
+                colour for kernels with three input channels, else `"RdBu_r"` for a range with both signs,
+                else `"gray"`. A named map draws the channels of a colour kernel as separate tiles.
+            nrow (None): Tiles per row, that is, the number of columns; None is near-square, wider than high.
+            padding (1): Pixels between tiles and around the sheet.
+            upscale (None): Enlarge each tile by this whole factor; None brings its longer side to at least
+                32 pixels.
+            interpolation ("nearest"): `"nearest"` repeats pixels; `"bilinear"` and `"bicubic"` smooth within
+                each tile.
+            labels (False): Write filter (and channel) numbers above the tiles, or these strings, one per
+                tile.
+            legend (False): Write limits, layer and choice of channels below the sheet.
+            title (None): A line above the sheet.
+            rank (None): Show the tiles with the greatest `"norm"`, `"mean"`, `"std"` or `"max"` first.
+            max_tiles (None): Draw no more tiles than this, and say below the sheet how many there are.
+            page (0): With `max_tiles`, which page of tiles to draw, from 0.
 
     Returns:
         An image of mode "RGB" for colour kernels, "L" for gray, else "P". NaN is magenta, +Inf green and -Inf
@@ -110,40 +95,29 @@ def kernel_grid(
         >>> kernel_grid(net).mode, kernel_grid(net, "2", channels=range(8)).mode
         ('RGB', 'P')
     """
-    style = Style(
-        normalize=normalize,
-        scale_each=scale_each,
-        value_range=value_range,
-        cmap=cmap,
-        nrow=nrow,
-        padding=padding,
-        upscale=upscale,
-        interpolation=interpolation,
-        labels=labels,
-        legend=legend,
-        max_tiles=max_tiles,
-    )
+    style = Style(**options)
     weight, name = kernels_of(model_or_weight, layer)
     outputs, inputs = weight.shape[:2]
     chosen = indices_of(filters, outputs, "filters")
-    layer_note = f"{name}: " if name else ""
-    layer_note += f"{outputs} x {inputs} kernels of {weight.shape[2]} x {weight.shape[3]}"
-    if inputs == 3 and channels is None and cmap == "auto":
-        labels_ = [str(index) for index in chosen]
-        return draw(weight[chosen], style, labels=labels_, notes=[layer_note])
+    size = " x ".join(map(str, weight.shape[2:]))
+    notes = [f"{name + ': ' if name else ''}{outputs} x {inputs} kernels of {size}"]
+    if inputs == 3 and channels is None and not style.has_own_colours:
+        # (O, 3, [D,] H, W) -> a colour tile per filter, or per slice of it
+        tiles = weight[chosen].unsqueeze(2) if weight.ndim == 4 else weight[chosen]
+        return _draw_rows(tiles.transpose(1, 2), style, [str(index) for index in chosen], [""], notes)
     planes = indices_of(channels, inputs, "channels")
+    if weight.shape[2:].numel() == 1:
+        return _draw_matrix(weight[chosen][:, planes].flatten(1), style, notes)
     if channels is None and inputs != 3:
         planes = planes[:1]
-    if len(planes) > 1:
-        if nrow is not None:
-            raise InvalidArgumentError(
-                "`nrow` has no effect where several channels are drawn: each filter has a row; leave it out"
-            )
-        style = replace(style, nrow=len(planes))
-    tiles = weight[chosen][:, planes].flatten(0, 1)[:, None]
-    labels_ = [str(index) if inputs == 1 else f"{index}/{plane}" for index in chosen for plane in planes]
-    notes = [layer_note, *([_channel_note(planes, inputs)] if inputs > 1 else [])]
-    return draw(tiles, style, labels=labels_, notes=notes)
+    tiles = weight[chosen][:, planes]
+    columns = [str(plane) if inputs > 1 else "" for plane in planes]
+    if weight.ndim == 5:
+        tiles = tiles.flatten(1, 2)
+        columns = [f"{column}@{depth}" for column in columns for depth in range(weight.shape[2])]
+    if inputs > 1:
+        notes.append(_channel_note(planes, inputs))
+    return _draw_rows(tiles.unsqueeze(2), style, [str(index) for index in chosen], columns, notes)
 
 
 def save_kernel_grid(
@@ -175,35 +149,20 @@ def feature_grid(
     *,
     sample: int = 0,
     channels: int | Sequence[int] | None = None,
-    normalize: bool = True,
-    scale_each: bool = False,
-    value_range: Sequence[float] | None = None,
-    cmap: str = "auto",
-    nrow: int | None = None,
-    padding: int = 1,
-    upscale: int | None = None,
-    interpolation: Interpolation = "nearest",
-    labels: bool | Sequence[str] = False,
-    legend: bool = False,
-    max_tiles: int | None = None,
+    grid: tuple[int, int] | None = None,
+    **options: Unpack[StyleOptions],
 ) -> Image.Image:
     """Draw the feature maps of one input, one tile per channel.
 
     Args:
-        activation: (N, C, H, W), as `capture` records it, or (C, H, W).
+        activation: (N, C, H, W), as `capture` records it, or (C, H, W); with `grid`, the tokens (N, L, C) or
+            (L, C) of a transformer.
         sample: Which input of the batch, by index from 0.
         channels: Show only these channels, by index from 0.
-        normalize: As in `kernel_grid`, like all options that follow.
-        scale_each: A range for each map.
-        value_range: The range (low, high) to show.
-        cmap: `"auto"` is `"RdBu_r"` for a range with both signs, else `"gray"`.
-        nrow: Maps per row.
-        padding: Pixels between maps.
-        upscale: Whole factor of enlargement; None brings the longer side to at least 32 pixels.
-        interpolation: How to enlarge.
-        labels: Write channel numbers, or these strings.
-        legend: Write limits and shape below.
-        max_tiles: Draw no more maps than this.
+        grid: Rows and columns in which the last rows * columns tokens lie. Those before them, such as a class
+            token, are left out.
+        options: How to draw them, as in `kernel_grid`; `cmap="auto"` is `"RdBu_r"` for a range with both
+            signs, else `"gray"`.
 
     Returns:
         An image of mode "L" for gray, else "P".
@@ -218,24 +177,13 @@ def feature_grid(
         >>> feature_grid(torch.rand(1, 6, 40, 40), padding=2).size
         (128, 86)
     """
-    style = Style(
-        normalize=normalize,
-        scale_each=scale_each,
-        value_range=value_range,
-        cmap=cmap,
-        nrow=nrow,
-        padding=padding,
-        upscale=upscale,
-        interpolation=interpolation,
-        labels=labels,
-        legend=legend,
-        max_tiles=max_tiles,
-    )
-    maps = maps_of(activation, sample)
+    style = Style(**options)
+    maps = maps_of(activation, sample, grid=grid)
     chosen = indices_of(channels, len(maps), "channels")
     tiles = maps if channels is None else maps[chosen]
     notes = [f"{len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}"]
-    return draw(tiles[:, None], style, labels=[str(index) for index in chosen], notes=notes)
+    order = ranking(tiles, style.rank)
+    return draw(tiles[:, None], style, labels=[str(index) for index in chosen], notes=notes, order=order)
 
 
 def save_feature_grid(
@@ -258,66 +206,35 @@ def save_feature_grid(
     return save_picture(feature_grid(activation, **options), path)
 
 
-def maps_of(activation: torch.Tensor, sample: int) -> torch.Tensor:
-    """Return the maps (C, H, W) of one input of a batch, checked to be drawable."""
-    if not isinstance(activation, torch.Tensor):
-        raise InvalidTypeError(
-            f"`activation` must be a tensor (N, C, H, W) or (C, H, W), got {type(activation).__name__}; of a "
-            "layer that puts out several tensors, choose one"
-        )
-    if activation.ndim not in (3, 4) or activation.numel() == 0:
+def _draw_rows(
+    tiles: torch.Tensor, style: Style, rows: Sequence[str], columns: Sequence[str], notes: Sequence[str]
+) -> Image.Image:
+    """Draw (O, P, C, H, W): a tile per filter, or where there are several of each, a row per filter."""
+    each = tiles.shape[1]
+    if each > 1:
+        if style.nrow is not None:
+            raise InvalidArgumentError(
+                "`nrow` has no effect where several channels are drawn: each filter has a row; leave it out"
+            )
+        style = replace(style, nrow=each)
+    order = ranking(tiles, style.rank)
+    if order is not None:
+        order = [filter_ * each + place for filter_ in order for place in range(each)]
+    columns = columns if len(columns) == each else [str(place) for place in range(each)]
+    labels = [f"{row}/{column}" if column else row for row in rows for column in columns]
+    return draw(tiles.flatten(0, 1), style, labels=labels, notes=notes, order=order)
+
+
+def _draw_matrix(matrix: torch.Tensor, style: Style, notes: Sequence[str]) -> Image.Image:
+    if style.labels is not False or style.nrow is not None or style.max_tiles is not None:
         raise InvalidArgumentError(
-            "`activation` must be (N, C, H, W) or (C, H, W) with at least one pixel, got shape "
-            f"{tuple(activation.shape)}"
+            "`labels`, `nrow` and `max_tiles` have no effect on kernels of a single pixel, which are drawn "
+            "as one picture; leave them out"
         )
-    if activation.is_meta or activation.is_complex():
-        raise InvalidTypeError(
-            f"`activation` must have real numbers to draw, got {activation.dtype} on {activation.device}"
-        )
-    batch = activation.detach()
-    if batch.is_quantized:
-        batch = batch.dequantize()
-    if batch.ndim == 3:
-        batch = batch[None]
-    index = _as_index(sample)
-    if index is None:
-        raise InvalidTypeError(f"`sample` must be an int, got {sample!r}")
-    if not 0 <= index < len(batch):
-        raise InvalidArgumentError(
-            f"`sample` must be an index from 0 to {len(batch) - 1}, got {index} "
-            f"(shape {tuple(activation.shape)})"
-        )
-    return batch[index]
-
-
-def indices_of(chosen: int | Sequence[int] | None, count: int, name: str) -> list[int]:
-    """Return the indices that an option named `name` chooses from `count` things; None is all of them."""
-    if chosen is None:
-        return list(range(count))
-    single = _as_index(chosen)
-    try:
-        given = list(chosen) if single is None else [single]  # type: ignore[arg-type]
-    except TypeError:
-        given = [chosen]  # type: ignore[list-item]
-    indices = [index for index in map(_as_index, given) if index is not None]
-    if len(indices) < len(given):
-        raise InvalidTypeError(f"`{name}` must be an int or a list of ints, got {chosen!r}")
-    if not indices:
-        raise InvalidArgumentError(f"`{name}` must choose at least one, got an empty list")
-    wrong = [index for index in indices if not 0 <= index < count]
-    if wrong:
-        raise InvalidArgumentError(f"`{name}` must be indices from 0 to {count - 1}, got {wrong[0]}")
-    return indices
-
-
-def _as_index(value: object) -> int | None:
-    """Return an integer of any kind as an int, and None for all else: a bool is a mask, not an index."""
-    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
-        return None
-    try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+    order = ranking(matrix, style.rank)
+    rows = matrix if order is None else matrix[order]
+    note = "rows: filters" + (f", ranked by {style.rank}" if order else "") + "; columns: input channels"
+    return draw(rows[None, None], style, labels=[""], notes=[*notes, note])
 
 
 def _channel_note(planes: Sequence[int], inputs: int) -> str:

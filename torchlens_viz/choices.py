@@ -1,0 +1,97 @@
+"""What is to be drawn of what there is: maps of one input, and indices."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+
+
+def maps_of(activation: torch.Tensor, sample: int, *, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    """Return the maps (C, H, W) of one input of a batch, checked to be drawable.
+
+    Args:
+        activation: (N, C, H, W) or (C, H, W); with `grid`, tokens (N, L, C) or (L, C).
+        sample: Which input of the batch.
+        grid: Rows and columns in which the last rows * columns of the tokens lie; those before them, such as
+            a class token, are left out.
+    """
+    if not isinstance(activation, torch.Tensor):
+        raise InvalidTypeError(
+            f"`activation` must be a tensor (N, C, H, W) or (C, H, W), got {type(activation).__name__}; of a "
+            "layer that puts out several tensors, choose one"
+        )
+    if grid is not None:
+        activation = _folded(activation, grid)
+    if activation.ndim not in (3, 4) or activation.numel() == 0:
+        raise InvalidArgumentError(
+            "`activation` must be (N, C, H, W) or (C, H, W) with at least one pixel, got shape "
+            f"{tuple(activation.shape)}"
+            + ("; tokens (N, L, C) need `grid=(rows, columns)`" if activation.ndim in (2, 3) else "")
+        )
+    if activation.is_meta or activation.is_complex():
+        raise InvalidTypeError(
+            f"`activation` must have real numbers to draw, got {activation.dtype} on {activation.device}"
+        )
+    batch = activation.detach()
+    if batch.is_quantized:
+        batch = batch.dequantize()
+    if batch.ndim == 3:
+        batch = batch[None]
+    index = _as_index(sample)
+    if index is None:
+        raise InvalidTypeError(f"`sample` must be an int, got {sample!r}")
+    if not 0 <= index < len(batch):
+        raise InvalidArgumentError(
+            f"`sample` must be an index from 0 to {len(batch) - 1}, got {index} "
+            f"(shape {tuple(activation.shape)})"
+        )
+    return batch[index]
+
+
+def indices_of(chosen: int | Sequence[int] | None, count: int, name: str) -> list[int]:
+    """Return the indices that an option named `name` chooses from `count` things; None is all of them."""
+    if chosen is None:
+        return list(range(count))
+    single = _as_index(chosen)
+    try:
+        given = list(chosen) if single is None else [single]  # type: ignore[arg-type]
+    except TypeError:
+        given = [chosen]  # type: ignore[list-item]
+    indices = [index for index in map(_as_index, given) if index is not None]
+    if len(indices) < len(given):
+        raise InvalidTypeError(f"`{name}` must be an int or a list of ints, got {chosen!r}")
+    if not indices:
+        raise InvalidArgumentError(f"`{name}` must choose at least one, got an empty list")
+    wrong = [index for index in indices if not 0 <= index < count]
+    if wrong:
+        raise InvalidArgumentError(f"`{name}` must be indices from 0 to {count - 1}, got {wrong[0]}")
+    return indices
+
+
+def _as_index(value: object) -> int | None:
+    """Return an integer of any kind as an int, and None for all else: a bool is a mask, not an index."""
+    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _folded(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    try:
+        rows, columns = (operator.index(size) for size in grid)
+    except (TypeError, ValueError):
+        raise InvalidTypeError(f"`grid` must be (rows, columns), got {grid!r}") from None
+    if tokens.ndim not in (2, 3) or rows < 1 or columns < 1 or tokens.shape[-2] < rows * columns:
+        raise InvalidArgumentError(
+            f"`grid` must have at most as many places as there are tokens (N, L, C), got {rows} x {columns} "
+            f"(shape {tuple(tokens.shape)})"
+        )
+    places = tokens[..., tokens.shape[-2] - rows * columns :, :]
+    return places.transpose(-2, -1).reshape(*places.shape[:-2], places.shape[-1], rows, columns)

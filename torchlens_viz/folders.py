@@ -1,0 +1,216 @@
+"""Folders of pictures: every kernel and every feature map of the chosen layers, each in a file of its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any, TypeAlias, TypedDict, Unpack
+
+import torch
+from PIL import Image
+from torch import nn
+
+from torchlens_viz.canvas import draw_each
+from torchlens_viz.choices import indices_of, maps_of
+from torchlens_viz.colormaps import Colormap, Table
+from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.filenames import safe_names
+from torchlens_viz.kernels import has_kernels, kernels_of
+from torchlens_viz.layers import Selector, select
+from torchlens_viz.pictures import save_picture
+from torchlens_viz.progress import tracked
+from torchlens_viz.ranges import finite_range
+from torchlens_viz.records import Activations
+from torchlens_viz.sheets import kernel_grid
+from torchlens_viz.style import Interpolation, Style, StyleOptions
+
+# How to draw a picture, and where it goes. Drawn late, so that a folder of any size takes little memory.
+_Job: TypeAlias = tuple[Callable[[], Image.Image], Path]
+
+
+class KernelSheetOptions(StyleOptions, total=False):
+    """The options of `save_kernel_sheets`."""
+
+    filters: int | Sequence[int] | None
+    channels: int | Sequence[int] | None
+
+
+class FeatureMapOptions(TypedDict, total=False):
+    """The options of `save_feature_maps`: those of a sheet that concern a single map."""
+
+    normalize: bool
+    scale_each: bool
+    value_range: Sequence[float] | None
+    cmap: str | Table | Colormap
+    upscale: int | None
+    interpolation: Interpolation
+
+
+def save_kernel_sheets(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    layers: Selector | None = None,
+    *,
+    progress: bool = False,
+    **options: Unpack[KernelSheetOptions],
+) -> list[Path]:
+    """Draw the kernels of every chosen layer, one sheet per input channel: `DIR/<layer>/<channel>.png`.
+
+    A layer's sheets share one range of values, so that they can be compared. Kernels of a single pixel go
+    into one picture, `DIR/<layer>/matrix.png`, with a row per filter and a column per input channel. Files
+    are written by several threads; files that are in the folder already stay, unless they have the name of
+    one that is written.
+
+    Args:
+        model: The network.
+        directory: The folder; it is made where it is missing.
+        layers: Which layers; None is every convolution.
+        progress: Show a bar on stderr (needs tqdm).
+        options: As in `kernel_grid`. With `max_tiles`, further filters go to `<channel>-page2.png` and so on.
+
+    Returns:
+        The files in the order of layers, channels and pages.
+
+    Raises:
+        LayerNotFoundError: The model has no such layer, or no convolution.
+        InvalidArgumentError: A layer has no kernels, or an option does not fit.
+        PictureError: A file cannot be written. Files written before it stay.
+    """
+    found = select(model, layers if layers is not None else lambda _, module: has_kernels(module))
+    folders = safe_names([name or "model" for name, _ in found])
+    jobs = [
+        (draw, Path(directory) / folder / f"{name}.png")
+        for (_, module), folder in zip(found, folders, strict=True)
+        for draw, name in _kernel_sheets(kernels_of(module, "").weight, options)
+    ]
+    return _save_all(jobs, progress)
+
+
+def save_feature_maps(
+    acts: Activations,
+    directory: str | os.PathLike[str],
+    *,
+    sample: int = 0,
+    channels: int | Sequence[int] | None = None,
+    progress: bool = False,
+    **options: Unpack[FeatureMapOptions],
+) -> list[Path]:
+    """Draw every feature map of every recorded layer into a file of its own: `DIR/<layer>/<channel>.png`.
+
+    A layer's maps share one range of values unless `scale_each` is given. Files are written by several
+    threads; files that are in the folder already stay, unless they have the name of one that is written.
+
+    Args:
+        acts: What `capture` recorded: maps (N, C, H, W) of each layer. A layer that ran several times gets a
+            folder per call, `<layer>-call0` and so on.
+        directory: The folder; it is made where it is missing.
+        sample: Which input of the batch, by index from 0.
+        channels: Only these channels, by index from 0.
+        progress: Show a bar on stderr (needs tqdm).
+        options: `normalize`, `scale_each`, `value_range`, `cmap`, `upscale` and `interpolation` as in
+            `feature_grid`.
+
+    Returns:
+        The files in the order of layers and channels.
+
+    Raises:
+        InvalidArgumentError: A layer put out something else than maps, or an option does not fit; then
+            nothing is written.
+        PictureError: A file cannot be written. Files written before it stay.
+    """
+    style = Style(**options)
+    recorded = {
+        name if len(acts.calls(name)) == 1 else f"{name}-call{index}": value
+        for name in acts
+        for index, value in enumerate(acts.calls(name))
+    }
+    if not recorded:
+        raise InvalidArgumentError("`acts` must hold activations; run the model inside the `capture` block")
+    layers = []
+    for (name, value), folder in zip(recorded.items(), safe_names(list(recorded)), strict=True):
+        if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4):
+            raise InvalidArgumentError(f"`{name}` put out no maps (N, C, H, W); select other layers")
+        maps = maps_of(value, sample)
+        layers.append((maps, indices_of(channels, len(maps), "channels"), folder))
+    jobs: list[_Job] = []
+    for maps, chosen, folder in layers:
+        pictures = _Shared(maps[chosen], style, len(chosen))
+        jobs += [
+            (pictures.taker(place), Path(directory) / folder / f"{index}.png")
+            for place, index in enumerate(chosen)
+        ]
+    return _save_all(jobs, progress)
+
+
+class _Shared:
+    """The pictures of one layer, drawn together when the first of them is needed and let go one by one."""
+
+    def __init__(self, maps: torch.Tensor, style: Style, count: int) -> None:
+        self._maps: torch.Tensor | None = maps
+        self._style = style
+        self._pictures: dict[int, Image.Image] = {}
+
+    def taker(self, place: int) -> Callable[[], Image.Image]:
+        return lambda: self._take(place)
+
+    def _take(self, place: int) -> Image.Image:
+        if self._maps is not None:
+            self._pictures = dict(enumerate(draw_each(self._maps[:, None], self._style)))
+            self._maps = None
+        return self._pictures.pop(place)
+
+
+def _kernel_sheets(
+    weight: torch.Tensor, options: KernelSheetOptions
+) -> Iterator[tuple[Callable[[], Image.Image], str]]:
+    """Yield how to draw each sheet of a layer, and its name."""
+    planes = indices_of(options.get("channels"), weight.shape[1], "channels")
+    shared: dict[str, Any] = {**options}
+    if _shares_range(options):
+        shared["value_range"] = _range_of(weight)
+    if weight.shape[2:].numel() == 1:  # one picture holds all channels, and has no tiles
+        for option in ("labels", "nrow", "max_tiles"):
+            shared.pop(option, None)
+        yield partial(kernel_grid, weight, **{**shared, "channels": planes}), "matrix"
+        return
+    count = len(indices_of(options.get("filters"), len(weight), "filters"))
+    pages = ceil(count / (options.get("max_tiles") or count))
+    for plane in planes:
+        for page in range(pages):
+            own = {**shared, "channels": plane, "page": page}
+            yield partial(kernel_grid, weight, **own), f"{plane}-page{page + 1}" if page else str(plane)
+
+
+def _shares_range(options: StyleOptions) -> bool:
+    return (
+        options.get("normalize", True)
+        and not options.get("scale_each", False)
+        and options.get("value_range") is None
+    )
+
+
+def _range_of(weight: torch.Tensor) -> tuple[float, float]:
+    low, high, _ = finite_range(weight.reshape(1, -1).double())
+    return low.item(), high.item()
+
+
+def _save_all(jobs: Sequence[_Job], progress: bool) -> list[Path]:
+    """Draw in this thread and write in others, a bounded number of pictures ahead."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        under_way: set[Future[Path]] = set()
+        for draw, path in tracked(jobs, shown=progress, total=len(jobs), unit="file"):
+            if len(under_way) >= 64:
+                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
+                _raise_first(done)
+            under_way.add(pool.submit(save_picture, draw(), path))
+        _raise_first(wait(under_way).done)
+    return [path for _, path in jobs]
+
+
+def _raise_first(done: Iterable[Future[Path]]) -> None:
+    for future in done:
+        future.result()

@@ -1,0 +1,122 @@
+"""How tiles are drawn: the options that all sheets share, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict, get_args
+
+import torch
+
+from torchlens_viz.colormaps import Colormap, Table, colormap
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+Rank: TypeAlias = Literal["norm", "mean", "std", "max"]
+
+
+class StyleOptions(TypedDict, total=False):
+    """The drawing options that every sheet takes; `torchlens_viz.kernel_grid` explains them."""
+
+    normalize: bool
+    scale_each: bool
+    value_range: Sequence[float] | None
+    cmap: str | Table | Colormap
+    nrow: int | None
+    padding: int
+    upscale: int | None
+    interpolation: Interpolation
+    labels: bool | Sequence[str]
+    legend: bool
+    title: str | None
+    rank: Rank | None
+    max_tiles: int | None
+    page: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Style:
+    """Drawing options with their defaults, checked."""
+
+    normalize: bool = True
+    scale_each: bool = False
+    value_range: Sequence[float] | None = None
+    cmap: str | Table | Colormap = "auto"
+    nrow: int | None = None
+    padding: int = 1
+    upscale: int | None = None
+    interpolation: Interpolation = "nearest"
+    labels: bool | Sequence[str] = False
+    legend: bool = False
+    max_tiles: int | None = None
+    page: int = 0
+    rank: Rank | None = None
+    title: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("nrow", self.nrow, 1),
+            ("upscale", self.upscale, 1),
+            ("max_tiles", self.max_tiles, 1),
+            ("padding", self.padding, 0),
+            ("page", self.page, 0),
+        ):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
+            if value is not None and value < least:
+                raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise InvalidArgumentError(
+                f'`interpolation` must be "nearest", "bilinear" or "bicubic", got {self.interpolation!r}'
+            )
+        if self.interpolation != "nearest" and self.upscale == 1:
+            raise InvalidArgumentError(
+                f"`interpolation={self.interpolation!r}` has no effect with `upscale=1`; leave one out"
+            )
+        if self.has_own_colours:
+            colormap(self.cmap)
+        if self.rank not in (None, *get_args(Rank)):
+            raise InvalidArgumentError(
+                f"`rank` must be one of {', '.join(get_args(Rank))}, or None, got {self.rank!r}"
+            )
+        if self.page and self.max_tiles is None:
+            raise InvalidArgumentError(
+                "`page` has no effect without `max_tiles`, the number of tiles per page"
+            )
+
+    @property
+    def has_own_colours(self) -> bool:
+        """Whether a colour map was asked for."""
+        return not (isinstance(self.cmap, str) and self.cmap == "auto")
+
+
+def ranking(values: torch.Tensor, rank: Rank | None) -> list[int] | None:
+    """Return the order of K things by a figure of theirs, the greatest first, or None for no ranking.
+
+    Args:
+        values: (K, ...), the numbers of each; those that are not finite count as zero.
+        rank: Which figure.
+    """
+    if rank is None:
+        return None
+    flat = values.detach().flatten(1).double().nan_to_num(0, 0, 0)
+    figures = {
+        "norm": torch.linalg.vector_norm(flat, dim=1),
+        "mean": flat.mean(1),
+        "std": flat.std(1, correction=0),
+        "max": flat.amax(1),
+    }[rank]
+    order: list[int] = figures.sort(descending=True, stable=True).indices.tolist()
+    return order
+
+
+def own_labels(style: Style, count: int) -> list[str] | Literal[False]:
+    """Return the labels that the caller brought for `count` tiles, or False where there are none."""
+    if isinstance(style.labels, bool):
+        return False
+    if isinstance(style.labels, str) or not isinstance(style.labels, Iterable):
+        raise InvalidTypeError(f"`labels` must be True or a list of {count} strings, got {style.labels!r}")
+    labels = [" ".join(str(label).split()) for label in style.labels]
+    if len(labels) != count:
+        raise InvalidArgumentError(f"`labels` must be {count} strings, one per tile, got {len(labels)}")
+    return labels
