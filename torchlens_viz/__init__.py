@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torchlens_viz.activations import capture as capture
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
+    from torchlens_viz.folders import save_feature_maps as save_feature_maps
+    from torchlens_viz.folders import save_kernel_sheets as save_kernel_sheets
     from torchlens_viz.pairs import pair_grid as pair_grid
     from torchlens_viz.sheets import feature_grid as feature_grid
     from torchlens_viz.sheets import kernel_grid as kernel_grid
@@ -33,7 +35,9 @@ _HOME = {
     "make_grid": "tiling",
     "pair_grid": "pairs",
     "save_feature_grid": "sheets",
+    "save_feature_maps": "folders",
     "save_kernel_grid": "sheets",
+    "save_kernel_sheets": "folders",
 }
 
 __all__ = [
@@ -46,7 +50,9 @@ __all__ = [
     "make_grid",
     "pair_grid",
     "save_feature_grid",
+    "save_feature_maps",
     "save_kernel_grid",
+    "save_kernel_sheets",
 ]
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 from math import ceil
-from typing import Final
+from typing import Final, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,15 +14,26 @@ SIZES: Final = (12, 10, 8)  # the first is that of all text that has room enough
 LINE_HEIGHT: Final = 16
 
 
-@cache
-def font(size: int = SIZES[0]) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Return the font that Pillow ships."""
-    return ImageFont.load_default(size)
+# Fonts of the usual systems that cover scripts beyond Latin, the smaller ones first.
+_FALLBACKS: Final = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "seguisym.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "msyh.ttc",
+    "Arial Unicode.ttf",
+    "PingFang.ttc",
+)
+_NO_CHARACTER: Final = "\U0010ffff"
+
+Font: TypeAlias = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def text_width(text: str, size: int = SIZES[0]) -> int:
     """Return the pixels that a line of text takes, in pictures with and without smooth edges of letters."""
-    return ceil(max(font(size).getlength(text, mode) for mode in ("1", "L")))
+    text, font = _lettered(text, size)
+    return ceil(max(font.getlength(text, mode) for mode in ("1", "L")))
 
 
 def fitting_size(texts: Sequence[str], width: int) -> int:
@@ -55,4 +66,45 @@ def write_line(
     size: int = SIZES[0],
 ) -> None:
     """Write one line of text with its upper left corner at `at`, (x, y)."""
-    ImageDraw.Draw(image).text(at, text, fill=fill, font=font(size))
+    text, font = _lettered(text, size)
+    ImageDraw.Draw(image).text(at, text, fill=fill, font=font)
+
+
+def _lettered(text: str, size: int) -> tuple[str, Font]:
+    """Choose a font that has every letter: Pillow's own, or one of the system.
+
+    Where there is none, what Pillow's lacks is written as an escape, such as \\u4e2d: not nice, but not lost.
+    """
+    own = _pillows(size)
+    if all(_has(own, letter) for letter in text):
+        return text, own
+    for name in _FALLBACKS:
+        font = _of_system(name, size)
+        if font is not None and all(_has(font, letter) for letter in text):
+            return text, font
+    return "".join(letter if _has(own, letter) else ascii(letter)[1:-1] for letter in text), own
+
+
+@cache
+def _pillows(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+@cache
+def _of_system(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@cache
+def _has(font: Font, letter: str) -> bool:
+    """Tell whether a font has a letter, and not only the sign for one that it lacks."""
+    if letter.isspace():
+        return True
+    try:
+        drawn, missing = font.getmask(letter), font.getmask(_NO_CHARACTER)
+    except UnicodeEncodeError:  # Pillow without FreeType has letters of Latin-1 only
+        return False
+    return drawn.size != missing.size or bytes(drawn) != bytes(missing)

@@ -6,10 +6,12 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from torchlens_viz import png
@@ -122,6 +124,47 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], **options: ob
     with replacing(given, PictureError) as temporary:
         temporary.write_bytes(data)
     return given
+
+
+def save_animation(
+    frames: Sequence[Image.Image], path: str | os.PathLike[str], *, fps: float = 10.0, loop: bool = True
+) -> Path:
+    """Write pictures as one moving picture, which appears whole or not at all.
+
+    Args:
+        frames: Pictures of one size.
+        path: A file that ends in `.webp` (without loss) or `.gif` (256 colours).
+        fps: Pictures per second.
+        loop: Start again at the end.
+
+    Returns:
+        `path` as a `Path`, as it was given.
+
+    Raises:
+        InvalidArgumentError: There is no frame, they differ in size, or `fps` is not positive.
+        PictureError: The suffix is another, or the file cannot be written.
+    """
+    frames = list(frames)
+    if not frames or len({frame.size for frame in frames}) > 1:
+        sizes = sorted({frame.size for frame in frames})
+        raise InvalidArgumentError(f"`frames` must be one or more pictures of one size, got sizes {sizes}")
+    if not 0 < fps <= 1000:
+        raise InvalidArgumentError(f"`fps` must be above 0 and at most 1000, got {fps}")
+    if Path(path).suffix.lower() not in (".webp", ".gif"):
+        raise PictureError(f"`path` must end in .webp or .gif, got {str(path)!r}")
+    first, *rest = (frame.convert("RGB") for frame in frames)
+    repeat = {"loop": 0} if loop else {}
+    lossless = {"lossless": True} if Path(path).suffix.lower() == ".webp" else {}
+    duration = round(1000 / fps)
+    return save_picture(
+        first, path, save_all=True, append_images=rest, duration=duration, **repeat, **lossless
+    )
+
+
+def as_chw(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return a picture as (3, H, W) uint8, as TensorBoard's `add_image` takes it; a gray one as (1, H, W)."""
+    pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
+    return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _decode(file: io.BufferedReader, shown: str, max_pixels: int) -> Image.Image:

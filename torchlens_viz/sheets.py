@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Final, Unpack
 
 import torch
 from PIL import Image
@@ -19,6 +19,9 @@ from torchlens_viz.kernels import kernels_of
 from torchlens_viz.layers import Selector
 from torchlens_viz.pictures import save_picture
 from torchlens_viz.style import Style, StyleOptions, ranking
+
+_MATRIX_SIZE: Final = 768  # about as large as a matrix is enlarged to, and each of its cells
+_MATRIX_CELL: Final = 12
 
 
 class KernelOptions(StyleOptions, total=False):
@@ -231,6 +234,8 @@ def _draw_matrix(matrix: torch.Tensor, style: Style, notes: Sequence[str]) -> Im
             "`labels`, `nrow` and `max_tiles` have no effect on kernels of a single pixel, which are drawn "
             "as one picture; leave them out"
         )
+    if style.upscale is None:
+        style = replace(style, upscale=max(1, min(_MATRIX_CELL, _MATRIX_SIZE // max(matrix.shape))))
     order = ranking(matrix, style.rank)
     rows = matrix if order is None else matrix[order]
     note = "rows: filters" + (f", ranked by {style.rank}" if order else "") + "; columns: input channels"
