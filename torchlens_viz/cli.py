@@ -16,8 +16,8 @@ from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
 _PROGRAM = "torchlens-viz"
 _MAX_NUMBERS = 100_000
 _DRAWING_OPTIONS = (
-    "cmap", "nrow", "padding", "scale_each", "value_range", "filters", "channels", "upscale", "labels",
-    "legend", "max_tiles",
+    "cmap", "nrow", "padding", "scale_each", "value_range", "filters", "channels", "upscale",
+    "interpolation", "labels", "legend", "title", "rank", "max_tiles", "page",
 )  # fmt: skip
 
 
@@ -178,7 +178,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_drawing(parser: argparse.ArgumentParser, *, channels: str) -> None:
     group = parser.add_argument_group("drawing")
     group.add_argument("--channels", type=_numbers, metavar="LIST", help=channels)
-    group.add_argument("--cmap", metavar="NAME", help="gray, hot, seismic, RdBu_r, ... (default: auto)")
+    group.add_argument(
+        "--cmap", metavar="NAME", help="gray, hot, viridis, seismic, RdBu_r, ... (default: auto)"
+    )
     group.add_argument("--scale-each", action="store_true", default=None, help="a value range for each tile")
     group.add_argument(
         "--value-range",
@@ -190,9 +192,15 @@ def _add_drawing(parser: argparse.ArgumentParser, *, channels: str) -> None:
     group.add_argument("--nrow", type=int, metavar="N", help="tiles per row (default: near-square)")
     group.add_argument("--padding", type=int, metavar="PX", help="pixels between tiles")
     group.add_argument("--upscale", type=int, metavar="N", help="enlarge each tile by this factor")
+    group.add_argument(
+        "--interpolation", metavar="KIND", help="nearest, bilinear or bicubic (default: nearest)"
+    )
     group.add_argument("--labels", action="store_true", default=None, help="number every tile")
     group.add_argument("--legend", action="store_true", default=None, help="draw the scale of values")
+    group.add_argument("--title", metavar="TEXT", help="a line above the sheet")
+    group.add_argument("--rank", metavar="FIGURE", help="norm, mean, std or max: the greatest first")
     group.add_argument("--max-tiles", type=int, metavar="N", help="draw at most this many tiles")
+    group.add_argument("--page", type=int, metavar="N", help="with --max-tiles, which of the pages, from 0")
 
 
 def _numbers(text: str) -> list[int]:
