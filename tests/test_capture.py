@@ -397,6 +397,14 @@ def test_memory_limit_stops_before_the_copy_that_would_pass_it(net, x):
     assert len(acts) == 2
 
 
+def test_an_error_that_the_model_catches_is_raised_at_the_end_of_the_block():
+    model = Catches()
+    with pytest.raises(CaptureMemoryError, match=r"`second` needs 4 bytes, 4 are held"):
+        with torch.no_grad(), capture(model, nn.Conv2d, max_bytes=7):
+            model(torch.ones(1, 1, 1, 1))
+    assert hook_count(model) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, final
 
 import torch
 from torch import nn
 
-from torchlens_viz.errors import CaptureError, InvalidArgumentError
+from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
 from torchlens_viz.layers import Layer, Selector, select, unwrap
 from torchlens_viz.records import Activations as Activations
@@ -41,9 +42,9 @@ def capture(
 ) -> Capture:
     """Record what the chosen layers of a model put out, inside a `with` block.
 
-    Only forward passes that run in the thread that entered the block are recorded; activations that gradient
-    checkpointing computes a second time, during backward, are not. The model is used as it is: train or eval
-    mode, gradients and autocast are the caller's choice.
+    Only forward passes that run in the thread that entered the block are recorded, those of other asyncio
+    tasks included; activations that gradient checkpointing computes a second time, during backward, are not.
+    The model is used as it is: train or eval mode, gradients and autocast are the caller's choice.
 
     Args:
         model: The network; wrapped in DDP or compiled by `torch.compile` too.
@@ -57,6 +58,8 @@ def capture(
             where nothing works in place, and what is handed out must not be changed.
         grad: Keep the graph: gradients flow through the captured tensor to the model, and
             `torch.autograd.grad(loss, acts[name])` works, since the network goes on from what was captured.
+            A layer that hands back its own input (`nn.Identity`, an in-place ReLU) gives new memory instead:
+            a network that then writes to one and reads the other computes something else.
         dtype: Convert floating-point tensors to this type.
         device: Move to this device, after `channels`, `reduce` and `dtype`. From CUDA to the host,
             tensors travel beside the computation, through 256 MiB of pinned memory; reading waits for them.
@@ -103,8 +106,9 @@ def capture(
     )
     refuse_torchscript(model)
     selected = select(model, layers)
-    refuse_unhookable(model, selected, stop=stop, compiled=compiled)
-    return Capture(unwrap(model), selected, io=io, retention=retention, stop=stop)
+    check = partial(refuse_unhookable, model, selected, stop=stop, compiled=compiled)
+    check()
+    return Capture(unwrap(model), selected, check, io=io, retention=retention, stop=stop)
 
 
 @final
@@ -112,9 +116,17 @@ class Capture:
     """The context manager that `capture` returns: hooks stand from entry to exit, all of them or none."""
 
     def __init__(
-        self, root: nn.Module, selected: Sequence[Layer], *, io: str, retention: Retention, stop: bool
+        self,
+        root: nn.Module,
+        selected: Sequence[Layer],
+        check: Callable[[], None],
+        *,
+        io: str,
+        retention: Retention,
+        stop: bool,
     ) -> None:
         self._root = root
+        self._check = check
         self._io = io
         self._retention = retention
         self._names: dict[nn.Module, list[str]] = {}
@@ -122,15 +134,18 @@ class Capture:
             self._names.setdefault(module, []).append(name)
         self._stop = StopForwardError() if stop else None
         self._waiting: set[nn.Module] = set()
-        self._taken: list[tuple[nn.Module, Any]] = []
+        self._taken: list[tuple[nn.Module, dict[str, Any], Any]] = []
         self._acts = Activations(())
         self._transfers = Transfers()
+        self._failure: TorchlensVizError | None = None
         self._thread = 0
         self._undo: ExitStack | None = None
 
     def __enter__(self) -> Activations:
         if self._undo is not None:
             raise CaptureError("this capture is active already; make a second one with `capture(...)`")
+        self._check()  # once more: the model may have changed since
+        self._failure = None
         self._acts = Activations(name for names in self._names.values() for name in names)
         self._transfers = Transfers()
         self._acts._complete = self._transfers.finish
@@ -143,7 +158,7 @@ class Capture:
                     before = module.register_forward_pre_hook(_BeforeHook(self, module), with_kwargs=True)
                     undo.callback(before.remove)
                 if self._io != "input":
-                    after = module.register_forward_hook(_AfterHook(self, module))
+                    after = module.register_forward_hook(_AfterHook(self, module), with_kwargs=True)
                     undo.callback(after.remove)
             if self._stop is not None:
                 undo.enter_context(StopPoint(self._root, self._stop))
@@ -158,29 +173,41 @@ class Capture:
         self._taken.clear()
         if undo is not None:
             undo.close()
+        if error is None and self._failure is not None:
+            raise self._failure  # the model caught it; what was recorded is incomplete all the same
         return error is not None and error is self._stop
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what a layer is about to take, before the layer can work on it in place."""
         taken = self._keep(module, args[0] if len(args) == 1 and not kwargs else Inputs(args, kwargs))
         if self._io == "both":
-            self._taken.append((module, taken))
+            self._taken.append((module, kwargs, taken))
         else:
             self._record(module, taken)
 
-    def after(self, module: nn.Module, output: Any) -> Any:
+    def after(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """Keep what a layer put out; return what is to replace it, or None."""
-        kept = self._keep(module, output)
         if self._io == "both":
-            # Entries above the module's own belong to calls that failed and were caught inside the model.
-            while (entry := self._taken.pop())[0] is not module:
-                pass
-            self._record(module, InputOutput(entry[1], kept))
+            place = self._place_of_taken(module, kwargs)
+            if place is None:  # the block was entered while the layer was running
+                return None
+            taken = self._taken[place][-1]
+            del self._taken[place:]
+            kept = self._keep(module, output)
+            self._record(module, InputOutput(taken, kept))
         else:
+            kept = self._keep(module, output)
             self._record(module, kept)
         if self._retention.is_on_graph and any(tensor.requires_grad for tensor in tensors(kept)):
             return map_tensors(torch.clone, kept)  # the network goes on from what was kept
         return None
+
+    def _place_of_taken(self, module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+        # Entries above a call's own belong to calls that failed and were caught inside the model, perhaps of
+        # the same module. Each call has its own dict of keyword arguments, unless another hook replaced it.
+        own = [place for place, entry in enumerate(self._taken) if entry[0] is module]
+        exact = [place for place in own if self._taken[place][1] is kwargs]
+        return max(exact or own, default=None)
 
     def applies(self, module: nn.Module) -> bool:
         """Tell whether the call of `module` that is going on is one that this block records."""
@@ -202,22 +229,40 @@ class Capture:
             acts._held_bytes += size_in_bytes(kept)
             return kept
 
-        # A clone made in inference mode could never take part in autograd; an ordinary tensor can.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            return map_tensors(keep, value)
+        try:
+            with _ordinary_tensors():
+                return map_tensors(keep, value)
+        except TorchlensVizError as failure:
+            self._failure = self._failure or failure
+            raise
 
     def _record(self, module: nn.Module, kept: Any) -> None:
         first, *others = self._names[module]
         self._acts._record(first, kept)
         if others:
             self._transfers.finish()
-        for name in others:  # a tensor of its own under each name
-            self._acts._record(name, map_tensors(torch.clone, kept))
+        for name in others:
+            with _ordinary_tensors():
+                own = self._retention.duplicate(kept, name, self._acts._held_bytes)
+            self._acts._held_bytes += size_in_bytes(own)
+            self._acts._record(name, own)
         if self._stop is not None:
             self._waiting.discard(module)
             if not self._waiting:
                 self._waiting = set(self._names)
+                self._taken.clear()  # the calls that are going on will not return
                 raise self._stop
+
+
+def _ordinary_tensors() -> AbstractContextManager[None]:
+    """Make tensors that can take part in autograd: one made in inference mode never could."""
+    return _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():  # leaving inference mode turns gradients on
+        yield
 
 
 class _Hook:
@@ -243,17 +288,18 @@ class _Hook:
 class _BeforeHook(_Hook):
     __slots__ = ()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # While one thread registers or removes a hook, another one may call it without the last arguments.
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs: dict[str, Any]) -> None:
         if self._applies(module):
-            self._capture.before(module, args, kwargs)
+            self._capture.before(module, args, *kwargs)
 
 
 @final
 class _AfterHook(_Hook):
     __slots__ = ()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self._capture.after(module, output) if self._applies(module) else None
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
+        return self._capture.after(module, *kwargs_and_output) if self._applies(module) else None
 
 
 def _inert(*args: object) -> None:

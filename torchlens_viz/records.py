@@ -202,12 +202,16 @@ class Activations(Mapping[str, Any]):
 def _describe(value: torch.Tensor | None) -> tuple[str, str, str, str, str, str]:
     if value is None:
         return ("no tensor", "", "", "", "", "")
-    shape = "(" + ", ".join(map(str, value.shape)) + ")"
-    return (shape, str(value.dtype).removeprefix("torch."), str(value.device), *_summary(value.detach()))
+    shape = "nested" if value.is_nested else "(" + ", ".join(map(str, value.shape)) + ")"
+    try:
+        summary = _summary(value.detach())
+    except (RuntimeError, TypeError):  # a kind of tensor that cannot tell its values; a table must not fail
+        summary = ("-", "-", "-")
+    return (shape, str(value.dtype).removeprefix("torch."), str(value.device), *summary)
 
 
 def _summary(value: torch.Tensor) -> tuple[str, str, str]:
-    if value.is_meta or value.numel() == 0 or value.is_complex():
+    if value.is_meta or value.is_nested or value.numel() == 0 or value.is_complex():
         return ("-", "-", "-")
     if value.is_quantized:
         value = value.dequantize()

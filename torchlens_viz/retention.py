@@ -44,12 +44,16 @@ class Retention:
         return self.grad and self.copy is True and all(change is None for change in changes)
 
     def keep(
-        self, tensor: torch.Tensor, layer: str, held: int, send: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        tensor: torch.Tensor | torch.fx.Proxy,
+        layer: str,
+        held: int,
+        send: Callable[[torch.Tensor], torch.Tensor],
     ) -> Any:
         """Return what is to be kept of `tensor`.
 
         Args:
-            tensor: A tensor that `layer` took or put out.
+            tensor: A tensor that `layer` took or put out, or what stands for one while torch.fx traces.
             layer: The layer's name, for messages.
             held: Bytes that the capture holds already.
             send: Moves a tensor of our own to the host; its values may come later.
@@ -59,6 +63,11 @@ class Retention:
             CaptureMemoryError: Keeping it would pass `max_bytes`.
             InvalidArgumentError: It has no such channel.
         """
+        if isinstance(tensor, torch.fx.Proxy):
+            raise CaptureError(
+                f"`{layer}` ran inside torch.fx.symbolic_trace, which computes no values: trace the model "
+                "outside the `capture` block"
+            )
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise CaptureError(
                 f"`{layer}` ran inside torch.vmap or torch.func.grad, where its output exists only within "
@@ -72,6 +81,8 @@ class Retention:
             kept, is_ours = kept.index_select(self.channel_dim, index), True
         if self.reduce is not None:
             reduced = self.reduce(kept)
+            if not self.grad:  # it may have parameters, and so a graph of its own
+                reduced = map_tensors(torch.Tensor.detach, reduced)
             self._check(held, layer, size_in_bytes(reduced))
             # A reduction may return a view of what it was given, so that it is not ours; but it is small.
             return map_tensors(lambda part: self._place(part, send, is_ours=False), reduced)
@@ -79,6 +90,11 @@ class Retention:
             itemsize = (self._dtype_of(kept) or kept.dtype).itemsize
             self._check(held, layer, kept.numel() * itemsize)
         return self._place(kept, send, is_ours=is_ours)
+
+    def duplicate(self, kept: Any, layer: str, held: int) -> Any:
+        """Return what was kept once more, in memory of its own, for another name of the same layer."""
+        self._check(held, layer, size_in_bytes(kept))
+        return map_tensors(torch.clone, kept)
 
     def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype | None:
         return self.dtype if tensor.is_floating_point() else None
@@ -94,7 +110,7 @@ class Retention:
             return tensor.to(device=device, dtype=dtype, copy=must_copy)
         if not must_copy:
             return tensor
-        if self.copy == "lazy" and tensor.device.type == "cpu":
+        if self.copy == "lazy" and _can_share(tensor):
             return _lazy_clone(tensor)
         return tensor.clone()
 
@@ -142,6 +158,16 @@ def _bytes_of_channels(tensor: torch.Tensor, channels: Sequence[int], dim: int, 
         )
     rest = prod(size for axis, size in enumerate(tensor.shape) if axis != dim % tensor.ndim)
     return rest * len(channels) * tensor.dtype.itemsize
+
+
+def _can_share(tensor: torch.Tensor) -> bool:
+    """Tell whether a copy on write is as good as a clone: one whole block of memory, nothing beside it."""
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    # A lazy clone loses the scale of a quantised tensor (reading it crashes), repeats the overlaps of an
+    # expanded one, and holds all the memory that a view is a part of.
+    if not is_plain or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+        return False
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _lazy_clone(tensor: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,12 @@ class StopPoint:
         else:
             self._model.__dict__["_compiled_call_impl"] = top
 
+    def __deepcopy__(self, memo: object) -> None:
+        """Vanish in a copy of the model, where a model copies its whole `__dict__`."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model; return None where the pass was ended early."""
         call = self._previous or self._model._call_impl

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import fx, nn
+
+# By id: the value, which is kept alive; what replaces it; whether a tensor is in it.
+_Seen: TypeAlias = dict[int, tuple[Any, Any, bool]]
+_Mapped: TypeAlias = tuple[Any, bool]  # what replaces a value, and whether a tensor is in it
+
+# Containers that are copied even where no tensor is in them: a network may go on writing to them.
+_COPIED = frozenset({list, set, deque, dict, OrderedDict, defaultdict})
 
 
-def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+def map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
     """Return `value` with every tensor in it replaced by `function(tensor)`.
 
-    Tuples, named tuples, lists, dicts (and subclasses of these), dataclasses and plain objects that hold
-    tensors are rebuilt, so that the original never changes; whatever holds no tensor is returned as it is.
+    Tuples, named tuples, lists, sets, deques, mappings, dataclasses and plain objects that hold tensors are
+    rebuilt, so that the original never changes, and so are lists and dicts without one, so that they do not
+    change either. Other objects that hold no tensor are returned as they are.
+    What occurs twice is replaced once, by one and the same thing.
     """
-    return _map(function, value, set())
+    if isinstance(value, torch.Tensor):  # nearly always, and on the path of every call
+        return function(value)
+    return _map(function, value, {})[0]
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield every tensor in a nested value, in order."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
     found: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,54 +46,71 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     yield from found
 
 
-def _map(function: Callable[[torch.Tensor], Any], value: Any, open_: set[int]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return function(value)
+def _map(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
     if value is None or isinstance(value, str | bytes | int | float | complex | type | nn.Module):
-        return value
-    if id(value) in open_:  # a value that contains itself
-        return value
-    open_.add(id(value))
-    try:
-        if isinstance(value, tuple | list):
-            return _map_sequence(function, value, open_)
-        if isinstance(value, Mapping):
-            return _map_mapping(function, value, open_)
-        return _map_object(function, value, open_)
-    finally:
-        open_.discard(id(value))
+        return value, False
+    if id(value) in seen:
+        return seen[id(value)][1:]
+    seen[id(value)] = (value, value, False)  # what a value that contains itself finds there
+    if isinstance(value, torch.Tensor | fx.Proxy):  # a proxy stands for a tensor while torch.fx traces
+        result, holds = function(value), True
+    elif isinstance(value, tuple | list | set | frozenset | deque):
+        result, holds = _map_sequence(function, value, seen)
+    elif isinstance(value, Mapping):
+        result, holds = _map_mapping(function, value, seen)
+    else:
+        result, holds = _map_object(function, value, seen)
+    seen[id(value)] = (value, result, holds)
+    return result, holds
 
 
-def _map_sequence(function: Callable[[torch.Tensor], Any], value: Any, open_: set[int]) -> Any:
-    items = [_map(function, item, open_) for item in value]
-    if _same(items, value):
-        return value
+def _map_sequence(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
+    mapped = [_map(function, item, seen) for item in value]
+    items, holds = [item for item, _ in mapped], any(holds for _, holds in mapped)
+    can_change = isinstance(value, list | set | deque)
+    if not holds and (type(value) not in _COPIED if can_change else _same(items, value)):
+        return value, False
+    if can_change:
+        rebuilt = copy.copy(value)  # a subclass, or a deque, knows more than its items
+        rebuilt.clear()
+        (rebuilt.update if isinstance(rebuilt, set) else rebuilt.extend)(items)
+        return rebuilt, holds
     make = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-    return make(items)
+    return make(items), holds
 
 
-def _map_mapping(function: Callable[[torch.Tensor], Any], value: Any, open_: set[int]) -> Any:
-    items = {key: _map(function, item, open_) for key, item in value.items()}
-    if _same(items.values(), value.values()):
-        return value
+def _map_mapping(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
+    mapped = {key: _map(function, item, seen) for key, item in value.items()}
+    items, holds = {key: item for key, (item, _) in mapped.items()}, any(h for _, h in mapped.values())
+    if not holds and type(value) not in _COPIED:
+        return value, False
     if type(value) is dict:
-        return items
+        return items, holds
+    if not isinstance(value, MutableMapping):
+        return type(value)(items), holds  # such as types.MappingProxyType
     rebuilt = copy.copy(value)
     for key, item in items.items():
         rebuilt[key] = item
-    return rebuilt
+    return rebuilt, holds
 
 
-def _map_object(function: Callable[[torch.Tensor], Any], value: Any, open_: set[int]) -> Any:
-    names = [*getattr(value, "__dataclass_fields__", ()), *getattr(value, "__dict__", ())]
-    before = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    after = {name: _map(function, item, open_) for name, item in before.items()}
-    if _same(after.values(), before.values()):
-        return value
+def _map_object(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
+    mapped = {name: _map(function, getattr(value, name), seen) for name in _attributes(value)}
+    if not any(holds for _, holds in mapped.values()):
+        return value, False
     rebuilt = copy.copy(value)
-    for name, item in after.items():
+    for name, (item, _) in mapped.items():
         object.__setattr__(rebuilt, name, item)  # frozen dataclasses too
-    return rebuilt
+    return rebuilt, True
+
+
+def _attributes(value: Any) -> Iterator[str]:
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if not name.startswith("__") and hasattr(value, name):
+                yield name
+    yield from getattr(value, "__dict__", ())
 
 
 def _same(after: Any, before: Any) -> bool:
