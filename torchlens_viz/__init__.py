@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
     from torchlens_viz.folders import save_feature_maps as save_feature_maps
     from torchlens_viz.folders import save_kernel_sheets as save_kernel_sheets
+    from torchlens_viz.overlays import overlay_grid as overlay_grid
+    from torchlens_viz.overlays import save_overlay_grid as save_overlay_grid
     from torchlens_viz.pairs import pair_grid as pair_grid
     from torchlens_viz.sheets import feature_grid as feature_grid
     from torchlens_viz.sheets import kernel_grid as kernel_grid
@@ -33,11 +35,13 @@ _HOME = {
     "feature_grid": "sheets",
     "kernel_grid": "sheets",
     "make_grid": "tiling",
+    "overlay_grid": "overlays",
     "pair_grid": "pairs",
     "save_feature_grid": "sheets",
     "save_feature_maps": "folders",
     "save_kernel_grid": "sheets",
     "save_kernel_sheets": "folders",
+    "save_overlay_grid": "overlays",
 }
 
 __all__ = [
@@ -48,11 +52,13 @@ __all__ = [
     "feature_grid",
     "kernel_grid",
     "make_grid",
+    "overlay_grid",
     "pair_grid",
     "save_feature_grid",
     "save_feature_maps",
     "save_kernel_grid",
     "save_kernel_sheets",
+    "save_overlay_grid",
 ]
 
 

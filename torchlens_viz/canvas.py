@@ -83,16 +83,32 @@ def draw_each(tiles: torch.Tensor, style: Style) -> list[Image.Image]:
         style: How to draw them; what concerns the layout is not looked at.
 
     Returns:
-        T images of one mode and size.
+        T images of one size.
     """
     alone = replace(
         style, nrow=1, padding=0, labels=False, legend=False, title=None, max_tiles=None, page=0, rank=None
     )
-    column = draw(tiles, alone, labels=[""] * len(tiles), notes=())
-    height = column.height // len(tiles)
-    return [
-        column.crop((0, height * index, column.width, height * (index + 1))) for index in range(len(tiles))
-    ]
+    tile = _Layout.of(tiles[:1], alone)
+    together = max(1, _MOST_PIXELS // (tile.tile_height * tile.tile_width))
+    if len(tiles) > together:  # what all have in common must be known before they are parted
+        limits = find_limits(
+            _as_floating(tiles.detach(), style),
+            normalize=style.normalize,
+            scale_each=style.scale_each,
+            value_range=style.value_range,
+        )
+        alone = replace(alone, cmap=_choose_colours(tiles, style, limits))
+        if style.normalize and not style.scale_each:
+            alone = replace(alone, value_range=(limits.low.item(), limits.high.item()))
+    images = []
+    for start in range(0, len(tiles), together):
+        part = tiles[start : start + together]
+        column = draw(part, alone, labels=[""] * len(part), notes=())
+        height = column.height // len(part)
+        images += [
+            column.crop((0, height * place, column.width, height * (place + 1))) for place in range(len(part))
+        ]
+    return images
 
 
 @dataclass(frozen=True, slots=True)

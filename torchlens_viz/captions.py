@@ -46,7 +46,7 @@ def captioned(
     Returns:
         An image of the same mode; the sheet's own pixels are unchanged in it.
     """
-    lines, bar = list(lines), None
+    lines, bar = [_in_one_line(line) for line in lines], None
     if limits is not None:
         low, high = _distinct(limits.low[0].item(), limits.high[0].item())
         if len(limits.low) > 1:
@@ -61,7 +61,7 @@ def captioned(
     below: list[str | Image.Image] = [lettering.shortened(line, longest) for line in lines]
     if bar is not None:
         below.insert(0, bar)
-    above = [] if title is None else [lettering.shortened(title, longest)]
+    above = [] if title is None else [lettering.shortened(_in_one_line(title), longest)]
     parts = [*above, image, *below]
     width = max(
         part.width if isinstance(part, Image.Image) else lettering.text_width(part) for part in below + above
@@ -106,6 +106,10 @@ def _blank(image: Image.Image, colours: Colormap, width: int, height: int) -> Im
     if image.mode == "P":
         canvas.putpalette(colours.palette.tobytes())
     return canvas
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _distinct(low: float, high: float) -> tuple[str, str]:

@@ -19,24 +19,17 @@ from torchlens_viz.choices import indices_of, maps_of
 from torchlens_viz.colormaps import Colormap, Table
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.filenames import safe_names
-from torchlens_viz.kernels import has_kernels, kernels_of
+from torchlens_viz.kernels import convolutions, kernels_of
 from torchlens_viz.layers import Selector, select
 from torchlens_viz.pictures import save_picture
 from torchlens_viz.progress import tracked
 from torchlens_viz.ranges import finite_range
 from torchlens_viz.records import Activations
 from torchlens_viz.sheets import kernel_grid
-from torchlens_viz.style import Interpolation, Style, StyleOptions
+from torchlens_viz.style import Interpolation, Style, StyleOptions, own_labels
 
 # How to draw a picture, and where it goes. Drawn late, so that a folder of any size takes little memory.
 _Job: TypeAlias = tuple[Callable[[], Image.Image], Path]
-
-
-class KernelSheetOptions(StyleOptions, total=False):
-    """The options of `save_kernel_sheets`."""
-
-    filters: int | Sequence[int] | None
-    channels: int | Sequence[int] | None
 
 
 class FeatureMapOptions(TypedDict, total=False):
@@ -55,8 +48,10 @@ def save_kernel_sheets(
     directory: str | os.PathLike[str],
     layers: Selector | None = None,
     *,
+    filters: int | Sequence[int] | None = None,
+    channels: int | Sequence[int] | None = None,
     progress: bool = False,
-    **options: Unpack[KernelSheetOptions],
+    **options: Unpack[StyleOptions],
 ) -> list[Path]:
     """Draw the kernels of every chosen layer, one sheet per input channel: `DIR/<layer>/<channel>.png`.
 
@@ -69,6 +64,8 @@ def save_kernel_sheets(
         model: The network.
         directory: The folder; it is made where it is missing.
         layers: Which layers; None is every convolution.
+        filters: Show only these filters, by index from 0.
+        channels: Write the sheets of these input channels only, by index from 0.
         progress: Show a bar on stderr (needs tqdm).
         options: As in `kernel_grid`. With `max_tiles`, further filters go to `<channel>-page2.png` and so on.
 
@@ -77,15 +74,18 @@ def save_kernel_sheets(
 
     Raises:
         LayerNotFoundError: The model has no such layer, or no convolution.
-        InvalidArgumentError: A layer has no kernels, or an option does not fit.
+        InvalidArgumentError: A layer has no kernels, or an option does not fit; then nothing is written.
         PictureError: A file cannot be written. Files written before it stay.
     """
-    found = select(model, layers if layers is not None else lambda _, module: has_kernels(module))
+    style = Style(**options)
+    if "page" in options:
+        raise InvalidArgumentError("`page` has no effect where every page is saved; leave it out")
+    found = convolutions(model) if layers is None else select(model, layers)
     folders = safe_names([name or "model" for name, _ in found])
     jobs = [
         (draw, Path(directory) / folder / f"{name}.png")
         for (_, module), folder in zip(found, folders, strict=True)
-        for draw, name in _kernel_sheets(kernels_of(module, "").weight, options)
+        for draw, name in _kernel_sheets(kernels_of(model, module).weight, filters, channels, style, options)
     ]
     return _save_all(jobs, progress)
 
@@ -123,15 +123,16 @@ def save_feature_maps(
         PictureError: A file cannot be written. Files written before it stay.
     """
     style = Style(**options)
-    recorded = {
-        name if len(acts.calls(name)) == 1 else f"{name}-call{index}": value
+    recorded = [
+        (name if len(acts.calls(name)) == 1 else f"{name}-call{index}", value)
         for name in acts
         for index, value in enumerate(acts.calls(name))
-    }
+    ]
     if not recorded:
         raise InvalidArgumentError("`acts` must hold activations; run the model inside the `capture` block")
     layers = []
-    for (name, value), folder in zip(recorded.items(), safe_names(list(recorded)), strict=True):
+    folders = safe_names([name or "model" for name, _ in recorded])
+    for (name, value), folder in zip(recorded, folders, strict=True):
         if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4):
             raise InvalidArgumentError(f"`{name}` put out no maps (N, C, H, W); select other layers")
         maps = maps_of(value, sample)
@@ -165,32 +166,33 @@ class _Shared:
 
 
 def _kernel_sheets(
-    weight: torch.Tensor, options: KernelSheetOptions
+    weight: torch.Tensor,
+    filters: int | Sequence[int] | None,
+    channels: int | Sequence[int] | None,
+    style: Style,
+    options: StyleOptions,
 ) -> Iterator[tuple[Callable[[], Image.Image], str]]:
     """Yield how to draw each sheet of a layer, and its name."""
-    planes = indices_of(options.get("channels"), weight.shape[1], "channels")
-    shared: dict[str, Any] = {**options}
-    if _shares_range(options):
+    planes = indices_of(channels, weight.shape[1], "channels")
+    rows = indices_of(filters, len(weight), "filters")
+    shared: dict[str, Any] = {**options, "filters": rows}
+    if style.normalize and not style.scale_each and style.value_range is None:
         shared["value_range"] = _range_of(weight)
     if weight.shape[2:].numel() == 1:  # one picture holds all channels, and has no tiles
         for option in ("labels", "nrow", "max_tiles"):
             shared.pop(option, None)
         yield partial(kernel_grid, weight, **{**shared, "channels": planes}), "matrix"
         return
-    count = len(indices_of(options.get("filters"), len(weight), "filters"))
-    pages = ceil(count / (options.get("max_tiles") or count))
+    slices = weight.shape[2] if weight.ndim == 5 else 1
+    if slices > 1:
+        shared.pop("nrow", None)  # each filter has a row
+    count = len(rows) * slices
+    own_labels(style, count)
+    pages = ceil(count / (style.max_tiles or count))
     for plane in planes:
         for page in range(pages):
             own = {**shared, "channels": plane, "page": page}
             yield partial(kernel_grid, weight, **own), f"{plane}-page{page + 1}" if page else str(plane)
-
-
-def _shares_range(options: StyleOptions) -> bool:
-    return (
-        options.get("normalize", True)
-        and not options.get("scale_each", False)
-        and options.get("value_range") is None
-    )
 
 
 def _range_of(weight: torch.Tensor) -> tuple[float, float]:
@@ -201,13 +203,14 @@ def _range_of(weight: torch.Tensor) -> tuple[float, float]:
 def _save_all(jobs: Sequence[_Job], progress: bool) -> list[Path]:
     """Draw in this thread and write in others, a bounded number of pictures ahead."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        under_way: set[Future[Path]] = set()
+        under_way: list[Future[Path]] = []
         for draw, path in tracked(jobs, shown=progress, total=len(jobs), unit="file"):
             if len(under_way) >= 64:
-                done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                _raise_first(done)
-            under_way.add(pool.submit(save_picture, draw(), path))
-        _raise_first(wait(under_way).done)
+                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
+                _raise_first(future for future in under_way if future in done)
+                under_way = [future for future in under_way if future not in done]
+            under_way.append(pool.submit(save_picture, draw(), path))
+        _raise_first(under_way)
     return [path for _, path in jobs]
 
 

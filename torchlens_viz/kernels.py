@@ -46,7 +46,7 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
         return Kernels(_as_planes(_numbers(model_or_weight, "the weight"), "the weight"), "")
     if not isinstance(model_or_weight, nn.Module):
         raise InvalidTypeError(f"expected a model or a weight tensor, got {type(model_or_weight).__name__}")
-    name, module = _first_convolution(model_or_weight) if layer is None else _only(model_or_weight, layer)
+    name, module = convolutions(model_or_weight)[0] if layer is None else _only(model_or_weight, layer)
     weight = _stored_weight(module)
     if weight is None:
         raise InvalidArgumentError(f"`{name}` ({type(module).__name__}) has no kernels; choose a convolution")
@@ -64,10 +64,15 @@ def has_kernels(module: nn.Module) -> bool:
     return any("Conv" in kind for kind in kinds) and _stored_weight(module) is not None
 
 
-def _first_convolution(model: nn.Module) -> Layer:
-    for layer in named_layers(model):
-        if has_kernels(layer.module):
-            return layer
+def convolutions(model: nn.Module) -> list[Layer]:
+    """List the convolutions of a model, of every kind, in definition order.
+
+    Raises:
+        LayerNotFoundError: There is none.
+    """
+    found = [layer for layer in named_layers(model) if has_kernels(layer.module)]
+    if found:
+        return found
     raise LayerNotFoundError(
         f"the model ({type(model).__name__}) has no convolution; pass the weight of a layer as (O, I, kH, kW)"
     )

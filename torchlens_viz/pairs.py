@@ -7,7 +7,6 @@ from dataclasses import replace
 from math import ceil, isnan, sqrt
 from typing import Any, Final, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -19,6 +18,7 @@ from torchlens_viz.captions import captioned
 from torchlens_viz.choices import indices_of, maps_of
 from torchlens_viz.colormaps import colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.inputs import as_batch
 from torchlens_viz.kernels import kernels_of
 from torchlens_viz.layers import Selector
 from torchlens_viz.modes import inference
@@ -93,7 +93,7 @@ def pair_grid(
         raise InvalidArgumentError(f"`{name}` must have kernels (O, I, kH, kW), got {tuple(weight.shape)}")
     chosen = indices_of(channels, len(weight), "channels")
     sheet = Style(normalize=False, nrow=nrow, padding=6, upscale=1, labels=labels, max_tiles=max_tiles)
-    batch = _as_batch(image if preprocess is None else preprocess(image))
+    batch = as_batch(image if preprocess is None else preprocess(image))
     maps = _maps(model, name, batch, weight)
     patterns = measure_patterns(weight[chosen], maps[chosen], batch[0])
     places = _places(patterns, order or ("picture" if channels is None else "channel"))[:max_tiles]
@@ -156,17 +156,3 @@ def _side_by_side(kernels: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         missing = height - tiles.shape[2]
         parts.append(F.pad(tiles, (0, 2, missing // 2, missing - missing // 2), value=_WHITE))
     return torch.cat(parts, dim=3)[..., :-2]
-
-
-def _as_batch(image: torch.Tensor | Image.Image) -> torch.Tensor:
-    if isinstance(image, Image.Image):
-        picture = torch.from_numpy(np.array(image.convert("RGB")))
-        image = picture.movedim(2, 0).float() / 255
-    if not isinstance(image, torch.Tensor):
-        raise InvalidTypeError(f"`image` must be a tensor or a picture, got {type(image).__name__}")
-    batch = image[None] if image.ndim == 3 else image
-    if batch.ndim != 4 or len(batch) != 1 or batch.numel() == 0:
-        raise InvalidArgumentError(
-            f"`image` must be one image (1, C, H, W) or (C, H, W), got shape {tuple(image.shape)}"
-        )
-    return batch

@@ -104,7 +104,8 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], **options: ob
     Args:
         image: The picture. A palette image is written to JPEG as RGB.
         path: The file; its suffix chooses the format.
-        **options: What `PIL.Image.Image.save` takes. Without any, PNG is written by `torchlens_viz.png`.
+        **options: What `PIL.Image.Image.save` takes. Without any, PNG is written by `torchlens_viz.png`, and
+            WebP without loss.
 
     Returns:
         `path` as a `Path`, as it was given.
@@ -142,9 +143,13 @@ def save_animation(
 
     Raises:
         InvalidArgumentError: There is no frame, they differ in size, or `fps` is not positive.
+        InvalidTypeError: A frame is no PIL image.
         PictureError: The suffix is another, or the file cannot be written.
     """
     frames = list(frames)
+    if not all(isinstance(frame, Image.Image) for frame in frames):
+        kinds = sorted({type(frame).__name__ for frame in frames if not isinstance(frame, Image.Image)})
+        raise InvalidTypeError(f"`frames` must be PIL.Image.Image objects, got {', '.join(kinds)}")
     if not frames or len({frame.size for frame in frames}) > 1:
         sizes = sorted({frame.size for frame in frames})
         raise InvalidArgumentError(f"`frames` must be one or more pictures of one size, got sizes {sizes}")
@@ -153,12 +158,11 @@ def save_animation(
     if Path(path).suffix.lower() not in (".webp", ".gif"):
         raise PictureError(f"`path` must end in .webp or .gif, got {str(path)!r}")
     first, *rest = (frame.convert("RGB") for frame in frames)
-    repeat = {"loop": 0} if loop else {}
-    lossless = {"lossless": True} if Path(path).suffix.lower() == ".webp" else {}
-    duration = round(1000 / fps)
-    return save_picture(
-        first, path, save_all=True, append_images=rest, duration=duration, **repeat, **lossless
-    )
+    if Path(path).suffix.lower() == ".webp":
+        own = {"lossless": True, "loop": 0 if loop else 1}
+    else:
+        own = {"loop": 0} if loop else {}  # a GIF without the entry is shown once
+    return save_picture(first, path, save_all=True, append_images=rest, duration=round(1000 / fps), **own)
 
 
 def as_chw(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -233,6 +237,8 @@ def _encode(image: Image.Image, path: Path, options: dict[str, object]) -> bytes
         )
     if name == "PNG" and not options and png.can_encode(image):
         return png.encode(image)
+    if name == "WEBP" and not options:
+        options = {"lossless": True}
     buffer = io.BytesIO()
     try:
         (image.convert("RGB") if name == "JPEG" and image.mode == "P" else image).save(

@@ -65,6 +65,8 @@ class Style:
                 raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
             if value is not None and value < least:
                 raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+        if self.title is not None and not isinstance(self.title, str):
+            raise InvalidTypeError(f"`title` must be a string or None, got {self.title!r}")
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise InvalidArgumentError(
                 f'`interpolation` must be "nearest", "bilinear" or "bicubic", got {self.interpolation!r}'

@@ -1,0 +1,243 @@
+"""Blending: maps over an image, each value where its position stands, the more visible the stronger it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Final
+
+import numpy as np
+import torch
+
+from torchlens_viz.colormaps import LEVELS, Colormap, Table, colormap
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.regions import ReceptiveField
+from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
+from torchlens_viz.style import Interpolation, Style
+
+_AT_ONCE: Final = 2**21  # pixels that are worked on together
+_ZERO: Final = LEVELS // 2
+_PALEST: Final = 0.4  # of the way from white to the end of a diverging map
+
+
+def overlay(
+    image: torch.Tensor,
+    maps: torch.Tensor,
+    field: ReceptiveField,
+    *,
+    alpha: float = 0.6,
+    cmap: str | Table | Colormap = "auto",
+    scale_each: bool = False,
+    value_range: Sequence[float] | None = None,
+    interpolation: Interpolation = "bicubic",
+    upscale: int = 1,
+) -> torch.Tensor:
+    """Lay maps over an image, each value over the pixel that its position stands over.
+
+    Between positions values are interpolated; beyond the outermost ones they stay as they are there.
+
+    Args:
+        image: (3, H, W) floating point in [0, 1].
+        maps: (K, h, w).
+        field: Where the positions of the maps stand: the `receptive_field` of their layer.
+        alpha: How much of the image the strongest value hides, from 0 to 1; weaker ones hide less, and
+            zero nothing.
+        cmap: A colour map as in `kernel_grid`. `"auto"` is `"RdBu_r"` if there are negative values, else
+            `"hot"` from 0 on.
+        scale_each: Give each map its own range.
+        value_range: The range (low, high) to show.
+        interpolation: `"bicubic"` or `"bilinear"` between positions, or the value of the `"nearest"` one.
+        upscale: Enlarge the image by this whole factor.
+
+    Returns:
+        (K, 3, upscale * H, upscale * W) uint8 on the CPU.
+
+    Raises:
+        InvalidArgumentError: The shapes do not belong together, or an option has a value that it cannot have.
+        InvalidTypeError: An option has another type.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torchlens_viz.receptive import receptive_field
+        >>> conv, image = nn.Conv2d(3, 2, 3, stride=2, padding=1), torch.rand(3, 8, 8)
+        >>> maps = conv(image[None])[0].detach()
+        >>> overlay(image, maps, receptive_field(conv, "", (1, 3, 8, 8))).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    if image.ndim != 3 or len(image) != 3 or tuple(image.shape[1:]) != field.input_shape:
+        raise InvalidArgumentError(
+            f"`image` must be (3, H, W) of the size {field.input_shape} that `field` is for, got shape "
+            f"{tuple(image.shape)}"
+        )
+    if maps.ndim != 3 or tuple(maps.shape[1:]) != field.map_shape or not len(maps):
+        raise InvalidArgumentError(
+            f"`maps` must be (K, h, w) of the size {field.map_shape} that `field` is for, got shape "
+            f"{tuple(maps.shape)}"
+        )
+    Style(interpolation=interpolation, upscale=None if upscale == 1 else upscale)
+    blend = Blend.of(maps, alpha=alpha, cmap=cmap, scale_each=scale_each, value_range=value_range)
+    return blend.tiles(image, maps, field, interpolation=interpolation, upscale=upscale)
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Colours and visibility of values, decided for some maps together."""
+
+    limits: Limits
+    colours: Colormap
+    alpha: float
+
+    @classmethod
+    def of(
+        cls,
+        maps: torch.Tensor,
+        *,
+        alpha: float,
+        cmap: str | Table | Colormap,
+        scale_each: bool,
+        value_range: Sequence[float] | None,
+    ) -> Blend:
+        """Decide for maps (K, h, w); the options are those of `overlay`."""
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise InvalidTypeError(f"`alpha` must be a number from 0 to 1, got {alpha!r}")
+        if not 0 <= alpha <= 1:
+            raise InvalidArgumentError(f"`alpha` must be from 0 to 1, got {alpha!r}")
+        limits = find_limits(
+            maps.float()[:, None], normalize=True, scale_each=scale_each, value_range=value_range
+        )
+        signed = bool(limits.low.min() < 0)
+        colours = colormap(
+            ("RdBu_r" if signed else "hot") if isinstance(cmap, str) and cmap == "auto" else cmap
+        )
+        if colours.diverging:
+            limits = limits.symmetric()
+        elif not signed and value_range is None:
+            limits = Limits(torch.zeros_like(limits.low), limits.high, limits.all_finite)
+        return cls(limits, colours, float(alpha))
+
+    def tiles(
+        self,
+        image: torch.Tensor,
+        maps: torch.Tensor,
+        field: ReceptiveField,
+        *,
+        interpolation: Interpolation,
+        upscale: int,
+    ) -> torch.Tensor:
+        """Return each map over the image, (K, 3, upscale * H, upscale * W) uint8 on the CPU."""
+        maps = maps.detach().cpu().float()
+        places = [
+            _places(size, count, origin, step, upscale)
+            for size, count, origin, step in zip(
+                field.input_shape, field.map_shape, field.center((0, 0)), field.stride, strict=True
+            )
+        ]
+        weights = [
+            _weights(at, count, interpolation) for at, count in zip(places, field.map_shape, strict=True)
+        ]
+        nearest = [
+            torch.from_numpy(np.floor(at + 0.5).clip(0, count - 1).astype(np.int64))
+            for at, count in zip(places, field.map_shape, strict=True)
+        ]
+        under = 255 * image.detach().cpu().float()
+        under = under.repeat_interleave(upscale, 1).repeat_interleave(upscale, 2)
+        drawn = []
+        for part, limits in self._parts(maps, under[0].numel()):
+            values = _smooth(part, weights)
+            over, strength = self._coloured(values[:, None], limits)
+            if not limits.all_finite:
+                codes = special_codes(part[:, None])[:, 0][:, nearest[0]][:, :, nearest[1]].long()
+                palette = torch.from_numpy(self.colours.palette).float()
+                is_special = codes != 0
+                over[is_special] = palette[codes[is_special]]
+                strength[is_special] = 1.0
+            strength = strength[:, None]
+            blended = under + strength * (over.movedim(3, 1) - under)
+            drawn.append(blended.add_(0.5).clamp_(0, 255).to(torch.uint8))
+        return torch.cat(drawn)
+
+    def legend(self) -> list[str]:
+        """Return lines that say what the colours mean."""
+        lines = []
+        if len(self.limits.low) > 1:
+            lines.append("each map has its own range")
+        else:
+            low, high = self.limits.low.item(), self.limits.high.item()
+            clear = 0.0 if self.colours.diverging else low
+            names = {"RdBu_r": ("blue", "red"), "seismic": ("blue", "red")}.get(self.colours.name)
+            if names:
+                lines.append(f"{names[0]}: {low:.3g}, clear: {clear:.3g}, {names[1]}: {high:.3g}")
+            else:
+                lines.append(f"{self.colours.name}: from {clear:.3g}, clear, to {high:.3g}")
+        if not self.limits.all_finite:
+            lines.append("magenta: NaN, green: +Inf, cyan: -Inf")
+        return lines
+
+    def _parts(self, maps: torch.Tensor, pixels: int) -> Iterator[tuple[torch.Tensor, Limits]]:
+        each = max(1, _AT_ONCE // pixels)
+        for first in range(0, len(maps), each):
+            limits = self.limits
+            if len(limits.low) > 1:
+                low, high = (value[first : first + each] for value in (limits.low, limits.high))
+                limits = Limits(low, high, limits.all_finite)
+            yield maps[first : first + each], limits
+
+    def _coloured(self, values: torch.Tensor, limits: Limits) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return colours (K, H, W, 3) and how much they hide, (K, H, W)."""
+        limits = Limits(limits.low.cpu(), limits.high.cpu(), all_finite=True)
+        levels = to_levels(values, limits, levels=LEVELS, signed=self.colours.diverging)[:, 0].long()
+        if self.colours.diverging:
+            strength = (levels - _ZERO).abs() / _ZERO
+            # What is clear need not be white as well: weak colours would only bleach the image.
+            offset = (levels - _ZERO) * (1 - _PALEST) + (levels - _ZERO).sign() * _PALEST * _ZERO
+            levels = _ZERO + offset.long()
+        else:
+            # Not in proportion: these colours darken towards zero too, and medium values would hardly show.
+            strength = (levels / (LEVELS - 1)).sqrt()
+        return torch.from_numpy(self.colours.levels.copy()).float()[levels], strength * self.alpha
+
+
+def _places(
+    size: int, count: int, origin: float, step: float, upscale: int
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Return the position of the map, as a fraction, that each output pixel lies over."""
+    pixels = (np.arange(size * upscale) + 0.5) / upscale - 0.5
+    if step <= 0 or not isfinite(origin):
+        origin, step = (size / count - 1) / 2, size / count
+    return (pixels - origin) / step
+
+
+def _weights(
+    places: np.ndarray[tuple[int], np.dtype[np.float64]], count: int, mode: Interpolation
+) -> torch.Tensor:
+    """Return how much each position counts for each output pixel, (pixels, positions); rows sum to 1."""
+    if mode == "nearest":
+        taps, parts = [np.floor(places + 0.5)], [np.ones_like(places)]
+    else:
+        first = np.floor(places)
+        t = places - first
+        if mode == "bilinear":
+            taps, parts = [first, first + 1], [1 - t, t]
+        else:  # Catmull and Rom's cubic
+            taps = [first - 1, first, first + 1, first + 2]
+            parts = [
+                t * (-0.5 + t * (1 - 0.5 * t)),
+                1 + t * t * (1.5 * t - 2.5),
+                t * (0.5 + t * (2 - 1.5 * t)),
+                t * t * (0.5 * t - 0.5),
+            ]
+    weights = np.zeros((len(places), count), np.float32)
+    for tap, part in zip(taps, parts, strict=True):
+        np.add.at(weights, (np.arange(len(places)), tap.clip(0, count - 1).astype(np.int64)), part)
+    return torch.from_numpy(weights)
+
+
+def _smooth(maps: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the maps interpolated, and no further than their own values go."""
+    finite = maps.isfinite()
+    values = torch.where(finite, maps, 0.0)
+    low, high = values.flatten(1).amin(1), values.flatten(1).amax(1)
+    smooth = torch.einsum("yh,khw,xw->kyx", weights[0], values, weights[1])
+    return smooth.clamp(low[:, None, None], high[:, None, None])

@@ -1,0 +1,287 @@
+"""Dependence: what each operation of a network makes of extents, its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias, final
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from torchlens_viz.extents import (
+    Extents,
+    Grid,
+    UnknownOperationError,
+    common_grids,
+    mixing,
+    spread,
+    thin,
+    union,
+)
+from torchlens_viz.spatial import (
+    adaptive_pooling,
+    as_extents,
+    bound,
+    convolution,
+    extents_in,
+    interpolate,
+    pad,
+    pooling,
+    shape_of,
+)
+from torchlens_viz.structure import map_tensors, tensors
+
+
+@final
+class Dependence(TorchFunctionMode):
+    """Inside the block, a model that is given `Extents` in place of an image puts out `Extents`.
+
+    Raises:
+        UnknownOperationError: The model does something that has no rule here.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Apply the rule of an operation on extents; let all others do what they do."""
+        if Extents not in types:
+            return func(*args, **(kwargs or {}))
+        rule = _RULES.get(func.__name__)
+        if rule is None:
+            raise UnknownOperationError(f"`{func.__name__}` has no rule")
+        with torch._C.DisableTorchFunctionSubclass():
+            return rule(func, args, kwargs or {})
+
+
+_Rule: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    return func.__name__.endswith("_") and not func.__name__.endswith("__")
+
+
+def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Every element depends on itself; what is learned or fixed does not count."""
+    x = args[0] if args else kwargs.get("input")
+    if len(known := extents_in(args, kwargs)) > 1 or not isinstance(x, Extents):
+        raise UnknownOperationError(f"`{func.__name__}` of {len(known)} tensors")
+    # A new object over the same memory, which is never written to.
+    return x if _is_in_place(func) else Extents(x.parts, x.grids)
+
+
+def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    known = extents_in(args, kwargs)
+    shapes = [tensor.shape for tensor in tensors((args, kwargs))]
+    shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    parts = [union(each, shape) for each in zip(*(x.parts for x in known), strict=True)]
+    made = Extents(parts, common_grids(known, shape))
+    if _is_in_place(func):
+        target = as_extents(args[0])
+        target.parts, target.grids = made.parts, made.grids
+        return target
+    return made
+
+
+def _each(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Apply what only moves elements, or asks for the shape, to every part."""
+    if func.__name__ in ("view", "contiguous"):  # broadcast memory cannot always be viewed
+        func = torch.Tensor.reshape if func.__name__ == "view" else torch.Tensor.detach
+        args, kwargs = (args if func is torch.Tensor.reshape else args[:1]), {}
+    known = extents_in(args, kwargs)
+
+    def part(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tensor: tensor.parts[index] if isinstance(tensor, Extents) else tensor.cpu()
+
+    outputs = []
+    for index in range(len(known[0].parts)):
+        outputs.append(func(*map_tensors(part(index), args), **map_tensors(part(index), kwargs)))
+    if isinstance(outputs[0], torch.Tensor):
+        return Extents(outputs, common_grids(known, outputs[0].shape) if len(known) > 1 else known[0].grids)
+    if isinstance(outputs[0], tuple | list) and any(isinstance(each, torch.Tensor) for each in outputs[0]):
+        return type(outputs[0])(Extents(each, known[0].grids) for each in zip(*outputs, strict=True))
+    return outputs[0]
+
+
+def _cat(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = bound("tensors dim", args, kwargs)
+    dim = (given["dim"] or 0) % max(each.ndim for each in given["tensors"])
+    known = extents_in(given["tensors"])
+    parts = []
+    for index in range(len(known[0].parts)):
+        # A constant depends on no pixel.
+        each = [
+            x.parts[index] if isinstance(x, Extents) else torch.tensor(-torch.inf).expand(x.shape)
+            for x in given["tensors"]
+        ]
+        joined = torch.cat(thin(each, keep=[dim]), dim)
+        parts.append(joined.expand(*known[0].shape[:dim], -1, *known[0].shape[dim + 1 :]))
+    return Extents(parts, common_grids(known, parts[0].shape))
+
+
+def _stack(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = bound("tensors dim", args, kwargs)
+    dim, shape = given["dim"] or 0, given["tensors"][0].shape
+    dim = dim % (len(shape) + 1)
+    known = [
+        Extents([part.unsqueeze(dim) for part in x.parts], x.grids)
+        if isinstance(x, Extents)
+        else x.unsqueeze(dim)
+        for x in given["tensors"]
+    ]
+    return _cat(torch.cat, (known, dim), {})
+
+
+def _item(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, index = as_extents(args[0]), args[1]
+    made: Extents = _each(func, args, kwargs)
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if not all(isinstance(entry, slice) or entry is Ellipsis for entry in entries):
+        return made
+    if Ellipsis in entries:
+        at = entries.index(Ellipsis)
+        entries[at : at + 1] = [slice(None)] * (x.ndim - len(entries) + 1)
+    grids = list(x.grids)
+    for axis, (origin, distance) in enumerate(x.grids):
+        dim = axis + 2
+        if x.ndim == len(grids) + 2 and dim < len(entries):
+            first, _, step = entries[dim].indices(x.shape[dim])
+            grids[axis] = Grid(origin + first * distance, distance * step)
+    return Extents(made.parts, grids)
+
+
+def _set_item(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target, index, value = args
+    target = as_extents(target)
+    nothing = torch.tensor(-torch.inf)  # a constant depends on no pixel
+    values = value.parts if isinstance(value, Extents) else [nothing] * len(target.parts)
+    parts = [part.clone(memory_format=torch.contiguous_format) for part in target.parts]
+    for part, new in zip(parts, values, strict=True):
+        part[index] = new
+    target.parts = tuple(parts)
+
+
+def _shuffle(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    made: Extents = _each(func, args, kwargs)
+    factor = args[1] if len(args) > 1 else next(iter(kwargs.values()))
+    step = 1 / factor if func.__name__ == "pixel_shuffle" else float(factor)
+    return Extents(
+        made.parts,
+        [Grid(grid.origin + (step / 2 - 0.5) * grid.step, step * grid.step) for grid in made.grids],
+    )
+
+
+def _reduction(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = bound("input dim keepdim", args, kwargs)
+    x, dim = as_extents(given["input"]), given["dim"]
+    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    return mixing(x, list(dims), keepdim=bool(given["keepdim"]))
+
+
+def _softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = "input p dim" if func.__name__ == "normalize" else "input dim"
+    given = bound(names, args, kwargs)
+    x, dim = as_extents(given["input"]), given["dim"]
+    if func.__name__ == "normalize" and dim is None:
+        dim = 1
+    if not isinstance(dim, int):
+        raise UnknownOperationError(f"`{func.__name__}` without `dim`")
+    return mixing(x, [dim], x.shape)
+
+
+def _layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = bound("input normalized_shape", args, kwargs)
+    x = as_extents(given["input"])
+    return mixing(x, [-1], x.shape) if len(given["normalized_shape"]) == 1 else Extents(x.parts, x.grids)
+
+
+def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = as_extents(bound("input weight bias", args, kwargs)["input"])
+    return mixing(x, [-1], shape_of(func, args, kwargs))
+
+
+def _matmul(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) != 2 or min(each.ndim for each in args) < 2:
+        raise UnknownOperationError(f"`{func.__name__}` of vectors")
+    rows = [mixing(x, [-1]) for x in args[:1] if isinstance(x, Extents)]
+    columns = [mixing(x, [-2]) for x in args[1:] if isinstance(x, Extents)]
+    return spread([*rows, *columns], shape_of(func, args, kwargs))
+
+
+def _einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    equation, operands = args[0], args[1:]
+    left, arrow, right = equation.replace(" ", "").partition("->") if isinstance(equation, str) else ("",) * 3
+    terms = left.split(",")
+    if not arrow or len(terms) != len(operands) or any(len(set(term)) < len(term) for term in terms):
+        raise UnknownOperationError(f"`einsum` of {equation!r}")
+    known = []
+    for term, x in zip(terms, operands, strict=True):
+        if isinstance(x, Extents):
+            summed = [dim for dim, letter in enumerate(term) if letter not in right]
+            order = [term.index(letter) for letter in right if letter in term]
+            index: list[Any] = [slice(None) if letter in term else None for letter in right]
+            index += [0] * len(summed)
+            parts = [part.permute(order + summed)[tuple(index)] for part in mixing(x, summed).parts]
+            known.append(Extents(parts, x.grids))
+    return spread(known, shape_of(func, args, kwargs))
+
+
+def _constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Take only the shape of extents."""
+    return func(as_extents(args[0]).parts[0], *args[1:], **kwargs)
+
+
+def _attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    query, *others = (bound("query key value", args, kwargs)[name] for name in ("query", "key", "value"))
+    if func.__name__ == "scaled_dot_product_attention":
+        shape = torch.Size([*query.shape[:-1], others[1].shape[-1]])
+        everywhere = [mixing(x, [-1, -2]) for x in others if isinstance(x, Extents)]
+        return spread([mixing(query, [-1]), *everywhere], shape)
+    first = 0 if query.ndim == 3 else -2  # sequences lie along dimension 0 here
+    everywhere = [mixing(x, [-1, first]) for x in others if isinstance(x, Extents)]
+    return spread([mixing(query, [-1]), *everywhere], query.shape), None
+
+
+# By name, because the same operation is a method, a function of torch and one of torch.nn.functional.
+_NAMES: Final[dict[_Rule, str]] = {
+    _same: """
+        alpha_dropout batch_norm bfloat16 celu clone cos cpu cuda data detach double dropout dropout1d
+        dropout2d dropout3d elu elu_ erf exp feature_alpha_dropout feature_dropout float gelu group_norm
+        half hardshrink hardsigmoid hardswish hardtanh hardtanh_ instance_norm leaky_relu leaky_relu_
+        local_response_norm log log1p logsigmoid mish prelu relu relu6 relu_ requires_grad_
+        rrelu rsqrt selu selu_ sigmoid sigmoid_ silu sin softplus softsign sqrt square tanh tanh_ tanhshrink
+        threshold to type
+    """,
+    _elementwise: """
+        abs add add_ addcmul clamp clamp_ clamp_max clamp_min clip div div_ fmax fmin lerp maximum minimum mul
+        mul_ multiply neg pow reciprocal rsub sub sub_ subtract true_divide where __add__ __radd__ __mul__
+        __rmul__ __sub__ __rsub__ __truediv__ __rtruediv__ __pow__
+    """,
+    _each: """
+        __get__ __len__ broadcast_to channel_shuffle chunk contiguous dim expand flatten flip is_complex
+        is_contiguous is_floating_point movedim moveaxis narrow native_channel_shuffle ndimension nelement
+        numel permute ravel repeat repeat_interleave reshape roll select size split split_with_sizes squeeze
+        swapaxes swapdims t tensor_split tile transpose unbind unflatten unsqueeze view
+    """,
+    _cat: "cat concat concatenate",
+    _stack: "stack",
+    _item: "__getitem__",
+    _set_item: "__setitem__",
+    _shuffle: "pixel_shuffle pixel_unshuffle",
+    _constant: "new_empty new_full new_ones new_zeros ones_like zeros_like",
+    _reduction: "amax amin mean sum",
+    _softmax: "log_softmax normalize softmax softmin",
+    _layer_norm: "layer_norm rms_norm",
+    _linear: "linear",
+    _matmul: "__matmul__ bmm matmul",
+    _einsum: "einsum",
+    _attention: "multi_head_attention_forward scaled_dot_product_attention",
+    convolution: "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    pooling: "avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d",
+    adaptive_pooling: """
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    """,
+    pad: "pad",
+    interpolate: "interpolate",
+}
+_RULES: Final = {name: rule for rule, names in _NAMES.items() for name in names.split()}

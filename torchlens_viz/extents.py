@@ -1,0 +1,179 @@
+"""Extents: on which input pixels the values of a network depend, and how dependence combines.
+
+In place of an image goes an `Extents`, a tensor without values: for every element and every spatial axis of
+the input it knows the first and the last pixel that the element depends on. It knows both twice: with padding
+as pixels beyond the border, so that a convolution sees as much there as in the middle, and without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+
+from torchlens_viz.windows import Windows, adaptive, greatest
+
+
+class UnknownOperationError(Exception):
+    """The model does something of which it is not known what depends on what."""
+
+
+class Grid(NamedTuple):
+    """Where the positions of a map lie along one axis, in input pixels: the first one, and their distance."""
+
+    origin: float
+    step: float
+
+
+@final
+class Extents(torch.Tensor):
+    """The input pixels on which each element of a tensor depends, and the grid its positions lie on.
+
+    `parts` holds, for every spatial axis of the input, the first pixel negated and the last pixel, each as a
+    tensor of the shape that the model sees, so that a union is a maximum. -inf stands for no pixel at all.
+    What is equal along a dimension is broadcast along it, which keeps the work small. All this is held twice:
+    in the first half of `parts`, padding is a part of a larger image; in the second half it is no pixel.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+    grids: tuple[Grid, ...]
+
+    @staticmethod
+    def __new__(cls: type[Extents], parts: Sequence[torch.Tensor], grids: Sequence[Grid]) -> Extents:
+        """Make a tensor of the shape of the parts."""
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, parts[0].shape, dtype=torch.float32, device=torch.device("cpu")
+        )
+        made.parts, made.grids = tuple(parts), tuple(grids)
+        return made
+
+    @classmethod
+    def of_input(cls, shape: Sequence[int]) -> Extents:
+        """Return the extents of an input (N, C, ...): every pixel depends on itself alone."""
+        parts = []
+        for axis, size in enumerate(shape[2:]):
+            line = torch.arange(size, dtype=torch.float32, device="cpu")
+            line = line.view(-1, *[1] * (len(shape) - 3 - axis))
+            parts += [(-line).expand(shape), line.expand(shape)]
+        return cls(parts * 2, [Grid(0.0, 1.0)] * (len(shape) - 2))
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse: there are no values to work on. `torchlens_viz.dependence` knows what to do instead."""
+        raise UnknownOperationError(f"`{func}` of extents")
+
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
+
+
+def over(part: torch.Tensor, *dims: int) -> torch.Tensor:
+    """Return the maximum over dimensions, which stay with size 1."""
+    shape = [1 if dim in dims else size for dim, size in enumerate(part.shape)]
+    (part,) = thin([part], keep=())  # what is broadcast stays broadcast
+    dims = tuple(dim for dim in dims if part.shape[dim] > 1)
+    return (part.amax(dims, keepdim=True) if dims else part).expand(shape)
+
+
+def thin(parts: Sequence[torch.Tensor], *, keep: Sequence[int]) -> list[torch.Tensor]:
+    """Return tensors of one shape with size 1 where all of them are broadcast, in all but some dimensions."""
+    parts = list(parts)
+    for dim in range(parts[0].ndim):
+        if dim not in keep and all(part.stride(dim) == 0 for part in parts):
+            parts = [part.narrow(dim, 0, 1) for part in parts]
+    return parts
+
+
+def union(parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
+    """Return the maximum of tensors broadcast to a shape."""
+    first, *others = thin([part.expand(shape) for part in parts], keep=())
+    for other in others:
+        first = torch.maximum(first, other)
+    return first.expand(shape)
+
+
+def common_grids(known: Sequence[Extents], shape: Sequence[int]) -> list[Grid]:
+    """Return the grid of a union: that of the maps in it, not of what is broadcast over them."""
+    grids = []
+    for axis, grid in enumerate(known[0].grids):
+        dim = axis + 2
+        whole = [
+            each.grids[axis]
+            for each in known
+            if each.ndim == len(shape) and dim < len(shape) and each.shape[dim] == shape[dim]
+        ] or [grid]
+        grids.append(Grid(sum(each.origin for each in whole) / len(whole), whole[0].step))
+    return grids
+
+
+def mixing(
+    x: Extents, dims: Sequence[int], shape: Sequence[int] | None = None, *, keepdim: bool = True
+) -> Extents:
+    """Return what depends on everything along some dimensions."""
+    dims = [dim % x.ndim for dim in dims]
+    parts = [over(part, *dims) for part in x.parts]
+    if shape is not None:
+        parts = [part.expand(shape) for part in parts]
+    elif not keepdim:
+        parts = [part.squeeze(dims) for part in parts]
+    grids = list(x.grids)
+    for dim in dims if shape is None and x.ndim == len(grids) + 2 else ():
+        if dim >= 2:
+            pooled = adaptive(x.shape[dim], 1)
+            origin, step = grids[dim - 2]
+            grids[dim - 2] = Grid(origin + pooled.origin * step, pooled.step * step)
+    return Extents(parts, grids)
+
+
+def spread(known: Sequence[Extents], shape: Sequence[int]) -> Extents:
+    """Return what depends on all that some extents do, broadcast to a shape, on the first one's grid."""
+    parts = [union(each, shape) for each in zip(*(x.parts for x in known), strict=True)]
+    return Extents(parts, known[0].grids)
+
+
+def slide(
+    x: Extents, windows: Sequence[Windows | None], inner: Sequence[Windows | None] | None = None
+) -> Extents:
+    """Look through windows along the spatial dimensions; None leaves a dimension as it is.
+
+    Args:
+        x: What is looked at.
+        windows: A window per spatial axis.
+        inner: The windows for where padding is no pixel, if they are others.
+    """
+    if len(windows) != len(x.grids) or x.ndim != len(windows) + 2:
+        raise UnknownOperationError(f"windows over a tensor of shape {tuple(x.shape)}")
+    shape = [
+        size if each is None else len(each.taps)
+        for size, each in zip(x.parts[0].shape, [None, None, *windows], strict=True)
+    ]
+    parts = []
+    for index, part in enumerate(x.parts):
+        is_inner, place = divmod(index, 2 * len(windows))
+        axis, is_last = divmod(place, 2)
+        (part,) = thin([part], keep=[axis + 2])
+        if not is_inner:
+            _check_axes(part, axis + 2)
+        for dim, each in enumerate(inner if inner and is_inner else windows):
+            if each is not None:
+                step = x.grids[axis].step if is_last else -x.grids[axis].step
+                beyond = None if is_inner else step
+                part = greatest(part, dim + 2, each, beyond if dim == axis else 0.0)
+        parts.append(part.expand(shape))
+    grids = [
+        grid if each is None else Grid(grid.origin + each.origin * grid.step, each.step * grid.step)
+        for grid, each in zip(x.grids, windows, strict=True)
+    ]
+    return Extents(parts, grids)
+
+
+def _check_axes(part: torch.Tensor, dim: int) -> None:
+    """Refuse a tensor in which what an axis of the input sees changes along another dimension."""
+    others = [other for other in range(2, part.ndim) if other != dim]
+    if part.shape[dim] > 1 and _is_constant(part, dim) and not all(_is_constant(part, o) for o in others):
+        raise UnknownOperationError("windows over a tensor whose axes have changed places")
+
+
+def _is_constant(part: torch.Tensor, dim: int) -> bool:
+    return bool((part.narrow(dim, 0, 1) == part).all())

@@ -1,0 +1,206 @@
+"""Overlays: the maps of a layer over the image they were made of, each value where the layer saw it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, TypedDict, Unpack, get_args
+
+import torch
+from PIL import Image
+from torch import nn
+
+from torchlens_viz.activations import capture
+from torchlens_viz.blending import Blend
+from torchlens_viz.canvas import draw
+from torchlens_viz.captions import captioned
+from torchlens_viz.choices import indices_of
+from torchlens_viz.colormaps import Colormap, Table, colormap
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.inputs import as_batch, as_pixels, like_parameters
+from torchlens_viz.layers import Selector, select
+from torchlens_viz.modes import inference
+from torchlens_viz.pictures import save_picture
+from torchlens_viz.receptive import ReceptiveField, receptive_field
+from torchlens_viz.style import Interpolation, Rank, Style, own_labels, ranking
+
+Backdrop: TypeAlias = Literal["gray", "colour"]
+
+_TILE_SIZE: Final = 128
+_LUMINANCE: Final = (0.299, 0.587, 0.114)
+
+
+class OverlayOptions(TypedDict, total=False):
+    """The options of `overlay_grid`."""
+
+    channels: int | Sequence[int] | None
+    preprocess: Callable[[Any], torch.Tensor] | None
+    invert: Callable[[torch.Tensor], torch.Tensor] | None
+    alpha: float
+    backdrop: Backdrop
+    cmap: str | Table | Colormap
+    scale_each: bool
+    value_range: Sequence[float] | None
+    interpolation: Interpolation
+    upscale: int | None
+    nrow: int | None
+    labels: bool | Sequence[str]
+    legend: bool
+    rank: Rank | None
+    max_tiles: int | None
+
+
+def overlay_grid(
+    model: nn.Module,
+    layer: Selector,
+    image: torch.Tensor | Image.Image,
+    *,
+    channels: int | Sequence[int] | None = None,
+    preprocess: Callable[[Any], torch.Tensor] | None = None,
+    invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    alpha: float = 0.6,
+    backdrop: Backdrop = "gray",
+    cmap: str | Table | Colormap = "auto",
+    scale_each: bool = False,
+    value_range: Sequence[float] | None = None,
+    interpolation: Interpolation = "bicubic",
+    upscale: int | None = None,
+    nrow: int | None = None,
+    labels: bool | Sequence[str] = True,
+    legend: bool = False,
+    rank: Rank | None = None,
+    max_tiles: int | None = None,
+) -> Image.Image:
+    """Draw the maps of a layer over an image, each value over the middle of the region that it comes from.
+
+    Stretching a map to the size of the image would shift it: by up to half a stride, and by more where the
+    padding is not that of the kernel. Here the layer's receptive field says where each position stands.
+    The model runs twice, in eval mode and without gradients, as far as the layer; its flags are restored.
+
+    Args:
+        model: A model that takes one image batch.
+        layer: Which layer, by a selector that finds exactly one; it must put out maps (1, C, H, W).
+        image: A tensor (1, C, H, W) or (C, H, W), or a picture.
+        channels: Show only these maps, by index from 0.
+        preprocess: Makes of `image` what the model takes, (1, C, H, W) or (C, H, W). Without it, a tensor is
+            taken as it is and a picture as RGB values in [0, 1].
+        invert: Makes of the model's input, (1, C, H, W), the pixels in [0, 1] to show. Without it, the input
+            is shown as `preprocess` cropped and resized it, with its change of colours undone; where that
+            cannot be told, with the range of its values spread over [0, 1].
+        alpha: How much of the picture the strongest value hides, from 0 to 1; weaker ones hide less, and
+            zero nothing.
+        backdrop: Show the image in shades of `"gray"`, so that all colour is the map's, or in `"colour"`.
+        cmap: As in `kernel_grid`. `"auto"` is `"RdBu_r"` if there are negative values, else `"hot"` from 0
+            on.
+        scale_each: Give each map its own range, instead of one range for all that are shown.
+        value_range: The range (low, high) to show.
+        interpolation: `"bicubic"` or `"bilinear"` between positions, or the value of the `"nearest"` one.
+        upscale: Enlarge the image by this whole factor; None brings its longer side to at least 128 pixels.
+        nrow: Maps per row; None is near-square.
+        labels: Write channel numbers above the maps, or these strings.
+        legend: Write the layer, its receptive field and the limits below.
+        rank: Show the maps with the greatest `"norm"`, `"mean"`, `"std"` or `"max"` first.
+        max_tiles: Draw no more maps than this, and say below how many there are.
+
+    Returns:
+        An image of mode "RGB". NaN is magenta, +Inf green and -Inf cyan, as in all sheets.
+
+    Raises:
+        LayerNotFoundError: The model has no such layer.
+        InvalidArgumentError: The layer does not put out maps, or the image, an index or an option does not
+            fit.
+        InvalidTypeError: An argument has another type.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(inplace=True))
+        >>> overlay_grid(net, "1", torch.rand(3, 64, 96), labels=False, upscale=1).size
+        (195, 131)
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    if backdrop not in get_args(Backdrop):
+        raise InvalidArgumentError(f'`backdrop` must be "gray" or "colour", got {backdrop!r}')
+    sheet = Style(nrow=nrow, labels=labels, max_tiles=max_tiles, rank=rank, upscale=upscale)
+    Style(interpolation=interpolation)
+    batch = like_parameters(as_batch(image if preprocess is None else preprocess(image)), model)
+    field = receptive_field(model, layer, batch.shape)
+    name, maps = _maps(model, layer, batch, field)
+    chosen = indices_of(channels, len(maps), "channels")
+    own = own_labels(sheet, len(chosen)) or [str(index) for index in chosen]
+    order = ranking(maps[chosen], rank) or list(range(len(chosen)))
+    places = order[:max_tiles]
+    shown = maps[[chosen[place] for place in places]]
+    blend = Blend.of(shown, alpha=alpha, cmap=cmap, scale_each=scale_each, value_range=value_range)
+    pixels = as_pixels(batch, image, preprocess=preprocess, invert=invert)
+    if backdrop == "gray":
+        luminance = torch.tensor(_LUMINANCE)[:, None, None]
+        pixels = (pixels * luminance).sum(0, keepdim=True).expand(3, -1, -1)
+    factor = upscale or ceil(_TILE_SIZE / max(pixels.shape[1:]))
+    tiles = blend.tiles(pixels, shown, field, interpolation=interpolation, upscale=factor)
+    style = Style(
+        normalize=False,
+        nrow=nrow or ceil(sqrt(len(places))),
+        upscale=1,
+        labels=labels and [own[place] for place in places],
+    )
+    picture = draw(tiles, style, labels=[""] * len(tiles), notes=())
+    lines = []
+    if len(places) < len(chosen):
+        lines.append(f"{len(places)} of {len(chosen)} shown" + (f", ranked by {rank}" if rank else ""))
+    if legend:
+        lines += [*blend.legend(), _note(name, field)]
+    return captioned(picture, colormap("gray"), title=None, limits=None, lines=lines) if lines else picture
+
+
+def save_overlay_grid(
+    model: nn.Module,
+    layer: Selector,
+    image: torch.Tensor | Image.Image,
+    path: str | os.PathLike[str],
+    **options: Unpack[OverlayOptions],
+) -> Path:
+    """Draw the maps of a layer over an image into a file.
+
+    Args:
+        model: A model that takes one image batch.
+        layer: Which layer.
+        image: A tensor (1, C, H, W) or (C, H, W), or a picture.
+        path: The file; its ending names the format. Missing folders are made, and a file of that name is
+            replaced in one step.
+        options: As in `overlay_grid`.
+
+    Returns:
+        The path.
+
+    Raises:
+        PictureError: The file cannot be written; nothing is left behind, and what stood there still stands.
+    """
+    return save_picture(overlay_grid(model, layer, image, **options), path)
+
+
+def _maps(
+    model: nn.Module, layer: Selector, batch: torch.Tensor, field: ReceptiveField
+) -> tuple[str, torch.Tensor]:
+    """Return the layer's name and its maps (C, h, w) of the only image of a batch."""
+    name = select(model, layer)[0].name
+    with inference(model), capture(model, name, stop=True) as acts:
+        model(batch)
+    output = acts.calls(name)[0]
+    if not isinstance(output, torch.Tensor) or output.ndim != 4 or output.shape[2:] != field.map_shape:
+        what = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise InvalidArgumentError(
+            f"`layer` must put out maps (1, C, H, W), but `{name}` puts out {what}; choose a convolution"
+        )
+    return name, (output.dequantize() if output.is_quantized else output)[0].float()
+
+
+def _note(name: str, field: ReceptiveField) -> str:
+    """Return a line about the layer: where its positions stand in the input."""
+    height, width = field.size
+    stride = " x ".join(f"{step:.3g}" for step in field.stride)
+    about = "" if field.is_exact else "about "
+    return f"{name}: a position sees {about}{height} x {width} pixels, every {stride}"

@@ -1,0 +1,162 @@
+"""Spatial rules: which extents convolutions, pooling, padding and resizing put out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from torchlens_viz.extents import Extents, UnknownOperationError, over, slide
+from torchlens_viz.structure import map_tensors, tensors
+from torchlens_viz.windows import Windows, adaptive, padded, resized, sliding, transposed
+
+
+def extents_in(*values: Any) -> list[Extents]:
+    """Return all extents in nested values."""
+    return [tensor for value in values for tensor in tensors(value) if isinstance(tensor, Extents)]
+
+
+def bound(signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by name; those left out are None."""
+    names = signature.split()
+    return {**dict.fromkeys(names), **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def as_extents(value: Any) -> Extents:
+    """Return the input of an operation, which must not be a constant."""
+    if not isinstance(value, Extents):
+        raise UnknownOperationError("an operation whose input is a constant")
+    return value
+
+
+def shape_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
+    """Return the shape of what an operation puts out, and let it refuse what does not fit."""
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+    output = func(*map_tensors(empty, args), **map_tensors(empty, kwargs))
+    if not isinstance(output, torch.Tensor):
+        raise UnknownOperationError(f"`{func.__name__}` puts out more than a tensor")
+    return output.shape
+
+
+def _per_axis(value: Any, axes: int) -> list[Any]:
+    values = list(value) if isinstance(value, tuple | list) else [value]
+    return values * axes if len(values) == 1 else values
+
+
+def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
+    """A convolution, transposed or not: a window over all channels of a group."""
+    is_transposed = "transpose" in func.__name__
+    order = "output_padding groups dilation" if is_transposed else "dilation groups"
+    given = bound(f"input weight bias stride padding {order}", args, kwargs)
+    x, weight, groups = as_extents(given["input"]), given["weight"], given["groups"] or 1
+    if given["padding"] == "same":  # asking the operation itself may give a warning about even kernels
+        shape = torch.Size([x.shape[0], weight.shape[0], *x.shape[2:]])
+    else:
+        shape = shape_of(func, args, kwargs)
+    axes = len(shape) - 2
+    strides, dilations = (_per_axis(given[name] or 1, axes) for name in ("stride", "dilation"))
+    padding = given["padding"] or 0
+    windows: list[Windows | None] = []
+    for axis, (kernel, stride, dilation) in enumerate(zip(weight.shape[2:], strides, dilations, strict=True)):
+        if padding == "same":
+            before = (kernel - 1) * dilation // 2
+        else:
+            before = 0 if padding == "valid" else _per_axis(padding, axes)[axis]
+        size = {"kernel": kernel, "stride": stride, "before": before, "dilation": dilation}
+        if is_transposed:
+            windows.append(transposed(x.shape[axis + 2], shape[axis + 2], **size))
+            if windows[-1] is None:
+                raise UnknownOperationError("a transposed convolution with positions that see nothing")
+        else:
+            windows.append(sliding(shape[axis + 2], **size))
+    if groups == 1 or all(part.stride(1) == 0 for part in x.parts):
+        seen = [over(part, 1) for part in x.parts]
+    else:
+        seen = [part.unflatten(1, (groups, -1)).amax(2) for part in x.parts]  # type: ignore[no-untyped-call]
+    made = slide(Extents(seen, x.grids), windows)
+    repeat = shape[1] // made.shape[1]
+    parts = made.parts if made.shape[1] == 1 else [part.repeat_interleave(repeat, 1) for part in made.parts]
+    return Extents([part.expand(shape) for part in parts], made.grids)
+
+
+def pooling(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
+    """A pooling: a window over each channel."""
+    order = "ceil_mode" if "avg" in func.__name__ else "dilation ceil_mode return_indices"
+    given = bound(f"input kernel_size stride padding {order}", args, kwargs)
+    x, shape = as_extents(given["input"]), shape_of(func, args, kwargs)
+    axes = len(shape) - 2
+    kernels = _per_axis(given["kernel_size"], axes)
+    strides = _per_axis(given["stride"] or kernels, axes)
+    paddings = _per_axis(given["padding"] or 0, axes)
+    dilations = _per_axis(given.get("dilation") or 1, axes)
+    sizes = zip(shape[2:], kernels, strides, paddings, dilations, strict=True)
+    return slide(
+        x,
+        [
+            sliding(out, kernel=kernel, stride=stride, before=before, dilation=dilation)
+            for out, kernel, stride, before, dilation in sizes
+        ],
+    )
+
+
+def adaptive_pooling(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
+    """A pooling whose windows divide the map."""
+    x, shape = as_extents(args[0] if args else kwargs.get("input")), shape_of(func, args, kwargs)
+    return slide(x, [adaptive(*sizes) for sizes in zip(x.shape[2:], shape[2:], strict=True)])
+
+
+def pad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
+    """Padding: positions beyond the border; channels beyond the last one depend on nothing."""
+    given = bound("input pad mode value", args, kwargs)
+    x, widths = as_extents(given["input"]), list(given["pad"])
+    before, after = ([0] * (x.ndim - len(widths) // 2) + widths[start::2][::-1] for start in (0, 1))
+    outer = [width for pair in zip(before[1::-1], after[1::-1], strict=True) for width in pair]
+    repeats = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}.get(given["mode"] or "constant")
+    windows: list[Windows | None] = [None] * (x.ndim - 2)
+    inner = list(windows)
+    for axis, (size, first, last) in enumerate(zip(x.shape[2:], before[2:], after[2:], strict=True)):
+        if first or last:
+            windows[axis] = sliding(size + first + last, kernel=1, stride=1, before=first, dilation=1)
+            inner[axis] = padded(size, first, last, repeats) if repeats else windows[axis]
+    made = slide(x, windows, inner) if any(windows) else Extents(x.parts, x.grids)
+    if any(outer):  # channels or samples that hold a constant
+        margins = [0] * (2 * (x.ndim - 2)) + outer
+        parts = [F.pad(part, margins, value=-torch.inf) for part in made.parts]
+        made = Extents(parts, made.grids)
+    return made
+
+
+def interpolate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
+    """A resizing, by any kind of interpolation."""
+    given = bound("input size scale_factor mode align_corners recompute_scale_factor antialias", args, kwargs)
+    x, shape = as_extents(given.pop("input")), shape_of(func, args, kwargs)
+    axes = x.ndim - 2
+    given["mode"] = given["mode"] or "nearest"
+    given["antialias"] = bool(given["antialias"])
+    windows = []
+    for axis in range(axes):
+        size, out = x.shape[axis + 2], shape[axis + 2]
+        line = [size if each == axis else 1 for each in range(axes)]
+        alone = dict(given)
+        step = size / out
+        if given["size"] is not None:
+            alone["size"] = [out if each == axis else 1 for each in range(axes)]
+        else:
+            factor = _per_axis(given["scale_factor"], axes)[axis]
+            alone["scale_factor"] = [factor if each == axis else 1.0 for each in range(axes)]
+            step = step if given["recompute_scale_factor"] else 1 / factor
+
+        def resize(
+            units: torch.Tensor, line: list[int] = line, alone: dict[str, Any] = alone
+        ) -> torch.Tensor:
+            resized_units: torch.Tensor = func(units.view(1, -1, *line), **alone)
+            return resized_units.reshape(len(units), -1)
+
+        windows.append(resized(size, resize, aligned=bool(given["align_corners"]), step=step))
+    return slide(x, windows)
