@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -139,7 +140,8 @@ def save_feature_maps(
         layers.append((maps, indices_of(channels, len(maps), "channels"), folder))
     jobs: list[_Job] = []
     for maps, chosen, folder in layers:
-        pictures = _Shared(maps[chosen], style, len(chosen))
+        own = replace(style, value_range=_range_of(maps)) if _shares_range(style) else style
+        pictures = _Shared(maps[chosen], own)
         jobs += [
             (pictures.taker(place), Path(directory) / folder / f"{index}.png")
             for place, index in enumerate(chosen)
@@ -150,7 +152,7 @@ def save_feature_maps(
 class _Shared:
     """The pictures of one layer, drawn together when the first of them is needed and let go one by one."""
 
-    def __init__(self, maps: torch.Tensor, style: Style, count: int) -> None:
+    def __init__(self, maps: torch.Tensor, style: Style) -> None:
         self._maps: torch.Tensor | None = maps
         self._style = style
         self._pictures: dict[int, Image.Image] = {}
@@ -176,7 +178,7 @@ def _kernel_sheets(
     planes = indices_of(channels, weight.shape[1], "channels")
     rows = indices_of(filters, len(weight), "filters")
     shared: dict[str, Any] = {**options, "filters": rows}
-    if style.normalize and not style.scale_each and style.value_range is None:
+    if _shares_range(style):
         shared["value_range"] = _range_of(weight)
     if weight.shape[2:].numel() == 1:  # one picture holds all channels, and has no tiles
         for option in ("labels", "nrow", "max_tiles"):
@@ -195,8 +197,12 @@ def _kernel_sheets(
             yield partial(kernel_grid, weight, **own), f"{plane}-page{page + 1}" if page else str(plane)
 
 
-def _range_of(weight: torch.Tensor) -> tuple[float, float]:
-    low, high, _ = finite_range(weight.reshape(1, -1).double())
+def _shares_range(style: Style) -> bool:
+    return style.normalize and not style.scale_each and style.value_range is None
+
+
+def _range_of(values: torch.Tensor) -> tuple[float, float]:
+    low, high, _ = finite_range((values if values.is_floating_point() else values.double()).reshape(1, -1))
     return low.item(), high.item()
 
 

@@ -103,13 +103,15 @@ def pair_grid(
     if nrow is None:  # a pair is about twice as wide as high
         sheet = replace(sheet, nrow=ceil(sqrt(len(places) / 2)))
     sheet = replace(sheet, max_tiles=None, labels=own and [own[place] for place in places])
+    lines = [f"{len(places)} of {len(chosen)} shown"] if len(places) < len(chosen) else []
+    if labels is True:
+        lines.append("p: picture kept, e: its edges kept, c: colour of the kernel")
     shown = [chosen[place] for place in places]
     pairs = _drawn(weight[shown], maps[shown], Style(scale_each=scale_each))
     picture = draw(pairs, sheet, labels=[""] * len(pairs), notes=())
-    if len(shown) == len(chosen):
+    if not lines:
         return picture
-    line = f"{len(shown)} of {len(chosen)} shown"
-    return captioned(picture, colormap("gray"), title=None, limits=None, lines=[line])
+    return captioned(picture, colormap("gray"), title=None, limits=None, lines=lines)
 
 
 def _maps(model: nn.Module, name: str, batch: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -134,7 +136,7 @@ def _places(patterns: Patterns, order: Order) -> list[int]:
 def _captions(chosen: Sequence[int], patterns: Patterns) -> list[str]:
     rows = zip(chosen, *(figure.tolist() for figure in patterns), strict=True)
     return [
-        f"{index}  p {picture:.2f}  e {edges:.2f}" + ("" if isnan(colour) else f"  c {colour:.2f}")
+        f"{index}: p {picture:.2f}, e {edges:.2f}" + ("" if isnan(colour) else f", c {colour:.2f}")
         for index, picture, edges, colour in rows
     ]
 
