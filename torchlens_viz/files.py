@@ -27,8 +27,8 @@ def replacing(path: str | os.PathLike[str], error: type[TorchlensVizError]) -> I
     given = Path(path)
     target = Path(os.path.realpath(given))
     try:
-        _check_replaceable(target, given, error)
-        with _folders(target.parent), _renamed(target) as temporary:
+        mode = _mode_to_keep(target, given, error)
+        with _folders(target.parent), _renamed(target, mode) as temporary:
             yield temporary
     except TorchlensVizError:
         raise
@@ -44,11 +44,12 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(text).split())
 
 
-def _check_replaceable(target: Path, given: Path, error: type[TorchlensVizError]) -> None:
+def _mode_to_keep(target: Path, given: Path, error: type[TorchlensVizError]) -> int | None:
+    """Return the permissions of the file to replace, or None where there is none yet."""
     try:
         mode = target.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return
+        return None
     if stat.S_ISDIR(mode):
         raise error(f"`path` must name a file, got the folder {str(given)!r}; append a file name")
     # Replacing a device or pipe would delete it, and a read-only file is meant to stay.
@@ -58,11 +59,15 @@ def _check_replaceable(target: Path, given: Path, error: type[TorchlensVizError]
             f"`path` must name a file that can be replaced, got {str(given)!r}, which {kind}; "
             "choose another name"
         )
+    return stat.S_IMODE(mode)
 
 
 @contextlib.contextmanager
 def _folders(folder: Path) -> Iterator[None]:
     """Make a folder with its parents; where the block fails, remove those it made, if they are empty."""
+    if folder.is_dir():
+        yield
+        return
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,14 +80,13 @@ def _folders(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _renamed(target: Path) -> Iterator[Path]:
-    # Made by open() and not by tempfile, whose files are private to the user whatever the umask says.
+def _renamed(target: Path, mode: int | None) -> Iterator[Path]:
+    # Not made by tempfile, whose files are private to the user whatever the umask says.
     temporary = target.parent / f".torchlens-viz-{secrets.token_hex(8)}.tmp"
     try:
-        temporary.open("xb").close()
         yield temporary
-        with contextlib.suppress(FileNotFoundError):
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        if mode is not None:
+            temporary.chmod(mode)
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
