@@ -34,6 +34,15 @@ def test_pillow_reads_back_every_pixel_and_colour(width, height, mode, seed):
     assert again.getpalette() == image.getpalette()
 
 
+@pytest.mark.parametrize("height", [1, 2, 700, 701])
+def test_large_picture_is_compressed_in_two_parts_without_loss(height):
+    rng = np.random.default_rng(height)
+    pixels = rng.integers(0, 256, (height, (1 << 20) // height + 8), dtype=np.uint8)
+    pixels[:, ::2] = 7
+    assert pixels.nbytes >= png._WORTH_A_THREAD
+    assert np.array_equal(np.asarray(read_back(png.encode(Image.fromarray(pixels)))), pixels)
+
+
 def test_short_palette_is_kept():
     image = Image.fromarray(np.array([[0, 1]], np.uint8))
     image.putpalette([1, 2, 3, 4, 5, 6])

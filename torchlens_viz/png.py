@@ -3,21 +3,24 @@
 General encoders try five filters on every row, which costs more than all the rest. Sheets are enlarged pixels
 and smooth maps, also as palette indices, since neighbouring levels are neighbouring entries: taking the
 difference to the row above compresses nearly as well as the best choice per row, and takes less than half
-the time of Pillow's fastest settings.
+the time of Pillow's fastest settings. Of a large picture two threads compress one half each.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 _SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES: Final = {"L": 0, "RGB": 2, "P": 3}
 _UP: Final = 2
+_WORTH_A_THREAD: Final = 1 << 20  # bytes; below it a thread costs more than it saves
 
 
 def can_encode(image: Image.Image) -> bool:
@@ -39,13 +42,34 @@ def encode(image: Image.Image) -> bytes:
     rows[:, 0] = _UP
     rows[0, 1:] = pixels[0]
     np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
-    compressor = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", *image.size, 8, _COLOUR_TYPES[image.mode], 0, 0, 0)
     chunks = [(b"IHDR", header)]
     if image.mode == "P":
         chunks.append((b"PLTE", bytes(image.getpalette("RGB") or ())))
-    chunks += [(b"IDAT", compressor.compress(rows.data) + compressor.flush()), (b"IEND", b"")]
+    chunks += [(b"IDAT", _compress(rows)), (b"IEND", b"")]
     return _SIGNATURE + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _compress(rows: npt.NDArray[np.uint8]) -> bytes:
+    """Return rows of bytes as one zlib stream (RFC 1950)."""
+    if rows.nbytes < _WORTH_A_THREAD:
+        compressor = _compressor(zlib.MAX_WBITS)
+        return compressor.compress(rows.data) + compressor.flush()
+    middle = len(rows) // 2
+    with ThreadPoolExecutor(1) as pool:  # zlib lets go of the interpreter's lock
+        first = pool.submit(_deflate, rows[:middle], zlib.Z_SYNC_FLUSH)
+        last = _deflate(rows[middle:], zlib.Z_FINISH)
+        header, checksum = b"\x78\x01", struct.pack(">I", zlib.adler32(rows.data))
+        return b"".join((header, first.result(), last, checksum))
+
+
+def _deflate(rows: npt.NDArray[np.uint8], ending: int) -> bytes:
+    compressor = _compressor(-zlib.MAX_WBITS)  # without header and checksum
+    return compressor.compress(rows.data) + compressor.flush(ending)
+
+
+def _compressor(window: int) -> zlib._Compress:
+    return zlib.compressobj(1, zlib.DEFLATED, window, 9, zlib.Z_RLE)
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:
