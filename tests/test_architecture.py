@@ -20,6 +20,7 @@ FLOORS = [
         "checkpoints",
         "colormaps",
         "demo_net",
+        "dense",
         "filenames",
         "files",
         "inputs",

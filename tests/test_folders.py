@@ -15,7 +15,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz import canvas, capture, folders, kernel_grid, save_feature_maps, save_kernel_sheets
+from torchlens_viz import (
+    canvas,
+    capture,
+    feature_grid,
+    folders,
+    kernel_grid,
+    save_feature_maps,
+    save_kernel_sheets,
+)
 from torchlens_viz.colormaps import Colormap, colormap
 from torchlens_viz.errors import (
     InvalidArgumentError,
@@ -238,6 +246,75 @@ def test_activations_are_not_changed(tmp_path):
     assert torch.equal(acts["seen"], before)
 
 
+# Tokens.
+
+
+class Patches(nn.Module):
+    """Maps, and the tokens that a transformer makes of them after two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps, self.tokens, self.head = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.maps(x).flatten(2).transpose(1, 2)
+        return self.head(self.tokens(torch.cat([9 * tokens[:, :2], tokens], 1))[:, 0])
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_tokens_are_drawn_as_feature_grid_draws_them_and_maps_as_they_are(tmp_path, sample):
+    maps = spread(2, 4, 3, 5)
+    acts = recorded(Patches(), ["maps", "tokens"], maps)
+    paths = save_feature_maps(acts, tmp_path, grid=(3, 5), sample=sample, channels=[3, 0])
+    assert names_in(tmp_path) == ["maps/0.png", "maps/3.png", "tokens/0.png", "tokens/3.png"]
+    low, high = maps[sample].aminmax()
+    for path, channel in zip(paths, [3, 0, 3, 0], strict=True):
+        ends = {"value_range": (low.item(), high.item()), "padding": 0}
+        for expected in (
+            feature_grid(acts["tokens"], grid=(3, 5), sample=sample, channels=channel, **ends),
+            feature_grid(maps, sample=sample, channels=channel, **ends),
+        ):
+            assert np.array_equal(read(path), np.array(expected.convert("RGB"))), path
+
+
+def test_grid_of_another_form_is_another_picture(tmp_path):
+    acts = recorded(Patches(), "tokens", spread(1, 4, 3, 5))
+    path = save_feature_maps(acts, tmp_path / "a", grid=(3, 5))[0]
+    other = save_feature_maps(acts, tmp_path / "b", grid=(5, 3))[0]
+    assert read(path).shape != read(other).shape
+
+
+@pytest.mark.parametrize(
+    ("layers", "grid", "error", "message"),
+    [
+        (
+            "maps",
+            (3, 5),
+            InvalidArgumentError,
+            r"`grid` has no effect where no layer put out tokens \(N, L, C\)",
+        ),
+        (
+            "tokens",
+            (6, 3),
+            InvalidArgumentError,
+            r"as many places as `tokens` has tokens .* got 6 x 3 \(shape",
+        ),
+        ("tokens", 3, InvalidTypeError, r"`grid` must be \(rows, columns\), got 3"),
+        (
+            ["tokens", "head"],
+            (1, 1),
+            InvalidArgumentError,
+            r"`head` put out no maps \(N, C, H, W\) and no tokens \(N, L, C\); select other layers",
+        ),
+    ],
+)
+def test_grids_that_do_not_fit_raise_before_anything_is_written(tmp_path, layers, grid, error, message):
+    acts = recorded(Patches(), layers, spread(2, 4, 3, 5))
+    with pytest.raises(error, match=message):
+        save_feature_maps(acts, tmp_path / "maps", grid=grid)
+    assert list(tmp_path.iterdir()) == []
+
+
 # Names.
 
 HOSTILE = [
@@ -389,6 +466,92 @@ def test_slices_of_3d_kernels_are_all_on_some_page(tmp_path):
     paths = save_kernel_sheets(nn.Sequential(nn.Conv3d(1, 4, 3)), tmp_path, max_tiles=6)
     assert [path.name for path in paths] == ["0.png", "0-page2.png"]
     assert all(read(path).shape[0] >= 2 * 34 + 1 for path in paths)
+
+
+@pytest.mark.parametrize("most", [3, 5, 7, 8, 11, 12])
+def test_pages_of_slices_hold_whole_rows(tmp_path, most):
+    model = nn.Sequential(nn.Conv3d(2, 4, 3))
+    low, high = model[0].weight.detach().aminmax()
+    options = {"value_range": (low.item(), high.item()), "padding": 0}
+    paths = save_kernel_sheets(model, tmp_path, max_tiles=most, padding=0)
+    rows = most // 3
+    assert len(paths) == 2 * math.ceil(4 / rows)
+    for index, path in enumerate(paths):
+        plane, page = divmod(index, math.ceil(4 / rows))
+        filters = range(page * rows, min((page + 1) * rows, 4))
+        expected = np.array(kernel_grid(model, filters=filters, channels=plane, **options).convert("RGB"))
+        assert np.array_equal(read(path)[: len(expected), : expected.shape[1]], expected), path
+
+
+def test_rows_longer_than_a_page_raise_before_anything_is_written(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Conv3d(1, 4, 3))
+    with pytest.raises(InvalidArgumentError, match=r"`max_tiles` must be at least 3, .* got 2; raise it"):
+        save_kernel_sheets(model, tmp_path / "sheets", max_tiles=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("last", "options"),
+    [
+        (nn.Conv2d(2, 8, 5), {}),
+        (nn.Conv2d(2, 8, 5), {"max_tiles": 7}),
+        (nn.Conv2d(2, 8, 3), {"nrow": 1, "padding": 60}),
+        (nn.Conv3d(2, 4, 3), {"nrow": 1, "max_tiles": 11}),
+        (nn.Conv2d(40, 40, 1), {"labels": True, "max_tiles": 1}),
+        (nn.Conv2d(4, 4, 1), {"upscale": 30, "max_tiles": 1}),
+    ],
+)
+def test_sheet_that_is_too_large_is_refused_before_anything_is_written(tmp_path, monkeypatch, last, options):
+    model = nn.Sequential(nn.Conv2d(1, 1, 2), last)
+    monkeypatch.setattr(canvas, "_MOST_PIXELS", 7000)
+    with pytest.raises(InvalidArgumentError, match=r"the sheet would have [\d,]+ pixels .* more than 7,000"):
+        save_kernel_sheets(model, tmp_path / "sheets", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tiles": 4}, {"filters": [0, 7]}, {"upscale": 1, "nrow": 8}, {"padding": 0, "max_tiles": 6}],
+)
+def test_sheets_that_are_small_enough_are_all_drawn(tmp_path, monkeypatch, options):
+    model = nn.Sequential(nn.Conv2d(1, 8, 2), nn.Conv2d(2, 8, 5), nn.Conv3d(2, 8, 2), nn.Conv2d(20, 20, 1))
+    monkeypatch.setattr(canvas, "_MOST_PIXELS", 20 * 20 * 12 * 12 + 1000)
+    options = {"nrow": 1, **options} if "max_tiles" not in options else options
+    assert all(path.exists() for path in save_kernel_sheets(model, tmp_path, **options))
+
+
+def test_map_that_is_too_large_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Identity(), nn.Upsample(scale_factor=8))
+    acts = recorded(model, ["0", "1"], spread(1, 3, 5, 5))
+    monkeypatch.setattr(canvas, "_MOST_PIXELS", 40 * 40 - 1)
+    with pytest.raises(InvalidArgumentError, match=r"the sheet would have 1,600 pixels .* more than 1,599"):
+        save_feature_maps(acts, tmp_path / "maps")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(canvas, "_MOST_PIXELS", 40 * 40)
+    assert len(save_feature_maps(acts, tmp_path / "maps")) == 6
+
+
+def test_values_that_are_not_dense_are_refused_before_anything_is_written(tmp_path):
+    class Sparse(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to_sparse()
+
+    acts = recorded(nn.Sequential(nn.Identity(), Sparse()), ["0", "1"], spread(1, 3, 5, 5))
+    with pytest.raises(InvalidTypeError, match=r"`1` must be a dense tensor, got .*sparse_coo; .*\.to_dense"):
+        save_feature_maps(acts, tmp_path / "maps")
+    model = nn.Sequential(nn.Conv2d(1, 1, 2), nn.Conv2d(1, 1, 3, device="meta"))
+    with pytest.raises(
+        InvalidTypeError, match=r"`1` must hold real numbers to draw, got .* on meta; load its"
+    ):
+        save_kernel_sheets(model, tmp_path / "sheets")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_float8_is_drawn_as_its_values(tmp_path):
+    maps = spread(1, 2, 4, 4).to(torch.float8_e4m3fn)
+    paths = save_feature_maps(passed_on(maps), tmp_path)
+    for path, expected in zip(paths, drawn_maps(maps[0].float()), strict=True):
+        assert np.array_equal(read(path), expected), path.name
 
 
 def test_chosen_filters_are_drawn_in_every_layer(tmp_path):

@@ -221,6 +221,13 @@ def test_layer_without_a_name_convolutional_in_shape_only_is_drawn_when_named():
 
 # What is refused.
 
+
+def sparse_convolution() -> nn.ConvTranspose2d:
+    layer = nn.ConvTranspose2d(3, 2, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse(), requires_grad=False)
+    return layer
+
+
 NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
 
 
@@ -248,8 +255,16 @@ def test_what_cannot_be_drawn_raises_with_the_next_step(source, layer, message):
     ("source", "message"),
     [
         ([1, 2], "a model or a weight tensor, got list"),
-        (torch.zeros(1, 1, 2, 2, dtype=torch.complex64), "must be real numbers to draw, got torch.complex64"),
-        (nn.Conv2d(1, 1, 3, device="meta"), "real numbers to draw, got torch.float32 on meta"),
+        (
+            torch.zeros(1, 1, 2, 2, dtype=torch.complex64),
+            r"got torch.complex64 on cpu; take its `\.real` part",
+        ),
+        (
+            nn.Conv2d(1, 1, 3, device="meta"),
+            "the weight must hold real numbers to draw, got .* on meta; load its",
+        ),
+        (torch.ones(2, 3, 4, 4).to_sparse(), r"the weight must be a dense tensor, got .*\.to_dense\(\)`"),
+        (nn.Sequential(sparse_convolution()), r"`0` must be a dense tensor, got layout torch\.sparse_coo"),
     ],
 )
 def test_what_holds_no_real_numbers_raises_type_error(source, message):

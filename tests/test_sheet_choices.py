@@ -204,6 +204,62 @@ def test_pages_that_do_not_exist_raise(draw):
         draw(max_tiles=4, page=1.0)
 
 
+# Pages of rows: a filter's tiles stay together, in their columns.
+
+
+@pytest.mark.parametrize("rank", [None, "norm"])
+@pytest.mark.parametrize("most", [3, 4, 5, 6, 8, 14, 15, 99])
+@pytest.mark.parametrize(
+    ("weight", "options"),
+    [
+        (torch.rand(5, 6, 32, 32), {"channels": [4, 1, 0]}),
+        (torch.rand(5, 3, 32, 32), {"cmap": "gray"}),
+        (torch.rand(5, 1, 3, 32, 32), {}),
+        (torch.rand(5, 3, 3, 32, 32), {}),
+    ],
+    ids=["channels", "named map", "slices", "slices in colour"],
+)
+def test_pages_hold_whole_rows(monkeypatch, weight, options, most, rank):
+    options = {**options, "value_range": (0, 1), "padding": 0, "upscale": 1, "rank": rank}
+    whole = colours(kernel_grid(weight, **options))
+    assert whole.shape == (5 * 32, 3 * 32, 3)
+    size = most // 3 * 3
+    pages = math.ceil(15 / size)
+    lines = written(monkeypatch)
+    for page in range(pages):
+        pixels = colours(kernel_grid(weight, max_tiles=most, page=page, **options))
+        expected = whole[page * size // 3 * 32 : (page + 1) * size // 3 * 32]
+        assert np.array_equal(pixels[: len(expected), :96], expected), page
+    by = "" if rank is None else f", ranked by {rank}"
+    counts = [f"{start + 1} to {min(start + size, 15)}" for start in range(size, 15, size)]
+    assert lines == [f"{count} of 15 shown{by}" for count in [str(size), *counts]] * (pages > 1)
+    with pytest.raises(InvalidArgumentError, match=rf"below {pages} \(15 tiles, {size} on each\), got 5"):
+        kernel_grid(weight, max_tiles=most, page=5, **options)
+
+
+def test_labels_of_the_caller_go_with_the_rows_of_a_page():
+    weight, names = torch.rand(4, 5, 40, 40), [f"tile {index}" for index in range(8)]
+    options = {"channels": [1, 3], "value_range": (0, 1)}
+    second = colours(kernel_grid(weight, labels=names, max_tiles=5, page=1, **options))
+    expected = colours(kernel_grid(weight, labels=names[4:], filters=[2, 3], **options))
+    assert np.array_equal(second[: len(expected), : expected.shape[1]], expected)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options"),
+    [
+        (torch.rand(5, 6, 3, 3), {"channels": [4, 1, 0]}),
+        (torch.rand(1, 3, 3, 3), {"cmap": "gray"}),
+        (torch.rand(5, 1, 3, 3, 3), {}),
+    ],
+)
+def test_fewer_tiles_than_a_row_has_raise(weight, options):
+    with pytest.raises(
+        InvalidArgumentError, match=r"`max_tiles` must be at least 3, .* got 2; raise it, or choose fewer"
+    ):
+        kernel_grid(weight, max_tiles=2, **options)
+
+
 # Titles.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.utils import make_grid as torchvision_grid
 
-from torchlens_viz import feature_grid, kernel_grid, save_feature_grid, save_kernel_grid
+from torchlens_viz import feature_grid, kernel_grid, lettering, save_feature_grid, save_kernel_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 
 MAGENTA, GREEN, CYAN, WHITE = (255, 0, 255), (0, 255, 0), (0, 255, 255), (255, 255, 255)
@@ -643,6 +644,31 @@ def test_colour_legend_names_the_limits_in_words():
     assert not np.array_equal(colours(first)[124:], colours(second)[124:, : first.width])
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "options", "line"),
+    [
+        (-1.0, 3.0, {}, "values from -1 to 3, zero is gray 64 of 255"),
+        (-2.0, 0.5, {}, "values from -2 to 0.5, zero is gray 204 of 255"),
+        (0.0, 2.0, {}, "values from 0 to 2, zero is gray 0 of 255"),
+        (-2.0, 0.0, {}, "values from -2 to 0, zero is gray 255 of 255"),
+        (-1.0, 3.0, {"value_range": (-4, 4)}, "values from -4 to 4, zero is gray 128 of 255"),
+        (-1.0, 3.0, {"normalize": False}, "values from 0 to 1, zero is gray 0 of 255"),
+        (0.5, 2.0, {}, "values from 0.5 to 2"),
+        (-2.0, -0.5, {}, "values from -2 to -0.5"),
+        (-1.0, 3.0, {"scale_each": True}, "each tile has its own range"),
+    ],
+)
+def test_colour_legend_says_which_gray_is_zero(monkeypatch, low, high, options, line):
+    weight = torch.linspace(low, high, 96).reshape(2, 3, 4, 4)
+    weight[1, :, 0, 0] = torch.clamp(torch.zeros(3), low, high)
+    lines: list[str] = []
+    monkeypatch.setattr(lettering, "write_line", lambda image, at, text, *rest: lines.append(text))
+    sheet = kernel_grid(weight, legend=True, padding=0, upscale=40, **options)
+    assert lines == [line, "2 x 3 kernels of 4 x 4"]
+    if "zero" in line:
+        assert colours(sheet)[5, 165].tolist() == [int(line.split("gray ")[1].split()[0])] * 3
+
+
 def legend_of(maps: torch.Tensor, **options: Any) -> np.ndarray:
     plain = feature_grid(maps, **options)
     return colours(feature_grid(maps, legend=True, **options))[plain.height :]
@@ -759,6 +785,9 @@ def test_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch):
 # Bad input: one clear message, whatever is wrong.
 
 MAPS = torch.rand(4, 5, 5)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # nested tensors are a prototype, says torch
+    NESTED = torch.nested.nested_tensor([torch.rand(2, 4, 4), torch.rand(2, 4, 5)])
 WEIGHT = torch.rand(4, 6, 5, 5)
 
 
@@ -859,7 +888,22 @@ def test_activations_without_maps_raise_with_their_shape(shape):
         (np.zeros((3, 4, 4)), "`activation` must be a tensor .*, got ndarray"),
         ((torch.zeros(3, 4, 4),), "got tuple; of a layer that puts out several tensors, choose one"),
         (torch.zeros(3, 4, 4, dtype=torch.complex64), "real numbers to draw, got torch.complex64"),
-        (torch.zeros(3, 4, 4, device="meta"), "real numbers to draw, got torch.float32 on meta"),
+        (
+            torch.zeros(3, 4, 4, device="meta"),
+            "real numbers to draw, got torch.float32 on meta; load its values",
+        ),
+        (
+            torch.ones(3, 4, 4).to_sparse(),
+            r"`activation` must be a dense tensor, got .*sparse_coo; .*\.to_dense\(\)`",
+        ),
+        (
+            torch.ones(3, 4, 4).to_mkldnn(),
+            r"must be a dense tensor, got layout torch\._mkldnn; .*\.to_dense\(\)`",
+        ),
+        (
+            NESTED,
+            r"must be one dense tensor, got a nested one; take its parts one by one with `\.unbind\(\)`",
+        ),
     ],
 )
 def test_what_is_no_real_tensor_raises_type_error(activation, message):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torchvision.utils import make_grid as torchvision_grid
 
 from torchlens_viz import make_grid
+from torchlens_viz.errors import InvalidTypeError
 from torchlens_viz.tiling import compose
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -186,6 +187,61 @@ def test_what_is_no_tensor_raises_type_error(tensor):
 def test_complex_numbers_raise_type_error():
     with pytest.raises(TypeError, match="real values"):
         make_grid(torch.zeros(2, 1, 2, 2, dtype=torch.complex64), normalize=True)
+
+
+BATCH = torch.ones(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (
+            BATCH.to_sparse(),
+            r"`tensor` must be a dense tensor, got layout torch\.sparse_coo; .*`\.to_dense\(\)`",
+        ),
+        (BATCH[:1].to_sparse(), r"must be a dense tensor, got layout torch\.sparse_coo"),
+        ([BATCH[0], BATCH[1].to_sparse()], r"must be a dense tensor, got layout torch\.sparse_coo"),
+        (BATCH.to_mkldnn(), r"must be a dense tensor, got layout torch\._mkldnn"),
+    ],
+)
+def test_what_is_not_dense_raises_type_error(tensor, options, message):
+    with pytest.raises(InvalidTypeError, match=message):
+        make_grid(tensor, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested:UserWarning")
+def test_nested_tensors_raise_type_error():
+    nested = torch.nested.nested_tensor([torch.ones(3, 4, 4), torch.ones(3, 4, 5)])
+    with pytest.raises(
+        InvalidTypeError, match=r"`tensor` must be one dense tensor, got a nested one; .*unbind"
+    ):
+        make_grid(nested)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (BATCH.to("meta"), r"`normalize` needs values, got a tensor on meta; load its values"),
+        (BATCH.to(torch.float8_e5m2), r"`normalize` needs .*, got torch\.float8_e5m2; pass `\.float\(\)`"),
+    ],
+)
+def test_what_cannot_be_normalised_raises_and_is_laid_out_as_torchvision_does(tensor, message):
+    with pytest.raises(InvalidTypeError, match=message):
+        make_grid(tensor, normalize=True)
+    actual, expected = make_grid(tensor), torchvision_grid(tensor)
+    assert (actual.shape, actual.dtype, actual.device) == (expected.shape, expected.dtype, expected.device)
+    assert actual.is_meta or torch.equal(actual.float(), expected.float())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*deprecated:DeprecationWarning")
+def test_quantised_tensors_raise_but_for_the_batch_of_one_that_torchvision_takes():
+    batch = torch.quantize_per_tensor(BATCH, 0.5, 0, torch.qint8)
+    with pytest.raises(InvalidTypeError, match=r"`tensor` must hold plain .*qint8; pass `\.dequantize\(\)`"):
+        make_grid(batch)
+    with pytest.raises(InvalidTypeError, match=r"`normalize` needs plain .*qint8; pass `\.dequantize\(\)`"):
+        make_grid(batch, normalize=True)
+    assert torch.equal(make_grid(batch[:1]), torchvision_grid(batch[:1]))
 
 
 @given(st.integers(1, 7), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))

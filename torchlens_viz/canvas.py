@@ -55,7 +55,7 @@ def draw(
     else:
         places = [order[index] for index in shown]
         tiles, labels = tiles.detach()[places], [labels[place] for place in places]
-    layout = _Layout.of(tiles, style)  # refuses what is too large, so it comes before the work
+    layout = _Layout.of(tiles.shape, style)  # refuses what is too large, so it comes before the work
     tiles = _as_floating(tiles, style)
     limits = find_limits(
         tiles, normalize=style.normalize, scale_each=style.scale_each, value_range=style.value_range
@@ -75,6 +75,25 @@ def draw(
     return captioned(image, colours, title=style.title, limits=scale, lines=lines)
 
 
+def check_size(shape: Sequence[int], style: Style) -> None:
+    """Refuse tiles that `draw` would refuse for the size of their sheet, without looking at any value.
+
+    Args:
+        shape: (T, C, H, W) of the tiles.
+        style: How they are to be drawn; of several pages the first is the largest.
+
+    Raises:
+        InvalidArgumentError: The sheet would have too many pixels.
+    """
+    count, *rest = shape
+    _Layout.of((len(_page(replace(style, page=0), count)), *rest), style)
+
+
+def check_size_of_each(shape: Sequence[int], style: Style) -> None:
+    """Refuse tiles (T, C, H, W) that `draw_each` would refuse for their size, as `check_size` does."""
+    _Layout.of((1, *shape[1:]), _alone(style))
+
+
 def draw_each(tiles: torch.Tensor, style: Style) -> list[Image.Image]:
     """Draw every tile as a picture of its own, all in the colours that they would have in one sheet.
 
@@ -85,10 +104,8 @@ def draw_each(tiles: torch.Tensor, style: Style) -> list[Image.Image]:
     Returns:
         T images of one size.
     """
-    alone = replace(
-        style, nrow=1, padding=0, labels=False, legend=False, title=None, max_tiles=None, page=0, rank=None
-    )
-    tile = _Layout.of(tiles[:1], alone)
+    alone = _alone(style)
+    tile = _Layout.of(tiles[:1].shape, alone)
     together = max(1, _MOST_PIXELS // (tile.tile_height * tile.tile_width))
     if len(tiles) > together:  # what all have in common must be known before they are parted
         limits = find_limits(
@@ -124,8 +141,8 @@ class _Layout:
     header: int
 
     @classmethod
-    def of(cls, tiles: torch.Tensor, style: Style) -> _Layout:
-        count, _, height, width = tiles.shape
+    def of(cls, shape: Sequence[int], style: Style) -> _Layout:
+        count, _, height, width = shape
         upscale = style.upscale or ceil(_TILE_SIZE / max(height, width))
         header = 0 if style.labels is False else lettering.LINE_HEIGHT
         columns = style.nrow or ceil(sqrt(count))
@@ -151,6 +168,12 @@ class _Layout:
             )
             for row, column in places
         ]
+
+
+def _alone(style: Style) -> Style:
+    return replace(
+        style, nrow=1, padding=0, labels=False, legend=False, title=None, max_tiles=None, page=0, rank=None
+    )
 
 
 def _page(style: Style, count: int) -> range:

@@ -7,11 +7,12 @@ from math import inf, log10
 from typing import Final
 
 import numpy as np
+import torch
 from PIL import Image
 
 from torchlens_viz import lettering
 from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap
-from torchlens_viz.scaling import Limits
+from torchlens_viz.scaling import Limits, to_levels
 
 _BAR_HEIGHT: Final = 10
 _MARGIN: Final = 4
@@ -52,7 +53,7 @@ def captioned(
         if len(limits.low) > 1:
             lines.insert(0, "each tile has its own range")
         elif image.mode == "RGB":
-            lines.insert(0, f"values from {low} to {high}")
+            lines.insert(0, f"values from {low} to {high}{_zero(limits)}")
         else:
             bar = _scale(image, colours, low, high)
         if not limits.all_finite:
@@ -99,6 +100,14 @@ def _scale(image: Image.Image, colours: Colormap, low: str, high: str) -> Image.
     lettering.write_line(strip, (0, 0), low, ink)
     lettering.write_line(strip, (before + LEVELS + _MARGIN, 0), high, ink)
     return strip
+
+
+def _zero(limits: Limits) -> str:
+    """Say which gray of a picture in colour stands for zero, where its range has one."""
+    if not limits.low[0] <= 0 <= limits.high[0]:
+        return ""
+    point = torch.zeros((1, 1, 1, 1), device=limits.low.device)
+    return f", zero is gray {to_levels(point, limits, levels=256, signed=False).item()} of 255"
 
 
 def _blank(image: Image.Image, colours: Colormap, width: int, height: int) -> Image.Image:

@@ -8,10 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from torchlens_viz.dense import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 
-def maps_of(activation: torch.Tensor, sample: int, *, grid: tuple[int, int] | None = None) -> torch.Tensor:
+def maps_of(
+    activation: torch.Tensor,
+    sample: int,
+    *,
+    grid: tuple[int, int] | None = None,
+    what: str = "`activation`",
+) -> torch.Tensor:
     """Return the maps (C, H, W) of one input of a batch, checked to be drawable.
 
     Args:
@@ -19,27 +26,23 @@ def maps_of(activation: torch.Tensor, sample: int, *, grid: tuple[int, int] | No
         sample: Which input of the batch.
         grid: Rows and columns in which the last rows * columns of the tokens lie; those before them, such as
             a class token, are left out.
+        what: What the caller calls the activation.
     """
     if not isinstance(activation, torch.Tensor):
         raise InvalidTypeError(
-            f"`activation` must be a tensor (N, C, H, W) or (C, H, W), got {type(activation).__name__}; of a "
-            "layer that puts out several tensors, choose one"
+            f"{what} must be a tensor (N, C, H, W) or (C, H, W), got {type(activation).__name__}; of a layer "
+            "that puts out several tensors, choose one"
         )
+    batch = real_numbers(activation, what)
     if grid is not None:
-        activation = _folded(activation, grid)
-    if activation.ndim not in (3, 4) or activation.numel() == 0:
+        batch = _folded(batch, grid, what)
+    if batch.ndim not in (3, 4) or batch.numel() == 0:
         raise InvalidArgumentError(
-            "`activation` must be (N, C, H, W) or (C, H, W) with at least one pixel, got shape "
-            f"{tuple(activation.shape)}"
-            + ("; tokens (N, L, C) need `grid=(rows, columns)`" if activation.ndim in (2, 3) else "")
+            f"{what} must be (N, C, H, W) or (C, H, W) with at least one pixel, got shape "
+            f"{tuple(batch.shape)}"
+            + ("; tokens (N, L, C) need `grid=(rows, columns)`" if batch.ndim in (2, 3) else "")
         )
-    if activation.is_meta or activation.is_complex():
-        raise InvalidTypeError(
-            f"`activation` must have real numbers to draw, got {activation.dtype} on {activation.device}"
-        )
-    batch = activation.detach()
-    if batch.is_quantized:
-        batch = batch.dequantize()
+    shape = batch.shape
     if batch.ndim == 3:
         batch = batch[None]
     index = _as_index(sample)
@@ -47,8 +50,7 @@ def maps_of(activation: torch.Tensor, sample: int, *, grid: tuple[int, int] | No
         raise InvalidTypeError(f"`sample` must be an int, got {sample!r}")
     if not 0 <= index < len(batch):
         raise InvalidArgumentError(
-            f"`sample` must be an index from 0 to {len(batch) - 1}, got {index} "
-            f"(shape {tuple(activation.shape)})"
+            f"`sample` must be an index from 0 to {len(batch) - 1}, got {index} (shape {tuple(shape)})"
         )
     return batch[index]
 
@@ -83,14 +85,14 @@ def _as_index(value: object) -> int | None:
         return None
 
 
-def _folded(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def _folded(tokens: torch.Tensor, grid: tuple[int, int], what: str) -> torch.Tensor:
     try:
         rows, columns = (operator.index(size) for size in grid)
     except (TypeError, ValueError):
         raise InvalidTypeError(f"`grid` must be (rows, columns), got {grid!r}") from None
     if tokens.ndim not in (2, 3) or rows < 1 or columns < 1 or tokens.shape[-2] < rows * columns:
         raise InvalidArgumentError(
-            f"`grid` must have at most as many places as there are tokens (N, L, C), got {rows} x {columns} "
+            f"`grid` must have at most as many places as {what} has tokens (N, L, C), got {rows} x {columns} "
             f"(shape {tuple(tokens.shape)})"
         )
     places = tokens[..., tokens.shape[-2] - rows * columns :, :]

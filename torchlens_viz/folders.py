@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.canvas import draw_each
+from torchlens_viz.canvas import check_size, check_size_of_each, draw_each
 from torchlens_viz.choices import indices_of, maps_of
 from torchlens_viz.colormaps import Colormap, Table
 from torchlens_viz.errors import InvalidArgumentError
@@ -27,7 +27,7 @@ from torchlens_viz.progress import tracked
 from torchlens_viz.ranges import finite_range
 from torchlens_viz.records import Activations
 from torchlens_viz.sheets import kernel_grid
-from torchlens_viz.style import Interpolation, Style, StyleOptions, own_labels
+from torchlens_viz.style import Interpolation, Style, StyleOptions, as_matrix, in_rows, own_labels
 
 # How to draw a picture, and where it goes. Drawn late, so that a folder of any size takes little memory.
 _Job: TypeAlias = tuple[Callable[[], Image.Image], Path]
@@ -75,7 +75,9 @@ def save_kernel_sheets(
 
     Raises:
         LayerNotFoundError: The model has no such layer, or no convolution.
-        InvalidArgumentError: A layer has no kernels, or an option does not fit; then nothing is written.
+        InvalidArgumentError: A layer has no kernels, an option does not fit, or a sheet would be too large;
+            then nothing is written.
+        InvalidTypeError: The kernels of a layer are no dense real numbers; then nothing is written.
         PictureError: A file cannot be written. Files written before it stay.
     """
     style = Style(**options)
@@ -97,6 +99,7 @@ def save_feature_maps(
     *,
     sample: int = 0,
     channels: int | Sequence[int] | None = None,
+    grid: tuple[int, int] | None = None,
     progress: bool = False,
     **options: Unpack[FeatureMapOptions],
 ) -> list[Path]:
@@ -106,11 +109,14 @@ def save_feature_maps(
     threads; files that are in the folder already stay, unless they have the name of one that is written.
 
     Args:
-        acts: What `capture` recorded: maps (N, C, H, W) of each layer. A layer that ran several times gets a
+        acts: What `capture` recorded: maps (N, C, H, W) or (C, H, W) of each layer; with `grid`, maps
+            (N, C, H, W) or the tokens (N, L, C) of a transformer. A layer that ran several times gets a
             folder per call, `<layer>-call0` and so on.
         directory: The folder; it is made where it is missing.
         sample: Which input of the batch, by index from 0.
         channels: Only these channels, by index from 0.
+        grid: Rows and columns in which the last rows * columns tokens lie, as in `feature_grid`. Layers that
+            put out maps (N, C, H, W) are drawn as they are.
         progress: Show a bar on stderr (needs tqdm).
         options: `normalize`, `scale_each`, `value_range`, `cmap`, `upscale` and `interpolation` as in
             `feature_grid`.
@@ -119,8 +125,9 @@ def save_feature_maps(
         The files in the order of layers and channels.
 
     Raises:
-        InvalidArgumentError: A layer put out something else than maps, or an option does not fit; then
-            nothing is written.
+        InvalidArgumentError: A layer put out something else than maps, an option does not fit, or a picture
+            would be too large; then nothing is written.
+        InvalidTypeError: A layer put out no dense real numbers; then nothing is written.
         PictureError: A file cannot be written. Files written before it stay.
     """
     style = Style(**options)
@@ -131,12 +138,19 @@ def save_feature_maps(
     ]
     if not recorded:
         raise InvalidArgumentError("`acts` must hold activations; run the model inside the `capture` block")
+    if grid is not None and not any(_are_tokens(value) for _, value in recorded):
+        raise InvalidArgumentError(
+            "`grid` has no effect where no layer put out tokens (N, L, C); leave it out, or select others"
+        )
     layers = []
     folders = safe_names([name or "model" for name, _ in recorded])
     for (name, value), folder in zip(recorded, folders, strict=True):
         if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4):
-            raise InvalidArgumentError(f"`{name}` put out no maps (N, C, H, W); select other layers")
-        maps = maps_of(value, sample)
+            wanted = "maps (N, C, H, W)" + ("" if grid is None else " and no tokens (N, L, C)")
+            raise InvalidArgumentError(f"`{name}` put out no {wanted}; select other layers")
+        what = f"`{name}`" if name else "the model's output"
+        maps = maps_of(value, sample, grid=grid if _are_tokens(value) else None, what=what)
+        check_size_of_each(maps[:, None].shape, style)
         layers.append((maps, indices_of(channels, len(maps), "channels"), folder))
     jobs: list[_Job] = []
     for maps, chosen, folder in layers:
@@ -167,6 +181,11 @@ class _Shared:
         return self._pictures.pop(place)
 
 
+def _are_tokens(value: object) -> bool:
+    """Tell whether `grid` concerns an output: (L, C) could as well be the (N, C) of a classifier."""
+    return isinstance(value, torch.Tensor) and value.ndim == 3
+
+
 def _kernel_sheets(
     weight: torch.Tensor,
     filters: int | Sequence[int] | None,
@@ -183,13 +202,18 @@ def _kernel_sheets(
     if weight.shape[2:].numel() == 1:  # one picture holds all channels, and has no tiles
         for option in ("labels", "nrow", "max_tiles"):
             shared.pop(option, None)
+        tiles = (1, 1, len(rows), len(planes))
+        check_size(tiles, as_matrix(replace(style, labels=False, nrow=None, max_tiles=None), *tiles[2:]))
         yield partial(kernel_grid, weight, **{**shared, "channels": planes}), "matrix"
         return
     slices = weight.shape[2] if weight.ndim == 5 else 1
     if slices > 1:
         shared.pop("nrow", None)  # each filter has a row
+        style = replace(style, nrow=None)
+    style = in_rows(style, slices)
     count = len(rows) * slices
     own_labels(style, count)
+    check_size((count, 1, *weight.shape[-2:]), style)
     pages = ceil(count / (style.max_tiles or count))
     for plane in planes:
         for page in range(pages):
@@ -202,7 +226,8 @@ def _shares_range(style: Style) -> bool:
 
 
 def _range_of(values: torch.Tensor) -> tuple[float, float]:
-    low, high, _ = finite_range((values if values.is_floating_point() else values.double()).reshape(1, -1))
+    has_order = values.is_floating_point() and values.dtype.itemsize > 1  # torch compares no float8
+    low, high, _ = finite_range((values if has_order else values.double()).reshape(1, -1))
     return low.item(), high.item()
 
 

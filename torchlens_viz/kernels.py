@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from torchlens_viz.dense import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.layers import Layer, Selector, named_layers, select
 from torchlens_viz.modes import inference
@@ -38,7 +39,8 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
     Raises:
         LayerNotFoundError: There is no such layer, or no convolution.
         InvalidArgumentError: The layer has no kernels, `layer` finds several, or the kernels have no pixels.
-        InvalidTypeError: The first argument is neither a model nor a tensor.
+        InvalidTypeError: The first argument is neither a model nor a tensor, or the kernels are no dense real
+            numbers.
     """
     if isinstance(model_or_weight, torch.Tensor):
         if layer is not None:
@@ -50,12 +52,13 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
     weight = _stored_weight(module)
     if weight is None:
         raise InvalidArgumentError(f"`{name}` ({type(module).__name__}) has no kernels; choose a convolution")
-    weight = _numbers(weight, f"`{name}`")
+    what = f"`{name}`" if name else "the weight"
+    weight = _numbers(weight, what)
     if getattr(module, "transposed", False):
         # Stored as (in, out / groups, ...), the group being part of the input channel.
         grouped = weight.unflatten(0, (module.groups, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
         weight = grouped.flatten(0, 1)
-    return Kernels(_as_planes(weight, f"`{name}`"), name)
+    return Kernels(_as_planes(weight, what), name)
 
 
 def has_kernels(module: nn.Module) -> bool:
@@ -99,8 +102,7 @@ def _stored_weight(module: nn.Module) -> torch.Tensor | None:
 def _numbers(weight: torch.Tensor, what: str) -> torch.Tensor:
     if isinstance(weight, UninitializedParameter):
         raise InvalidArgumentError(f"{what} has no values yet; run the model once on an input first")
-    weight = weight.detach()
-    return weight.dequantize() if weight.is_quantized else weight
+    return real_numbers(weight, what)
 
 
 def _as_planes(weight: torch.Tensor, what: str) -> torch.Tensor:
@@ -110,6 +112,4 @@ def _as_planes(weight: torch.Tensor, what: str) -> torch.Tensor:
         raise InvalidArgumentError(
             f"{what} must be (O, I, kH, kW) with at least one pixel, got shape {tuple(weight.shape)}"
         )
-    if weight.is_meta or weight.is_complex():
-        raise InvalidTypeError(f"{what} must be real numbers to draw, got {weight.dtype} on {weight.device}")
     return weight

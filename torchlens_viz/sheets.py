@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Final, Unpack
+from typing import Unpack
 
 import torch
 from PIL import Image
@@ -14,14 +13,10 @@ from torch import nn
 
 from torchlens_viz.canvas import draw
 from torchlens_viz.choices import indices_of, maps_of
-from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.kernels import kernels_of
 from torchlens_viz.layers import Selector
 from torchlens_viz.pictures import save_picture
-from torchlens_viz.style import Style, StyleOptions, ranking
-
-_MATRIX_SIZE: Final = 768  # about as large as a matrix is enlarged to, and each of its cells
-_MATRIX_CELL: Final = 12
+from torchlens_viz.style import Style, StyleOptions, as_matrix, in_rows, ranking
 
 
 class KernelOptions(StyleOptions, total=False):
@@ -80,7 +75,8 @@ def kernel_grid(
             legend (False): Write limits, layer and choice of channels below the sheet.
             title (None): A line above the sheet.
             rank (None): Show the tiles with the greatest `"norm"`, `"mean"`, `"std"` or `"max"` first.
-            max_tiles (None): Draw no more tiles than this, and say below the sheet how many there are.
+            max_tiles (None): Draw no more tiles than this, and say below the sheet how many there are. Where
+                each filter has a row of several tiles, whole rows are drawn: as many as do not exceed it.
             page (0): With `max_tiles`, which page of tiles to draw, from 0.
 
     Returns:
@@ -214,12 +210,7 @@ def _draw_rows(
 ) -> Image.Image:
     """Draw (O, P, C, H, W): a tile per filter, or where there are several of each, a row per filter."""
     each = tiles.shape[1]
-    if each > 1:
-        if style.nrow is not None:
-            raise InvalidArgumentError(
-                "`nrow` has no effect where several channels are drawn: each filter has a row; leave it out"
-            )
-        style = replace(style, nrow=each)
+    style = in_rows(style, each)
     order = ranking(tiles, style.rank)
     if order is not None:
         order = [filter_ * each + place for filter_ in order for place in range(each)]
@@ -229,13 +220,7 @@ def _draw_rows(
 
 
 def _draw_matrix(matrix: torch.Tensor, style: Style, notes: Sequence[str]) -> Image.Image:
-    if style.labels is not False or style.nrow is not None or style.max_tiles is not None:
-        raise InvalidArgumentError(
-            "`labels`, `nrow` and `max_tiles` have no effect on kernels of a single pixel, which are drawn "
-            "as one picture; leave them out"
-        )
-    if style.upscale is None:
-        style = replace(style, upscale=max(1, min(_MATRIX_CELL, _MATRIX_SIZE // max(matrix.shape))))
+    style = as_matrix(style, *matrix.shape)
     order = ranking(matrix, style.rank)
     rows = matrix if order is None else matrix[order]
     note = "rows: filters" + (f", ranked by {style.rank}" if order else "") + "; columns: input channels"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict, get_args
+from dataclasses import dataclass, replace
+from typing import Final, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 
@@ -13,6 +13,9 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
 Rank: TypeAlias = Literal["norm", "mean", "std", "max"]
+
+_MATRIX_SIZE: Final = 768  # about as large as a matrix is enlarged to, and each of its cells
+_MATRIX_CELL: Final = 12
 
 
 class StyleOptions(TypedDict, total=False):
@@ -110,6 +113,36 @@ def ranking(values: torch.Tensor, rank: Rank | None) -> list[int] | None:
     }[rank]
     order: list[int] = figures.sort(descending=True, stable=True).indices.tolist()
     return order
+
+
+def in_rows(style: Style, each: int) -> Style:
+    """Return a style for a row of `each` tiles per filter, whose pages hold whole rows."""
+    if each == 1:
+        return style
+    if style.nrow is not None:
+        raise InvalidArgumentError(
+            "`nrow` has no effect where several channels are drawn: each filter has a row; leave it out"
+        )
+    if style.max_tiles is None:
+        return replace(style, nrow=each)
+    if style.max_tiles < each:
+        raise InvalidArgumentError(
+            f"`max_tiles` must be at least {each}, the tiles in the row of a filter, got {style.max_tiles}; "
+            "raise it, or choose fewer `channels`"
+        )
+    return replace(style, nrow=each, max_tiles=style.max_tiles // each * each)
+
+
+def as_matrix(style: Style, rows: int, columns: int) -> Style:
+    """Return a style for numbers (rows, columns) that are drawn as one picture."""
+    if style.labels is not False or style.nrow is not None or style.max_tiles is not None:
+        raise InvalidArgumentError(
+            "`labels`, `nrow` and `max_tiles` have no effect on kernels of a single pixel, which are drawn "
+            "as one picture; leave them out"
+        )
+    if style.upscale is not None:
+        return style
+    return replace(style, upscale=max(1, min(_MATRIX_CELL, _MATRIX_SIZE // max(rows, columns))))
 
 
 def own_labels(style: Style, count: int) -> list[str] | Literal[False]:

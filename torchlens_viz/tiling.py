@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torchlens_viz.dense import check_dense
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.ranges import finite_range
 
@@ -44,7 +45,7 @@ def make_grid(
         A new tensor (C, H', W') of the input's dtype and device (float32 where integers were normalised).
 
     Raises:
-        InvalidTypeError: `tensor` is not a tensor or a list of tensors.
+        InvalidTypeError: `tensor` is not a tensor or a list of tensors, or not one of dense numbers.
         InvalidArgumentError: The batch is empty or has another rank, or an option has no meaning.
 
     Example:
@@ -64,6 +65,8 @@ def make_grid(
     channels = 3 if images.shape[1] == 1 else images.shape[1]
     if len(images) == 1:
         return images[0].expand(channels, -1, -1).clone(memory_format=torch.contiguous_format)
+    if images.is_quantized:
+        raise InvalidTypeError(f"`tensor` must hold plain numbers, got {images.dtype}; pass `.dequantize()`")
     return compose(images.expand(-1, channels, -1, -1), columns=nrow, padding=padding, pad_value=pad_value)
 
 
@@ -128,6 +131,7 @@ def _as_batch(tensor: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
                 raise InvalidTypeError(
                     f"`tensor` must be a tensor or a list of tensors, got a list with {type(image).__name__}"
                 )
+            check_dense(image, "`tensor`")
         if not tensor:
             raise InvalidArgumentError("`tensor` must hold at least one image, got an empty list")
         if len({image.shape for image in tensor}) > 1:
@@ -136,6 +140,7 @@ def _as_batch(tensor: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         tensor = torch.stack(list(tensor))
     if not isinstance(tensor, torch.Tensor):
         raise InvalidTypeError(f"`tensor` must be a tensor or a list of tensors, got {type(tensor).__name__}")
+    check_dense(tensor, "`tensor`")
     if not 2 <= tensor.ndim <= 4:
         raise InvalidArgumentError(
             "`tensor` must be images (N, C, H, W), one image (C, H, W) or (H, W), "
@@ -150,6 +155,12 @@ def _as_batch(tensor: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
 def _normalized(images: torch.Tensor, value_range: Sequence[float] | None, scale_each: bool) -> torch.Tensor:
     if images.is_complex():
         raise InvalidTypeError(f"`normalize` needs real values, got {images.dtype}; pass `tensor.abs()`")
+    if images.is_quantized:
+        raise InvalidTypeError(f"`normalize` needs plain numbers, got {images.dtype}; pass `.dequantize()`")
+    if images.is_meta:
+        raise InvalidTypeError("`normalize` needs values, got a tensor on meta; load its values first")
+    if images.is_floating_point() and images.dtype.itemsize == 1:
+        raise InvalidTypeError(f"`normalize` needs a type to compute in, got {images.dtype}; pass `.float()`")
     if images.numel() == 0:
         raise InvalidArgumentError(f"`normalize` needs at least one pixel, got shape {tuple(images.shape)}")
     if not images.is_floating_point():
