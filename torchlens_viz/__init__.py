@@ -10,12 +10,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchlens_viz import testing as testing
     from torchlens_viz.activations import Activations as Activations
     from torchlens_viz.activations import capture as capture
+    from torchlens_viz.ascent import maximize as maximize
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
     from torchlens_viz.folders import save_feature_maps as save_feature_maps
     from torchlens_viz.folders import save_kernel_sheets as save_kernel_sheets
+    from torchlens_viz.maximization import Maximization as Maximization
     from torchlens_viz.overlays import overlay_grid as overlay_grid
     from torchlens_viz.overlays import save_overlay_grid as save_overlay_grid
     from torchlens_viz.pairs import pair_grid as pair_grid
@@ -23,18 +26,24 @@ if TYPE_CHECKING:
     from torchlens_viz.sheets import kernel_grid as kernel_grid
     from torchlens_viz.sheets import save_feature_grid as save_feature_grid
     from torchlens_viz.sheets import save_kernel_grid as save_kernel_grid
+    from torchlens_viz.statistics import ChannelStats as ChannelStats
+    from torchlens_viz.statistics import RunningStats as RunningStats
     from torchlens_viz.tiling import make_grid as make_grid
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Activations": "activations",
+    "ChannelStats": "statistics",
     "LayerNotFoundError": "errors",
+    "Maximization": "maximization",
+    "RunningStats": "statistics",
     "TorchlensVizError": "errors",
     "capture": "activations",
     "feature_grid": "sheets",
     "kernel_grid": "sheets",
     "make_grid": "tiling",
+    "maximize": "ascent",
     "overlay_grid": "overlays",
     "pair_grid": "pairs",
     "save_feature_grid": "sheets",
@@ -46,12 +55,16 @@ _HOME = {
 
 __all__ = [
     "Activations",
+    "ChannelStats",
     "LayerNotFoundError",
+    "Maximization",
+    "RunningStats",
     "TorchlensVizError",
     "capture",
     "feature_grid",
     "kernel_grid",
     "make_grid",
+    "maximize",
     "overlay_grid",
     "pair_grid",
     "save_feature_grid",
@@ -61,8 +74,12 @@ __all__ = [
     "save_overlay_grid",
 ]
 
+_MODULES = frozenset({"objectives", "testing"})  # public as a whole
+
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
@@ -71,4 +88,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -17,7 +17,7 @@ from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
 from torchlens_viz.layers import Layer, Selector, select, unwrap
 from torchlens_viz.records import Activations as Activations
 from torchlens_viz.records import InputOutput, Inputs
-from torchlens_viz.retention import Retention, channel_tuple, size_in_bytes
+from torchlens_viz.retention import Reduction, Retention, channel_tuple, size_in_bytes
 from torchlens_viz.stance import eager_stance
 from torchlens_viz.stopping import StopForwardError, StopPoint
 from torchlens_viz.structure import map_tensors, tensors
@@ -35,7 +35,7 @@ def capture(
     device: torch.device | str | None = None,
     channels: int | Sequence[int] | None = None,
     channel_dim: int = 1,
-    reduce: Callable[[torch.Tensor], Any] | None = None,
+    reduce: Reduction | None = None,
     stop: bool = False,
     max_bytes: int | None = None,
     compiled: Literal["eager", "error"] = "eager",
@@ -64,8 +64,10 @@ def capture(
         device: Move to this device, after `channels`, `reduce` and `dtype`. From CUDA to the host,
             tensors travel beside the computation, through 256 MiB of pinned memory; reading waits for them.
         channels: Keep only these channels, by index from 0.
-        channel_dim: The dimension that `channels` selects from; 1 in (N, C, H, W).
-        reduce: Keep `reduce(tensor)` instead of each tensor, for instance `lambda t: t.mean((2, 3))`.
+        channel_dim: The dimension of the channels, for `channels` and `RunningStats`; 1 in (N, C, H, W).
+        reduce: Keep `reduce(tensor)` instead of each tensor, for instance `lambda t: t.mean((2, 3))`. With
+            `RunningStats` no activation is kept: `acts[name]` is then the `ChannelStats` of all calls in the
+            block. `RunningStats(bins="log")` gives its options; it stays empty itself.
         stop: End each forward pass once every selected layer has run at least once; `model(...)` then returns
             None. Where a part of the model is called directly, the `with` block ends there.
         max_bytes: The most this block may hold at once; passing it raises before the copy is made.
@@ -238,20 +240,28 @@ class Capture:
 
     def _record(self, module: nn.Module, kept: Any) -> None:
         first, *others = self._names[module]
-        self._acts._record(first, kept)
+        record = self._gather if self._retention.gathers else self._acts._record
+        record(first, kept)
         if others:
             self._transfers.finish()
         for name in others:
             with _ordinary_tensors():
                 own = self._retention.duplicate(kept, name, self._acts._held_bytes)
             self._acts._held_bytes += size_in_bytes(own)
-            self._acts._record(name, own)
+            record(name, own)
         if self._stop is not None:
             self._waiting.discard(module)
             if not self._waiting:
                 self._waiting = set(self._names)
                 self._taken.clear()  # the calls that are going on will not return
                 raise self._stop
+
+    def _gather(self, name: str, kept: Any) -> None:
+        try:
+            self._acts._gather(name, kept)
+        except TorchlensVizError as failure:
+            self._failure = self._failure or failure
+            raise
 
 
 def _ordinary_tensors() -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ import torch
 
 from torchlens_viz.errors import ArchiveError, MissingDependencyError
 from torchlens_viz.files import reason_of, replacing
+from torchlens_viz.statistics import ChannelStats
 
 _FORMAT: Final = "torchlens_viz.activations/1"
 _SCALARS: Final = (bool, int, float, str, type(None))
@@ -106,6 +107,11 @@ def _pack(value: Any, key: str, tensors: dict[str, torch.Tensor], kinds: Mapping
         for name, kind in (*kinds.items(), ("tuple", tuple), ("list", list)):
             if type(value) is kind:
                 return {name: items}
+    if isinstance(value, ChannelStats):
+        raise ArchiveError(
+            f"`{key}` is statistics (`reduce=RunningStats`), which a file of activations does not hold; save "
+            "what their `to_dict()` returns instead"
+        )
     raise ArchiveError(
         f"`{key}` is a {type(value).__name__}, which a file cannot hold without code; select layers that put "
         "out tensors, tuples, lists or dicts"

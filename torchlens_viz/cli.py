@@ -19,6 +19,10 @@ _DRAWING_OPTIONS = (
     "cmap", "nrow", "padding", "scale_each", "value_range", "filters", "channels", "upscale",
     "interpolation", "labels", "legend", "title", "rank", "max_tiles", "page",
 )  # fmt: skip
+_CLIMBING_OPTIONS = (
+    "channels", "size", "steps", "lr", "threshold", "objective", "transforms", "parametrization", "method",
+    "seed", "precision", "batch_size",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +65,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.command == "kernels":
         outcome = commands.draw_kernels(
             arguments.model, arguments.out, layer=arguments.layer, weights=arguments.weights, options=options
+        )
+    elif arguments.command == "maximize":
+        climbing = {name: given[name] for name in _CLIMBING_OPTIONS if given[name] is not None}
+        outcome = commands.maximize_layers(
+            arguments.model,
+            arguments.out,
+            layers=arguments.layer,
+            weights=arguments.weights,
+            device=arguments.device,
+            options=climbing,
         )
     else:
         outcome = commands.draw_maps(
@@ -142,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_drawing(maps, channels="channels to draw, e.g. 0-15,20 (default: all)")
 
+    _add_maximize(commands)
+
     demo = commands.add_parser(
         "demo",
         help="draw a small trained network that needs no download",
@@ -157,6 +173,40 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder to write to (default: ./%(default)s)",
     )
     return parser
+
+
+def _add_maximize(commands: Any) -> None:
+    parser = commands.add_parser(
+        "maximize",
+        help="find the images that drive channels hardest",
+        description="Find, by gradient ascent, the image that drives each channel of a layer hardest: "
+        "DIR/LAYER/CHANNEL.png, a sheet of them all, and a table. Started again after a break, it goes on "
+        "where it was. Under torchrun the channels are shared among the processes.",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--layer",
+        action="append",
+        required=True,
+        metavar="GLOB",
+        help="a layer, e.g. features.10; may be given several times",
+    )
+    parser.add_argument("-o", "--out", required=True, type=Path, metavar="DIR", help="the folder to write to")
+    parser.add_argument(
+        "--channels", type=_numbers, metavar="LIST", help="channels, e.g. 0-63 (default: all)"
+    )
+    parser.add_argument("--size", type=int, metavar="PX", help="side of the images (default: the model's)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps per image (default: 64)")
+    parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default: 0.05 of the range)")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="stop an image beyond this score")
+    parser.add_argument("--objective", metavar="NAME", help="mean, max or center of a map (default: mean)")
+    parser.add_argument("--transforms", metavar="NAME", help="none, classic or robust (default: none)")
+    parser.add_argument("--parametrization", metavar="NAME", help="pixels, fourier or maco (default: pixels)")
+    parser.add_argument("--method", metavar="NAME", help="normalized or classic (default: normalized)")
+    parser.add_argument("--seed", type=int, metavar="N", help="what random numbers follow from (default: 0)")
+    parser.add_argument("--precision", metavar="NAME", help="auto, float32 or bfloat16 (default: auto)")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: what fits)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

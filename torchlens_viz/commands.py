@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchlens_viz.activations import capture
+from torchlens_viz.ascent import maximize
 from torchlens_viz.checkpoints import one_line
 from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
 from torchlens_viz.filenames import safe_names
+from torchlens_viz.inputs import colours_as_in
+from torchlens_viz.layers import select
 from torchlens_viz.pictures import read_image, save_picture
+from torchlens_viz.sharing import joined
 from torchlens_viz.sheets import feature_grid, save_kernel_grid
 from torchlens_viz.zoo import LoadedModel, load_model
 
@@ -100,6 +108,68 @@ def draw_maps(
     if without:
         notes.append(f"not drawn, because they did not run or put out no maps (N, C, H, W): {without}")
     return Outcome(paths=paths, notes=notes)
+
+
+def maximize_layers(
+    model: str,
+    out: Path,
+    *,
+    layers: Sequence[str],
+    weights: str,
+    device: str | None,
+    options: Mapping[str, Any],
+) -> Outcome:
+    """Find the images that drive the channels of some layers hardest.
+
+    A run that was broken off goes on where it was, when it is started again with the same options. Under
+    torchrun the channels are shared among the processes, of which the first writes.
+
+    Args:
+        model: What `torchlens_viz.zoo.load_model` takes.
+        out: The folder; each layer gets one of its own in it.
+        layers: Names and globs.
+        weights: What `load_model` takes.
+        device: Where to run; None is a GPU where there is one.
+        options: What `maximize` takes by keyword; `size` is by default what the model's preprocessing makes.
+
+    Returns:
+        The sheets, one per layer, and which weights they show; nothing in the other processes of a torchrun.
+    """
+    if out.exists() and not out.is_dir():
+        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
+    loaded = load_model(model, weights=weights)
+    size, colours = colours_as_in(loaded.preprocess)
+    names = [layer.name for layer in select(loaded.model, list(layers))]
+    paths = []
+    notes = [f"{loaded.name}: {loaded.weights_note}"]
+    with joined() as rank:
+        loaded.model.to(device or _own_gpu() or "cpu")
+        for name, file_name in zip(names, safe_names(names), strict=True):
+            folder = out / file_name
+            unfinished = folder / "unfinished"
+            result = maximize(
+                loaded.model,
+                name,
+                preprocess=colours,
+                resume=unfinished,
+                **{"size": size, "progress": sys.stderr.isatty(), **options},
+            )
+            if rank == 0:
+                paths.append(result.save(folder) / "grid.png")
+                shutil.rmtree(unfinished)  # all of it is in what was saved
+                notes.append(f"{name}: {_counted(result.status)}")
+    return Outcome(paths=paths, notes=notes if paths else [])
+
+
+def _own_gpu() -> str | None:
+    """Return the GPU of this process: of several on one machine, the one that torchrun numbers it by."""
+    if not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def _counted(status: Sequence[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(status).most_common())
 
 
 def _forward(loaded: LoadedModel, picture: Image.Image) -> None:

@@ -39,6 +39,14 @@ class CaptureMemoryError(TorchlensVizError, MemoryError):
     """Recording the next activation would pass the `max_bytes` of the capture."""
 
 
+class DistributedError(TorchlensVizError, RuntimeError):
+    """Another process of a run under torchrun failed."""
+
+
+class NoDataError(TorchlensVizError, ValueError):
+    """Something was asked of statistics that have seen no value yet."""
+
+
 class PictureError(TorchlensVizError, OSError):
     """A picture cannot be read or written."""
 

@@ -38,6 +38,12 @@ def replacing(path: str | os.PathLike[str], error: type[TorchlensVizError]) -> I
         ) from reason
 
 
+def write_whole(path: str | os.PathLike[str], data: bytes, error: type[TorchlensVizError]) -> None:
+    """Write a file that appears whole or not at all; see `replacing`."""
+    with replacing(path, error) as temporary:
+        temporary.write_bytes(data)
+
+
 def reason_of(error: BaseException) -> str:
     """Say in one line what an exception reports."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__

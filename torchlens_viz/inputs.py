@@ -84,6 +84,37 @@ def like_parameters(batch: torch.Tensor, model: nn.Module) -> torch.Tensor:
     return batch.to(first.device, first.dtype if batch.is_floating_point() else None)
 
 
+def colours_as_in(
+    preprocess: Callable[[Image.Image], torch.Tensor],
+) -> tuple[tuple[int, int], Callable[[torch.Tensor], torch.Tensor]]:
+    """Return what preprocessing does to colours, as a function that gradients pass through.
+
+    Args:
+        preprocess: Makes of a picture (1, C, H, W). Whatever it does to sizes is left out.
+
+    Returns:
+        The height and width that it makes of a square picture of 256 pixels a side, and a function from
+        images (N, C, H, W) in [0, 1] to what the model takes.
+
+    Raises:
+        InvalidArgumentError: What it does to a colour is not one straight line per channel.
+    """
+    made = [as_batch(preprocess(Image.new("RGB", (256, 256), (level,) * 3))) for level in (0, 128, 255)]
+    black, gray, white = (each.detach().cpu().float().flatten(2).median(dim=2).values for each in made)
+    if not torch.allclose(gray, black + (white - black) * (128 / 255), atol=1e-3) or black.equal(white):
+        raise InvalidArgumentError(
+            "the preprocessing must scale every colour channel along a straight line, which this one does "
+            "not; call `maximize` from Python with a differentiable `preprocess`"
+        )
+    width, offset = (white - black)[..., None, None], black[..., None, None]
+
+    def apply(images: torch.Tensor) -> torch.Tensor:
+        return images * width.to(images.device) + offset.to(images.device)
+
+    height, breadth = made[0].shape[2:]
+    return (height, breadth), apply
+
+
 def _black_and_white(
     image: torch.Tensor | Image.Image, preprocess: Callable[[Any], torch.Tensor], batch: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from torchlens_viz.dense import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.layers import Layer, Selector, named_layers, select
+from torchlens_viz.layers import Layer, Selector, named_layers, select_one
 from torchlens_viz.modes import inference
 
 
@@ -48,7 +48,7 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
         return Kernels(_as_planes(_numbers(model_or_weight, "the weight"), "the weight"), "")
     if not isinstance(model_or_weight, nn.Module):
         raise InvalidTypeError(f"expected a model or a weight tensor, got {type(model_or_weight).__name__}")
-    name, module = convolutions(model_or_weight)[0] if layer is None else _only(model_or_weight, layer)
+    name, module = convolutions(model_or_weight)[0] if layer is None else select_one(model_or_weight, layer)
     weight = _stored_weight(module)
     if weight is None:
         raise InvalidArgumentError(f"`{name}` ({type(module).__name__}) has no kernels; choose a convolution")
@@ -79,14 +79,6 @@ def convolutions(model: nn.Module) -> list[Layer]:
     raise LayerNotFoundError(
         f"the model ({type(model).__name__}) has no convolution; pass the weight of a layer as (O, I, kH, kW)"
     )
-
-
-def _only(model: nn.Module, selector: Selector) -> Layer:
-    found = select(model, selector)
-    if len({id(module) for _, module in found}) > 1:
-        names = ", ".join(f"`{name}`" for name, _ in found[:4]) + (", ..." if len(found) > 4 else "")
-        raise InvalidArgumentError(f"`layer` must find one layer, got {len(found)}: {names}")
-    return found[0]
 
 
 def _stored_weight(module: nn.Module) -> torch.Tensor | None:

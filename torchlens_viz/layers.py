@@ -90,6 +90,20 @@ def select(model: nn.Module, layers: Selector) -> list[Layer]:
     return [layer for layer in known if layer.name in wanted]
 
 
+def select_one(model: nn.Module, layer: Selector) -> Layer:
+    """Find the one layer that a selector names; of several names of one module, the first.
+
+    Raises:
+        LayerNotFoundError: The selector matches nothing.
+        InvalidArgumentError: It matches several layers.
+    """
+    found = select(model, layer)
+    if len({id(module) for _, module in found}) > 1:
+        names = ", ".join(f"`{name}`" for name, _ in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise InvalidArgumentError(f"`layer` must find one layer, got {len(found)}: {names}")
+    return found[0]
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """Return a clause with the names most like `name`, or the first few where none is."""
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, Final, TypeVar, final
 
 from torchlens_viz.errors import MissingDependencyError
 
 T = TypeVar("T")
+
+# The amount done may be a fraction.
+_WHOLE: Final = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
 
 
 def tracked(items: Iterable[T], *, shown: bool, total: int, unit: str) -> Iterator[T]:
@@ -18,6 +21,41 @@ def tracked(items: Iterable[T], *, shown: bool, total: int, unit: str) -> Iterat
     """
     if not shown:
         return iter(items)
+    return iter(_tqdm()(items, total=total, unit=unit))
+
+
+@final
+class Bar:
+    """A bar on stderr for work that advances by fractions; within its `with` block.
+
+    Args:
+        shown: Whether there is to be one.
+        total: How much there is to do.
+        unit: Of what.
+
+    Raises:
+        MissingDependencyError: A bar was asked for and tqdm is not installed.
+    """
+
+    def __init__(self, *, shown: bool, total: int, unit: str) -> None:
+        self._bar = _tqdm()(total=total, unit=unit, bar_format=_WHOLE) if shown else None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def reach(self, amount: float, **figures: str) -> None:
+        """Show that `amount` of the total is done, and figures beside it."""
+        if self._bar is not None:
+            if figures:
+                self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(amount - self._bar.n)
+
+
+def _tqdm() -> Any:
     try:
         from tqdm import tqdm
     except ImportError as error:
@@ -25,4 +63,4 @@ def tracked(items: Iterable[T], *, shown: bool, total: int, unit: str) -> Iterat
             "`progress=True` needs tqdm, which is not installed; run "
             '`python -m pip install "torchlens_viz[progress]"`'
         ) from error
-    return iter(tqdm(items, total=total, unit=unit))
+    return tqdm

@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple, final
 import torch
 
 from torchlens_viz import archive
-from torchlens_viz.errors import LayerNotCapturedError, SeveralCallsError
+from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCallsError, TorchlensVizError
 from torchlens_viz.layers import nearest
-from torchlens_viz.structure import tensors
+from torchlens_viz.statistics import ChannelStats, RunningStats
+from torchlens_viz.structure import leaves, map_leaves, tensors
 
 
 class Inputs(NamedTuple):
@@ -43,12 +44,39 @@ class _Unread:
 
 
 @final
+class _Gathered:
+    """Statistics in the place of tensors, of all calls together."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def add(self, name: str, value: Any) -> None:
+        ours, theirs = leaves(RunningStats, self.value), leaves(RunningStats, value)
+        if len(ours) != len(theirs):
+            raise CaptureError(
+                f"`{name}` had {len(ours)} tensors in its first call and {len(theirs)} in a later one, which "
+                "have no statistics in common; capture without `reduce=RunningStats`"
+            )
+        try:
+            for mine, other in zip(ours, theirs, strict=True):
+                mine.merge(other)
+        except TorchlensVizError as error:
+            raise CaptureError(f"the calls of `{name}` have no statistics in common: {error}") from error
+
+    def read(self) -> Any:
+        return map_leaves(RunningStats, RunningStats.compute, self.value)
+
+
+@final
 class Activations(Mapping[str, Any]):
     """Activations by layer name, in the order in which the layers first ran.
 
     `acts[name]` is what the layer put out: a tensor of shape (N, C, H, W) for a 2-D convolution, else the
     structure the layer returned. Tensors belong to whoever holds this object: changing one changes nothing
-    else, and no later operation of the network changes them.
+    else, and no later operation of the network changes them. In a capture with `reduce=RunningStats`, a
+    `ChannelStats` stands in the place of each tensor: what all calls gathered up to the moment of reading.
 
     Example:
         >>> import torch
@@ -97,7 +125,8 @@ class Activations(Mapping[str, Any]):
             name: A selected layer.
 
         Returns:
-            One entry per call, in order; empty where the layer did not run.
+            One entry per call, in order; empty where the layer did not run. A capture with
+            `reduce=RunningStats` has one entry for all calls together.
 
         Raises:
             LayerNotCapturedError: The layer was not selected.
@@ -112,7 +141,7 @@ class Activations(Mapping[str, Any]):
         for index, value in enumerate(recorded):
             if isinstance(value, _Unread):
                 recorded[index] = value.read()
-        return tuple(recorded)
+        return tuple(value.read() if isinstance(value, _Gathered) else value for value in recorded)
 
     @property
     def not_called(self) -> tuple[str, ...]:
@@ -166,7 +195,7 @@ class Activations(Mapping[str, Any]):
             recorded = self.calls(name)
             for index, value in enumerate(recorded):
                 label = name if len(recorded) == 1 else f"{name} [call {index}]"
-                found = list[torch.Tensor | None](tensors(value)) or [None]
+                found = leaves((torch.Tensor, ChannelStats), value) or [None]
                 rows += [(label if i == 0 else "", *_describe(item)) for i, item in enumerate(found)]
         rows += [(name, "not called", "", "", "", "", "") for name in self.not_called]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -184,6 +213,14 @@ class Activations(Mapping[str, Any]):
     def _record(self, name: str, value: Any) -> None:
         self._calls.setdefault(name, []).append(value)
 
+    def _gather(self, name: str, value: Any) -> None:
+        recorded = self._calls.get(name)
+        if recorded is None:
+            self._calls[name] = [_Gathered(value)]
+            return
+        recorded[0].add(name, value)
+        self._held_bytes -= sum(tensor.nbytes for tensor in tensors(value))
+
     def _note_elsewhere(self, name: str) -> None:
         self._elsewhere.add(name)
 
@@ -199,9 +236,13 @@ class Activations(Mapping[str, Any]):
         )
 
 
-def _describe(value: torch.Tensor | None) -> tuple[str, str, str, str, str, str]:
+def _describe(value: torch.Tensor | ChannelStats | None) -> tuple[str, str, str, str, str, str]:
     if value is None:
         return ("no tensor", "", "", "", "", "")
+    if isinstance(value, ChannelStats):
+        whole = value.pooled()
+        low, mean, high = (f"{field.item():.4g}" for field in (whole.min, whole.mean, whole.max))
+        return (f"statistics ({value.channels},)", "float64", str(whole.mean.device), low, mean, high)
     shape = "nested" if value.is_nested else "(" + ", ".join(map(str, value.shape)) + ")"
     try:
         summary = _summary(value.detach())

@@ -6,12 +6,23 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import torch
 
-from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import (
+    CaptureError,
+    CaptureMemoryError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    TorchlensVizError,
+)
+from torchlens_viz.statistics import RunningStats
 from torchlens_viz.structure import map_tensors, tensors
+
+Reduction: TypeAlias = Callable[[torch.Tensor], Any] | type[RunningStats] | RunningStats
+
+_WITHOUT_EFFECT: Final = ("copy", "grad", "dtype", "device")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +35,7 @@ class Retention:
     device: torch.device | None = None
     channels: tuple[int, ...] | None = None
     channel_dim: int = 1
-    reduce: Callable[[torch.Tensor], Any] | None = None
+    reduce: Reduction | None = None
     max_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -32,10 +43,25 @@ class Retention:
             raise InvalidArgumentError(f'`copy` must be True, False or "lazy", got {self.copy!r}')
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidArgumentError(f"`dtype` must be a floating-point type, got {self.dtype}")
-        if self.reduce is not None and not callable(self.reduce):
-            raise InvalidTypeError(f"`reduce` must be a function of one tensor, got {self.reduce!r}")
+        if self.gathers:
+            given = (self.copy is not True, self.grad, self.dtype is not None, self.device is not None)
+            names = [name for name, is_given in zip(_WITHOUT_EFFECT, given, strict=True) if is_given]
+            if names:
+                raise InvalidArgumentError(
+                    f"`{names[0]}` has no effect with `reduce=RunningStats`, which keeps no activation and "
+                    "sums in float64 where the layer runs; leave it out"
+                )
+        elif self.reduce is not None and not callable(self.reduce):
+            raise InvalidTypeError(
+                f"`reduce` must be a function of one tensor or RunningStats, got {self.reduce!r}"
+            )
         if self.max_bytes is not None and self.max_bytes <= 0:
             raise InvalidArgumentError(f"`max_bytes` must be positive, got {self.max_bytes}")
+
+    @property
+    def gathers(self) -> bool:
+        """Whether each call adds to statistics, instead of being kept by itself."""
+        return self.reduce is RunningStats or isinstance(self.reduce, RunningStats)
 
     @property
     def is_on_graph(self) -> bool:
@@ -79,8 +105,10 @@ class Retention:
             self._check(held, layer, _bytes_of_channels(kept, self.channels, self.channel_dim, layer))
             index = torch.tensor(self.channels, device="cpu").to(kept.device, non_blocking=True)
             kept, is_ours = kept.index_select(self.channel_dim, index), True
+        if self.gathers:
+            return self._gathered(kept, layer, held)
         if self.reduce is not None:
-            reduced = self.reduce(kept)
+            reduced = cast("Callable[[torch.Tensor], Any]", self.reduce)(kept)
             if not self.grad:  # it may have parameters, and so a graph of its own
                 reduced = map_tensors(torch.Tensor.detach, reduced)
             self._check(held, layer, size_in_bytes(reduced))
@@ -95,6 +123,19 @@ class Retention:
         """Return what was kept once more, in memory of its own, for another name of the same layer."""
         self._check(held, layer, size_in_bytes(kept))
         return map_tensors(torch.clone, kept)
+
+    def _gathered(self, tensor: torch.Tensor, layer: str, held: int) -> RunningStats:
+        example = self.reduce
+        if isinstance(example, RunningStats):
+            stats = example.fresh()
+        else:
+            stats = RunningStats(channel_dim=self.channel_dim)
+        try:
+            stats.update(tensor)
+        except TorchlensVizError as error:
+            raise type(error)(f"there are no statistics of `{layer}`: {error}") from error
+        self._check(held, layer, size_in_bytes(stats))
+        return stats
 
     def _dtype_of(self, tensor: torch.Tensor) -> torch.dtype | None:
         return self.dtype if tensor.is_floating_point() else None

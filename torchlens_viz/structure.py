@@ -13,6 +13,7 @@ from torch import fx, nn
 # By id: the value, which is kept alive; what replaces it; whether a tensor is in it.
 _Seen: TypeAlias = dict[int, tuple[Any, Any, bool]]
 _Mapped: TypeAlias = tuple[Any, bool]  # what replaces a value, and whether a tensor is in it
+_Kinds: TypeAlias = type | tuple[type, ...]
 
 # Containers that are copied even where no tensor is in them: a network may go on writing to them.
 _COPIED = frozenset({list, set, deque, dict, OrderedDict, defaultdict})
@@ -28,7 +29,8 @@ def map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
     """
     if isinstance(value, torch.Tensor):  # nearly always, and on the path of every call
         return function(value)
-    return _map(function, value, {})[0]
+    # A proxy stands for a tensor while torch.fx traces.
+    return map_leaves((torch.Tensor, fx.Proxy), function, value)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -36,36 +38,46 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
         return
-    found: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(note, value)
-    yield from found
+    yield from leaves((torch.Tensor, fx.Proxy), value)
 
 
-def _map(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
+def map_leaves(kinds: _Kinds, function: Callable[[Any], Any], value: Any) -> Any:
+    """Do as `map_tensors` with every instance of `kinds`, whatever it holds itself."""
+    return _map(kinds, function, value, {})[0]
+
+
+def leaves(kinds: _Kinds, value: Any) -> list[Any]:
+    """List every instance of `kinds` in a nested value, in order."""
+    found: list[Any] = []
+
+    def note(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    map_leaves(kinds, note, value)
+    return found
+
+
+def _map(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
     if value is None or isinstance(value, str | bytes | int | float | complex | type | nn.Module):
         return value, False
     if id(value) in seen:
         return seen[id(value)][1:]
     seen[id(value)] = (value, value, False)  # what a value that contains itself finds there
-    if isinstance(value, torch.Tensor | fx.Proxy):  # a proxy stands for a tensor while torch.fx traces
+    if isinstance(value, kinds):
         result, holds = function(value), True
     elif isinstance(value, tuple | list | set | frozenset | deque):
-        result, holds = _map_sequence(function, value, seen)
+        result, holds = _map_sequence(kinds, function, value, seen)
     elif isinstance(value, Mapping):
-        result, holds = _map_mapping(function, value, seen)
+        result, holds = _map_mapping(kinds, function, value, seen)
     else:
-        result, holds = _map_object(function, value, seen)
+        result, holds = _map_object(kinds, function, value, seen)
     seen[id(value)] = (value, result, holds)
     return result, holds
 
 
-def _map_sequence(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
-    mapped = [_map(function, item, seen) for item in value]
+def _map_sequence(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
+    mapped = [_map(kinds, function, item, seen) for item in value]
     items, holds = [item for item, _ in mapped], any(holds for _, holds in mapped)
     can_change = isinstance(value, list | set | deque)
     if not holds and (type(value) not in _COPIED if can_change else _same(items, value)):
@@ -79,8 +91,8 @@ def _map_sequence(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _M
     return make(items), holds
 
 
-def _map_mapping(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
-    mapped = {key: _map(function, item, seen) for key, item in value.items()}
+def _map_mapping(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
+    mapped = {key: _map(kinds, function, item, seen) for key, item in value.items()}
     items, holds = {key: item for key, (item, _) in mapped.items()}, any(h for _, h in mapped.values())
     if not holds and type(value) not in _COPIED:
         return value, False
@@ -94,8 +106,8 @@ def _map_mapping(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Ma
     return rebuilt, holds
 
 
-def _map_object(function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
-    mapped = {name: _map(function, getattr(value, name), seen) for name in _attributes(value)}
+def _map_object(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
+    mapped = {name: _map(kinds, function, getattr(value, name), seen) for name in _attributes(value)}
     if not any(holds for _, holds in mapped.values()):
         return value, False
     rebuilt = copy.copy(value)

@@ -1,0 +1,224 @@
+"""The pytest plugin: costs nothing until it is used, records, and holds tests to their baselines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from torchlens_viz.errors import ArchiveError
+from torchlens_viz.regression import ActivationRegression
+
+SUITE = """
+    import pytest
+    import torch
+    from torch import nn
+
+    @pytest.fixture
+    def net():
+        net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Dropout(), nn.ReLU())
+        net[0].weight.data.fill_(1.0)
+        net[0].bias.data = torch.tensor([1.0, SHIFT])
+        return net
+
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_sizes(net, activations, activation_regression, size):
+        activation_regression.check(activations(net, torch.ones(1, 1, size, size), ["0", "2"]))
+
+    class TestInClass:
+        @pytest.mark.parametrize("what", ["a/b", "a_b"])
+        def test_names(self, net, activations, activation_regression, what):
+            acts = activations(net, torch.ones(1, 1, 2, 2), "2")
+            activation_regression.check(acts)
+            activation_regression.check(acts["2"], name=f"more of {what}")
+"""
+WORKERS = pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+
+
+def write(pytester: pytest.Pytester, shift: float) -> None:
+    pytester.makepyfile(test_net=SUITE.replace("SHIFT", str(shift)))
+
+
+@pytest.mark.slow
+@WORKERS
+def test_baselines_are_written_and_held_to(pytester, workers):
+    write(pytester, 2.0)
+    missing = pytester.runpytest_subprocess(*workers)
+    missing.assert_outcomes(failed=4)
+    missing.stdout.fnmatch_lines(
+        ["*no baseline 'test_net/test_sizes-2.json'; run `pytest --activations-overwrite` to write it, *"]
+    )
+    assert not (pytester.path / "test_net").exists()
+
+    pytester.runpytest_subprocess("--activations-overwrite", *workers).assert_outcomes(passed=4)
+    folder = pytester.path / "test_net"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[-2:] == ["test_sizes-2.json", "test_sizes-3.json"]
+    assert "TestInClass.test_names-a_b.json" in names
+    assert len(names) == 6
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    pytester.runpytest_subprocess(*workers).assert_outcomes(passed=4)
+    write(pytester, 2.5)
+    changed = pytester.runpytest_subprocess(*workers)
+    changed.assert_outcomes(failed=4)
+    changed.stdout.fnmatch_lines(
+        [
+            "*6 differences from the baseline 'test_net/test_sizes-2.json'",
+            "*0: mean: 1 of 2 channels (50.0%) differs by more than 1e-05 + 0.001 [*] abs(expected)",
+            "*  worst: 3.5 where 3 was expected, at channel 1; the difference is 0.5, or 16.7% of *",
+            "*where this is meant, run `pytest --activations-overwrite` to renew it",
+        ]
+    )
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    pytester.runpytest_subprocess("--activations-overwrite", *workers).assert_outcomes(passed=4)
+    assert {path.name for path in folder.iterdir()} == before.keys()
+    assert b"3.5" in (folder / "test_sizes-2.json").read_bytes()
+
+
+def test_the_plugin_loads_no_torch_until_it_is_used(pytester):
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_light(pytestconfig):
+            assert pytestconfig.pluginmanager.has_plugin("torchlens_viz")
+            assert not {"torch", "numpy", "PIL", "torchvision"} & set(sys.modules)
+
+        def test_heavy(activations):
+            assert "torch" in sys.modules and "torchvision" not in sys.modules
+        """
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)
+
+
+def test_the_plugin_module_itself_is_light():
+    code = "import sys, torchlens_viz.pytest_plugin; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_activations_runs_in_eval_mode_and_leaves_the_model_as_it_was(activations):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5))
+    net[2].eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    x = torch.ones(3, 1, 2, 2)
+    acts = activations(net, x, "*", channels=[1])
+    assert torch.equal(acts["2"], acts["1"])
+    assert torch.equal(acts["0"], net[0](x)[:, [1]])
+    assert not acts["0"].requires_grad
+    assert [module.training for module in net] == [True, True, False]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not net[0]._forward_hooks
+
+
+def test_activations_spreads_tuples_and_dicts(activations):
+    net = nn.Bilinear(2, 3, 4)
+    one, two = torch.ones(1, 2), torch.ones(1, 3)
+    expected = net(one, two)
+    assert torch.equal(activations(net, (one, two), "")[""], expected)
+    assert torch.equal(activations(net, {"input1": one, "input2": two}, "")[""], expected)
+
+
+@pytest.fixture
+def regression(tmp_path):
+    """Return a function that makes what the fixture of that name makes."""
+
+    def make(test: str = "test_x", *, overwrite: bool = False) -> ActivationRegression:
+        return ActivationRegression(tmp_path / "test_module", test, overwrite=overwrite)
+
+    return make
+
+
+def test_a_baseline_can_be_read_by_people(regression, tmp_path):
+    regression(overwrite=True).check({"conv": torch.tensor([[0.0, 1 / 3], [2.0, 1 / 3]])})
+    assert (tmp_path / "test_module" / "test_x.json").read_text() == (
+        "{\n"
+        '  "format": "torchlens_viz.baseline/1",\n'
+        '  "test": "test_x",\n'
+        '  "layers": {\n'
+        '    "conv": {\n'
+        '      "values": 2,\n'
+        '      "mean": [1.0, 0.333333],\n'
+        '      "std": [1.0, 0.0],\n'
+        '      "min": [0.0, 0.333333],\n'
+        '      "max": [2.0, 0.333333],\n'
+        '      "zero_fraction": [0.5, 0.0]\n'
+        "    }\n"
+        "  }\n"
+        "}\n"
+    )
+
+
+def test_layers_channels_and_counts_that_changed_are_named(regression):
+    one = torch.ones(2, 3)
+    regression(overwrite=True).check({"a": one, "b": one, "c": one, "d": one})
+    with pytest.raises(AssertionError) as caught:
+        regression().check({"a": one, "b": torch.ones(4, 3), "d": torch.ones(2, 2), "e": one})
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("8 differences from the baseline")
+    assert lines[1:4] == [
+        "e: there, and not in the baseline",
+        "b: 4 values per channel where 2 were expected",
+        "c: in the baseline, and not there",
+    ]
+    assert lines[4] == "d: mean: shape (2,) where (3,) was expected"
+
+
+def test_a_tolerance_is_inclusive(regression):
+    regression(overwrite=True).check(torch.full((2, 1), 2.0))
+    regression().check(torch.full((2, 1), 2.5), rtol=0.25, atol=0.0)
+    with pytest.raises(
+        AssertionError, match=r"mean: 1 of 1 channel \(100.0%\) differs by more than 0.25 \+ 0 "
+    ):
+        regression().check(torch.full((2, 1), 2.5), rtol=0.0, atol=0.25)
+
+
+def test_nan_is_never_written_nor_passed(regression, tmp_path):
+    for overwrite in (True, False):
+        with pytest.raises(
+            AssertionError, match=r"a: 1 of 2 values \(50.0%\) is NaN or infinite, in 1 of 2 cha"
+        ):
+            regression(overwrite=overwrite).check({"a": torch.tensor([[0.0, float("nan")]])})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_serves_once_in_a_test(regression):
+    checks = regression(overwrite=True)
+    checks.check(torch.ones(1, 1))
+    checks.check(torch.ones(1, 1), name="second")
+    with pytest.raises(ValueError, match="`name` must differ from that of the other checks in this test"):
+        checks.check(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize("names", [("test_a[x/y]", "test_a[x_y]"), ("test_a[..]", "test_a[__]")])
+def test_hostile_names_stay_in_the_folder_and_apart(regression, tmp_path, names):
+    for name in names:
+        regression(name, overwrite=True).check(torch.ones(1, 1))
+    assert len(list((tmp_path / "test_module").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting property name"),
+        ("[]", "list indices"),
+        ('{"format": "other"}', "its format is 'other', not 'torchlens_viz.baseline/1'"),
+        ('{"format": "torchlens_viz.baseline/1", "layers": {"a": {"values": 1}}}', "'mean'"),
+    ],
+)
+def test_a_broken_baseline_says_so(regression, tmp_path, content, reason):
+    folder = tmp_path / "test_module"
+    folder.mkdir()
+    (folder / "test_x.json").write_text(content)
+    with pytest.raises(ArchiveError, match=f"cannot read the baseline .*test_x.json'?: .*{reason}"):
+        regression().check(torch.ones(1, 1))
+    regression(overwrite=True).check(torch.ones(1, 1))
+    assert json.loads((folder / "test_x.json").read_text())["test"] == "test_x"
+    assert len(list(folder.iterdir())) == 1

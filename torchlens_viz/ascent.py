@@ -1,0 +1,276 @@
+"""`maximize`: gradient ascent on input images, to see what a channel responds to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from typing import Final, Literal, TypeAlias
+
+import torch
+from PIL import Image
+from torch import nn
+
+from torchlens_viz.climbing import climb
+from torchlens_viz.climbs import Climb, Plan, Request
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.hookable import refuse_torchscript
+from torchlens_viz.images import Parametrization, ParametrizationName, Pixels, parametrization_of
+from torchlens_viz.layers import Selector
+from torchlens_viz.maximization import Maximization
+from torchlens_viz.objectives import Objective, ObjectiveName, Scene, objective_of
+from torchlens_viz.planning import (
+    channel_means,
+    check_numbers,
+    chosen_channels,
+    fitting_batch,
+    image_channels,
+    references_of,
+    requests_for,
+    settings_of,
+    size_of,
+    smoothing_of,
+    start_of,
+)
+from torchlens_viz.progress import Bar
+from torchlens_viz.resumption import Resumption
+from torchlens_viz.scoring import Scorer, device_of
+from torchlens_viz.shadow import Precision, isolated, resolve_precision
+from torchlens_viz.sharing import gathered, world
+from torchlens_viz.transforms import Transforms, TransformsName, transforms_of
+
+Method: TypeAlias = Literal["normalized", "classic"]
+
+_CLASSIC_RATE: Final = 2.5
+_CLASSIC_RANGE: Final = (128.0, 148.0)
+
+
+def maximize(
+    model: nn.Module,
+    layer: Selector,
+    channels: int | Sequence[int] | None = None,
+    *,
+    size: int | tuple[int, int] = 224,
+    objective: ObjectiveName | Objective | Callable[[Scene], torch.Tensor] = "mean",
+    image: torch.Tensor | Image.Image | None = None,
+    preprocess: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    transforms: TransformsName | Transforms | None = None,
+    parametrization: ParametrizationName | Parametrization = "pixels",
+    steps: int = 64,
+    lr: float | None = None,
+    threshold: float | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    seed: int = 0,
+    precision: Precision = "auto",
+    method: Method = "normalized",
+    restarts: int = 2,
+    decay: float = 0.0,
+    blur: float = 0.0,
+    blur_every: int = 4,
+    references: torch.Tensor | None = None,
+    frames: int | None = None,
+    channel_dim: int = 1,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Maximization:
+    """Find, for each channel of a layer, the image that drives it hardest, by gradient ascent.
+
+    The forward pass ends at the layer, and gradients go to the images alone. Every image climbs by itself:
+    which others share its batch changes nothing but rounding, and its random numbers depend on `seed` and its
+    channel only. The model is copied (its weights are not) and run in eval mode; nothing about it changes.
+
+    Under torchrun, with `torch.distributed` initialised, the channels are shared among the processes, and
+    each gets the whole result. Ctrl-C returns the images that are finished, if there are any.
+
+    Args:
+        model: The network.
+        layer: The layer, by a selector that finds exactly one. A convolution's own name means before its
+            ReLU, the ReLU's name after it.
+        channels: Which channels; a channel named several times gets several images. None is all of them, or
+            a single image where the objective looks at no channel.
+        size: Height and width of the images, or one number for both.
+        objective: `"mean"`, `"max"` or `"center"` of the channel's map, a term of
+            `torchlens_viz.objectives`, or a function `Scene -> (N,)`.
+        image: (C, H, W), (1, C, H, W) or a picture, to begin from. None begins from noise, with as many
+            channels as the first convolution takes.
+        preprocess: Makes of images (N, C, H, W) what the model takes, differentiably, for example
+            `torchvision.transforms.Normalize`.
+        transforms: `"robust"`, `"classic"`, `"none"` or `Transforms(...)`: what the images must survive.
+        parametrization: What is optimised: `"pixels"`, `"fourier"` coefficients or, with the magnitudes
+            of natural images, their phases (`"maco"`); or one of `torchlens_viz.images` with options.
+        steps: Steps per image.
+        lr: The learning rate; None is that of the parametrisation, 0.05 of the range of pixels per step.
+        threshold: Stop an image once its objective exceeds this.
+        batch_size: How many images climb at a time; `"auto"` takes what memory has room for. Where memory
+            runs out all the same, it is halved.
+        seed: What all random numbers follow from.
+        precision: What the network computes gradients in: `"auto"` is bfloat16 where the hardware has it,
+            else float32. Images, optimiser and scores are float32 in any case.
+        method: `"normalized"` scales the gradient of each image to unit root mean square, so that one
+            learning rate serves all layers. `"classic"` is the plain recipe of Keras: every channel begins
+            from the same image, uniform in [128, 148] (with `seed=42`, the well-known one), Adam with
+            Keras' epsilon, no limits, no redirection; the learning rate (None is 2.5) is in units of 0 to
+            255.
+        restarts: From how many further starts to try where there is no gradient.
+        decay: With pixels, the share of the distance to mid-gray that is taken back at every step.
+        blur: With pixels, standard deviation in pixels of a Gaussian blur after every `blur_every` steps.
+        blur_every: See `blur`.
+        references: (R, C, H, W), images to compare with: `z_means` and `z_ranks` of the result are relative
+            to them, and a channel without a gradient is tried on the one that drives it hardest.
+        frames: Keep the image at every so many steps, for `Maximization.save_animation`.
+        channel_dim: Which dimension of the layer's output counts its channels: -1 for tokens (N, L, C).
+        resume: A folder for what is finished. A run that was broken off goes on from there, to the same
+            result.
+        progress: Show a bar with the channels done, the time left and the median score.
+
+    Returns:
+        K images and what became of each.
+
+    Raises:
+        LayerNotFoundError: There is no such layer.
+        CaptureError: The layer does not run, or the model cannot be hooked.
+        CaptureMemoryError: There is no room for a single image.
+        InvalidArgumentError: An argument has a value that cannot be used, a channel is out of range, the
+            network cannot take such images, or the objective has no gradient path to them.
+        ArchiveError: `resume` was begun with other settings.
+
+    Source:
+        Erhan et al., "Visualizing Higher-Layer Features of a Deep Network", 2009; Olah, Mordvintsev &
+        Schubert, "Feature Visualization", Distill 2017.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Conv2d(4, 8, 3))
+        >>> result = maximize(net, "2", [0, 5], size=16, steps=8)
+        >>> result.images.shape, result.ranks.shape
+        (torch.Size([2, 3, 16, 16]), torch.Size([2]))
+    """
+    check_numbers(
+        steps=steps, lr=lr, threshold=threshold, batch_size=batch_size, restarts=restarts, frames=frames
+    )
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    if method not in ("normalized", "classic"):
+        raise InvalidArgumentError(f'`method` must be "normalized" or "classic", got {method!r}')
+    refuse_torchscript(model)
+    is_classic = method == "classic"
+    if is_classic and (parametrization != "pixels" or transforms not in (None, "none")):
+        raise InvalidArgumentError(
+            '`method="classic"` has neither `parametrization` nor `transforms`; leave them out'
+        )
+    climbs_by = (
+        Pixels(low=None, high=None, uniform=_CLASSIC_RANGE)
+        if is_classic
+        else parametrization_of(parametrization)
+    )
+    goal = objective_of(objective)
+    start = None if image is None else start_of(image, climbs_by)
+    height, width = size_of(size) if start is None else (start.shape[1], start.shape[2])
+    rate = lr or (_CLASSIC_RATE if is_classic else climbs_by.learning_rate)
+    smoothing = smoothing_of(climbs_by, decay=decay, blur=blur, every=blur_every)
+    with isolated(device := device_of(model)):
+        dtype = resolve_precision(precision, device)
+        scorer = Scorer(model, layer, goal, preprocess=preprocess, dtype=dtype, channel_dim=channel_dim)
+        depth = image_channels(model) if start is None else len(start)
+        seen = scorer.look(torch.full((1, depth, height, width), climbs_by.middle, device=device))
+        chosen = chosen_channels(channels, goal, seen[1])
+        real = None if references is None else references_of(references, (depth, height, width), device)
+        plan = Plan(
+            parametrization=climbs_by,
+            transforms=transforms_of(transforms),
+            size=(height, width),
+            image_channels=depth,
+            start=start,
+            references=None if real is None else real.cpu(),
+            reference_means=None if real is None else channel_means(scorer, real),
+            steps=steps,
+            rate=rate,
+            threshold=threshold,
+            seed=seed,
+            is_classic=is_classic,
+            restarts=restarts,
+            smoothing=smoothing,
+            frames_every=frames,
+        )
+        store = None
+        if resume is not None:
+            store = Resumption(Path(resume), settings_of(plan, scorer, model, preprocess, channel_dim))
+        climbs = gathered(
+            lambda: _share(
+                requests_for(chosen), plan, scorer, store, batch_size=batch_size, progress=progress
+            )
+        )
+    return _result(climbs, plan, scorer)
+
+
+def _share(
+    requests: list[Request],
+    plan: Plan,
+    scorer: Scorer,
+    store: Resumption | None,
+    *,
+    batch_size: int | Literal["auto"],
+    progress: bool,
+) -> list[Climb]:
+    """Make this process's share of the images."""
+    rank, count = world()
+    groups = sorted({request.channel for request in requests})
+    mine = [
+        request
+        for request in requests
+        if (groups.index(request.channel) if scorer.objective.couples else request.place) % count == rank
+    ]
+    climbs = [] if store is None else store.finished(mine)
+    done = {one.request.place for one in climbs}
+    missing = [request for request in mine if request.place not in done]
+    if scorer.objective.couples:  # images that are compared with one another are made together
+        incomplete = {request.channel for request in missing}
+        missing = [request for request in mine if request.channel in incomplete]
+        climbs = [one for one in climbs if one.request.channel not in incomplete]
+    with Bar(shown=progress and rank == 0, total=len(mine), unit="channels") as bar, scorer:
+        if not missing:
+            return climbs
+
+        def show(on_the_way: float) -> None:
+            figures = {"score": f"{median(each.score for each in climbs):.4g}"} if climbs else {}
+            bar.reach(len(climbs) + on_the_way, **figures)
+
+        size = fitting_batch(scorer, plan, len(missing)) if batch_size == "auto" else batch_size
+        with closing(climb(missing, plan, scorer, batch_size=size, show=show)) as found:
+            try:
+                for one in found:
+                    if store is not None:
+                        store.keep(one)
+                    climbs.append(one)
+                show(0)
+            except KeyboardInterrupt:
+                if not climbs or count > 1:
+                    raise
+    return climbs
+
+
+def _result(climbs: Sequence[Climb], plan: Plan, scorer: Scorer) -> Maximization:
+    climbs = sorted(climbs, key=lambda one: one.request.place)
+    low, high = plan.parametrization.low, plan.parametrization.high
+    return Maximization(
+        layer=scorer.layer,
+        objective=repr(scorer.objective),
+        channels=torch.tensor([one.request.channel for one in climbs]),
+        images=torch.stack([one.image for one in climbs]),
+        scores=torch.tensor([one.score for one in climbs]),
+        history=torch.stack([one.history for one in climbs]),
+        means=torch.stack([one.means for one in climbs]),
+        status=tuple(one.status for one in climbs),
+        evidence=tuple(one.evidence for one in climbs),
+        limits=(0.0, 255.0) if low is None or high is None else (low, high),
+        names_channels=scorer.objective.uses_target,
+        reference_means=plan.reference_means,
+        frames=None if plan.frames_every is None else tuple(_filmed(one) for one in climbs),
+    )
+
+
+def _filmed(one: Climb) -> torch.Tensor:
+    assert one.frames is not None
+    return one.frames

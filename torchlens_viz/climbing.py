@@ -1,0 +1,327 @@
+"""The climb itself: a batch of slots, in each an image that climbs alone and makes room for the next."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
+from typing import Final, final
+
+import torch
+
+from torchlens_viz.climbs import Climb, Plan, Request, as_frame, stream, verdict
+from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
+from torchlens_viz.redirection import Redirection
+from torchlens_viz.scoring import Scorer, Sensitivity
+from torchlens_viz.slots import Rows, Run
+from torchlens_viz.updates import Adam, as_it_is, normalised
+
+_REDIRECTED_STEPS: Final = 16
+_LOOK_EVERY: Final = 8  # steps between two looks at the flags on a GPU, which must come to a halt for it
+_OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def climb(
+    requests: Sequence[Request],
+    plan: Plan,
+    scorer: Scorer,
+    *,
+    batch_size: int,
+    show: Callable[[float], None],
+) -> Generator[Climb, None, None]:
+    """Make images, and yield each when it is finished.
+
+    Which images share a batch changes none of them, but for rounding. Where memory runs out, the batch is
+    halved and what was on its way begins anew, to the same result.
+
+    Args:
+        requests: The images to make.
+        plan: How.
+        scorer: What they are to maximise, entered.
+        batch_size: How many to make at a time.
+        show: Called after every step with how many images the work on those under way amounts to.
+    """
+    waiting = deque(requests)
+    while waiting:
+        slots = _Slots(plan, scorer)
+        try:
+            while waiting or slots.on_the_way():
+                busy = len(slots.on_the_way())
+                slots.fill(_next(waiting, batch_size - busy, scorer, is_empty=busy == 0))
+                slots.step()
+                yield from slots.finished()
+                show(slots.progress())
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise CaptureMemoryError(
+                    "one image at a time is more than there is memory for; choose a smaller `size`, an "
+                    f"earlier layer, or a larger device ({' '.join(str(error).split())[:200]})"
+                ) from error
+            waiting.extendleft(reversed(slots.on_the_way()))
+            batch_size = max(1, batch_size // 2)
+        del slots
+        if scorer.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _next(waiting: deque[Request], room: int, scorer: Scorer, *, is_empty: bool) -> list[Request]:
+    """Take from the queue what there is room for; images that are compared must climb together."""
+    if not scorer.objective.couples:
+        return [waiting.popleft() for _ in range(min(room, len(waiting)))]
+    chosen: list[Request] = []
+    while is_empty and waiting:
+        group = [request for request in waiting if request.channel == waiting[0].channel]
+        if chosen and len(chosen) + len(group) > room:
+            break
+        chosen += group
+        for request in group:
+            waiting.remove(request)
+    return chosen
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+@final
+class _Slots:
+    """The batch. Slots that are done stay until others take their place, so that it keeps its shape."""
+
+    def __init__(self, plan: Plan, scorer: Scorer) -> None:
+        self.runs: list[Run] = []
+        self._plan = plan
+        self._scorer = scorer
+        self._device = scorer.device
+        self._rows: Rows | None = None
+        self._done: list[int] = []
+        self._adam = Adam(plan.rate, like_keras=plan.is_classic)
+        self._look_every = 1 if scorer.device.type == "cpu" else _LOOK_EVERY
+        self._count = 0
+
+    def on_the_way(self) -> list[Request]:
+        """Return what has begun and not been finished."""
+        return [run.request for place, run in enumerate(self.runs) if place not in self._done]
+
+    def progress(self) -> float:
+        """Return which part of their steps the images under way have made, summed."""
+        part = sum(run.step for place, run in enumerate(self.runs) if place not in self._done)
+        return part / self._plan.steps
+
+    def fill(self, requests: Sequence[Request]) -> None:
+        """Let these begin to climb, first in the places of those that are done."""
+        runs = [self._begin(request, attempt=0) for request in requests]
+        places, self._done = self._done, []
+        if self._rows is None:
+            self.runs, self._rows = runs, self._started(runs)
+            return
+        if runs:
+            old, new = runs[: len(places)], runs[len(places) :]
+            if old:
+                self._put(places[: len(old)], old)
+            if new:
+                self.runs += new
+                self._rows = self._rows.joined(self._started(new))
+        unused = set(places[len(runs) :])
+        if unused:
+            kept = [place for place in range(len(self.runs)) if place not in unused]
+            self.runs = [self.runs[place] for place in kept]
+            self._rows = self._rows.taken(kept)
+
+    def step(self) -> None:
+        """Move every image one step uphill."""
+        rows, plan = self._rows, self._plan
+        assert rows is not None
+        parameters = rows.parameters.requires_grad_()
+        is_redirecting = any(run.is_redirected for run in self.runs)
+        with Redirection(rows.redirected) if is_redirecting else nullcontext():
+            images = plan.parametrization.decode(parameters, plan.size)
+            sensitivity = Sensitivity(rows.offset, rows.slope) if self._scorer.is_affine else None
+            scores = self._scorer.scores(images, self._transformed(images), rows.channels, sensitivity)
+        gradient = _gradient(scores, parameters, self._scorer)
+        rows.parameters = parameters.detach()
+        with torch.no_grad():
+            self._film(images)
+            is_flat = self._move(rows, scores.detach(), gradient)
+            self._count += 1
+            self._judge(is_flat)
+
+    def finished(self) -> list[Climb]:
+        """Take the images that have come to their end."""
+        rows, steps = self._rows, self._plan.steps
+        assert rows is not None
+        at_end = [bool(run.ending) or run.step >= steps for run in self.runs]
+        if any(at_end) or self._count % self._look_every == 0:
+            active = rows.active.tolist()
+            at_end = [end or not active[place] for place, end in enumerate(at_end)]
+        done = [place for place, end in enumerate(at_end) if end]
+        climbs = self._climbs(done, rows.taken(done)) if done else []
+        self._done = done  # only now: had memory run out, they would still be under way
+        return climbs
+
+    def _begin(self, request: Request, *, attempt: int) -> Run:
+        noise = torch.Generator(self._device)
+        noise.manual_seed(stream(self._plan.seed, request, attempt, "noise"))
+        return Run(request, attempt, noise)
+
+    def _started(self, runs: Sequence[Run]) -> Rows:
+        """Return the state in which runs begin."""
+        plan, count = self._plan, len(runs)
+        channels = torch.tensor([run.request.channel for run in runs], device=self._device)
+        parameters = torch.stack([self._start(run) for run in runs]).to(self._device)
+        none = torch.zeros(count, 0, device=self._device)
+        sensitivity = Sensitivity(none, none)
+        if self._scorer.is_affine:
+            sensitivity = self._scorer.sensitivity(
+                plan.parametrization.decode(parameters, plan.size), channels
+            )
+        numbers = none
+        if plan.transforms.moves:
+            drawn = [plan.transforms.numbers(plan.steps, self._generator(run, "place")) for run in runs]
+            numbers = torch.stack(drawn).to(self._device)
+        return Rows(
+            channels=channels,
+            parameters=parameters,
+            mean=torch.zeros_like(parameters),
+            square=torch.zeros_like(parameters),
+            step=torch.zeros_like(channels),
+            active=torch.ones_like(channels, dtype=torch.bool),
+            over=torch.zeros_like(channels, dtype=torch.bool),
+            redirected=torch.zeros_like(channels, dtype=torch.bool),
+            history=torch.full((count, plan.steps), torch.nan, device=self._device),
+            numbers=numbers,
+            offset=sensitivity.offset,
+            slope=sensitivity.slope,
+        )
+
+    def _start(self, run: Run) -> torch.Tensor:
+        plan, image = self._plan, self._plan.start
+        if run.attempt > 0:
+            image = None
+            if (
+                plan.references is not None
+                and plan.reference_means is not None
+                and run.attempt > plan.restarts
+            ):
+                means = plan.reference_means[:, run.request.channel % plan.reference_means.shape[1]]
+                image = plan.references[int(means.argmax())]
+        generator = self._generator(run, "start")
+        return plan.parametrization.start(plan.image_channels, plan.size, generator, image)
+
+    def _generator(self, run: Run, purpose: str) -> torch.Generator:
+        generator = torch.Generator("cpu")  # so that every device gets the same numbers
+        if self._plan.is_classic:  # every channel begins from the same image
+            return generator.manual_seed(self._plan.seed)
+        return generator.manual_seed(stream(self._plan.seed, run.request, run.attempt, purpose))
+
+    def _transformed(self, images: torch.Tensor) -> torch.Tensor:
+        plan, rows = self._plan, self._rows
+        assert rows is not None
+        if plan.transforms.moves:
+            numbers = rows.numbers[torch.arange(len(images), device=self._device), rows.step]
+            images = plan.transforms.place(images, numbers, plan.parametrization.middle)
+        if plan.transforms.noise:
+            noise = torch.empty_like(images, requires_grad=False)
+            for row, run in zip(noise, self.runs, strict=True):
+                row.normal_(generator=run.noise)
+            images = images + plan.transforms.noise * plan.parametrization.width * noise
+        return images
+
+    def _move(self, rows: Rows, scores: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Change what still climbs; return which images have no gradient, (N,) bool."""
+        plan = self._plan
+        slope = as_it_is(gradient) if plan.is_classic else normalised(gradient)
+        is_fine = scores.isfinite() & slope.peak.isfinite()
+        moving = rows.active & is_fine
+        rows.history.scatter_(1, rows.step[:, None], scores.where(rows.active, torch.nan)[:, None])
+        change = self._adam.change(slope.gradient, rows.step, rows.mean, rows.square)
+        rows.parameters += change.where(moving.view(-1, *[1] * (change.ndim - 1)), 0)
+        if plan.smoothing is not None:
+            plan.smoothing.apply_(rows.parameters, rows.step, moving)
+        plan.parametrization.confine_(rows.parameters)
+        if plan.threshold is not None:
+            rows.over |= moving & (scores > plan.threshold)
+        rows.active &= is_fine & ~rows.over
+        rows.step += 1
+        return moving & (slope.peak == 0)
+
+    def _judge(self, is_flat: torch.Tensor) -> None:
+        """Redirect, restart or give up those that have no gradient where it is time to look."""
+        rows = self._rows
+        assert rows is not None
+        looked_at = [place for place, run in enumerate(self.runs) if run.is_at_a_crossroads]
+        flat = is_flat.tolist() if looked_at else []
+        for run in self.runs:
+            run.step += 1
+        for place, run in enumerate(self.runs):
+            if run.redirected_until and run.step == run.redirected_until:
+                rows.redirected[place] = False
+            if place not in looked_at or not flat[place]:
+                continue
+            if self._plan.is_classic:
+                run.ending = "dead"
+            elif not run.redirected_until:
+                run.redirected_until = run.step + min(_REDIRECTED_STEPS, max(1, self._plan.steps // 3))
+                rows.redirected[place] = True
+            elif run.attempt < self._plan.attempts - 1:
+                self._put([place], [self._begin(run.request, attempt=run.attempt + 1)])
+            else:
+                run.ending = "dead"
+
+    def _put(self, places: list[int], runs: list[Run]) -> None:
+        assert self._rows is not None
+        self._rows.put_(places, self._started(runs))
+        for place, run in zip(places, runs, strict=True):
+            self.runs[place] = run
+
+    def _film(self, images: torch.Tensor) -> None:
+        every = self._plan.frames_every
+        for place, run in enumerate(self.runs):
+            if every is not None and run.step % every == 0:
+                run.frames.append(as_frame(images[place], self._plan.parametrization))
+
+    def _climbs(self, places: list[int], rows: Rows) -> list[Climb]:
+        plan = self._plan
+        images = plan.parametrization.decode(rows.parameters, plan.size)
+        scores, means = self._scorer.evaluate(images, rows.channels)
+        scores, means, images, history, over, active = (
+            part.cpu() for part in (scores, means, images, rows.history, rows.over, rows.active)
+        )
+        climbs = []
+        for index, place in enumerate(places):
+            run = self.runs[place]
+            if plan.frames_every is not None:
+                run.frames.append(as_frame(images[index], plan.parametrization))
+            own = history[index]
+            is_dead = run.ending == "dead" or 0 < run.step <= run.redirected_until
+            status, evidence = verdict(
+                plan, own, dead=is_dead, over=bool(over[index]), stopped=not active[index]
+            )
+            climbs.append(
+                Climb(
+                    request=run.request,
+                    image=images[index].clone(),
+                    score=scores[index].item(),
+                    means=means[index].clone(),
+                    history=own.clone(),
+                    status=status,
+                    evidence=evidence,
+                    frames=torch.stack(run.frames) if run.frames else None,
+                )
+            )
+        return climbs
+
+
+def _gradient(scores: torch.Tensor, parameters: torch.Tensor, scorer: Scorer) -> torch.Tensor:
+    if scores.requires_grad:
+        (gradient,) = torch.autograd.grad(scores.sum(), parameters, allow_unused=True)
+        if gradient is not None:
+            return gradient
+    raise InvalidArgumentError(
+        f"the objective {scorer.objective!r} at `{scorer.layer}` has no gradient path to the image: "
+        "something between them detaches, rounds or converts; look at `preprocess`, the objective and "
+        "quantised layers"
+    )

@@ -1,0 +1,127 @@
+"""Climbs: what is asked of a gradient ascent, how it goes about it, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+
+from torchlens_viz.images import Parametrization, Size
+from torchlens_viz.transforms import Transforms
+from torchlens_viz.updates import Smoothing
+
+Status: TypeAlias = Literal["threshold", "steps", "stalled", "dead", "nonfinite"]
+
+
+class Request(NamedTuple):
+    """One image to be made.
+
+    Attributes:
+        place: Where it stands in the result.
+        channel: What it is to maximise.
+        copy: How many images of the same channel come before it.
+    """
+
+    place: int
+    channel: int
+    copy: int
+
+
+class Climb(NamedTuple):
+    """One image that was made; tensors are on the CPU.
+
+    Attributes:
+        request: What it was made for.
+        image: (C, H, W) float32.
+        score: The objective, in true float32.
+        means: (C_layer,) the mean of every channel of the layer.
+        history: (steps,) the objective before each step, as the optimiser saw it; NaN after the last.
+        status: Why it ended.
+        evidence: What the status rests on, in words.
+        frames: (F, C, H, W) uint8, the image on its way, over the range of its values; None if not asked for.
+    """
+
+    request: Request
+    image: torch.Tensor
+    score: float
+    means: torch.Tensor
+    history: torch.Tensor
+    status: Status
+    evidence: str
+    frames: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to climb; `torchlens_viz.maximize` explains the options."""
+
+    parametrization: Parametrization
+    transforms: Transforms
+    size: Size
+    image_channels: int
+    start: torch.Tensor | None
+    references: torch.Tensor | None
+    reference_means: torch.Tensor | None
+    steps: int
+    rate: float
+    threshold: float | None
+    seed: int
+    is_classic: bool
+    restarts: int
+    smoothing: Smoothing | None
+    frames_every: int | None
+
+    @property
+    def attempts(self) -> int:
+        """From how many starts to try where there is no gradient."""
+        return 1 + self.restarts + (self.references is not None)
+
+
+def verdict(
+    plan: Plan, history: torch.Tensor, *, dead: bool, over: bool, stopped: bool
+) -> tuple[Status, str]:
+    """Return why a climb ended, and what that rests on.
+
+    Args:
+        plan: How it climbed.
+        history: (steps,) the objective before each step; NaN after the last.
+        dead: Whether no gradient was found.
+        over: Whether the objective passed the threshold.
+        stopped: Whether something else stopped it before its last step.
+    """
+    numbers = history[~history.isnan()]
+    steps = len(numbers)
+    if dead and plan.is_classic:
+        return "dead", "no gradient at the start"
+    if dead:
+        starts = f"from {plan.attempts} starts" if plan.attempts > 1 else "at the start"
+        real = "" if plan.references is None else ", one of them the reference image that drives it hardest"
+        return "dead", f"no gradient {starts}{real}, with and after redirected ReLUs"
+    if over:
+        return "threshold", f"passed {plan.threshold:g} at step {steps}"
+    if stopped:
+        return "nonfinite", f"score or gradient not finite after {steps} steps"
+    quarter = steps // 4
+    if quarter:
+        before, last = numbers[:-quarter].max().item(), numbers[-quarter:].max().item()
+        if last <= before:
+            return (
+                "stalled",
+                f"{last:.4g} at best in the last {quarter} of {steps} steps, {before:.4g} before",
+            )
+    return "steps", f"{steps} steps"
+
+
+def as_frame(image: torch.Tensor, parametrization: Parametrization) -> torch.Tensor:
+    """Return an image as (C, H, W) uint8 on the CPU, over the range that its pixels can have."""
+    low, high = parametrization.low, parametrization.high
+    shown = image.detach() if low is None or high is None else (image.detach() - low) * (255 / (high - low))
+    return shown.clamp(0, 255).round().to("cpu", torch.uint8)
+
+
+def stream(seed: int, request: Request, attempt: int, purpose: str) -> int:
+    """Return the seed of one stream of random numbers, which depends on nothing that happens elsewhere."""
+    key = f"{seed}/{request.channel}/{request.copy}/{attempt}/{purpose}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,240 @@
+"""`Maximization`: the images that gradient ascent found, and how well each drives its channel."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final, Unpack, final
+
+import numpy as np
+import torch
+from PIL import Image
+
+from torchlens_viz.canvas import draw
+from torchlens_viz.errors import ArchiveError, InvalidArgumentError
+from torchlens_viz.files import reason_of, write_whole
+from torchlens_viz.pictures import save_animation, save_picture
+from torchlens_viz.style import Style, StyleOptions
+
+_ARRAYS: Final = ("channels", "images", "scores", "history", "means", "reference_means")
+_FILE: Final = "maximization.npz"
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Maximization:
+    """What `maximize` found: K images, one for each channel that was asked for, in that order.
+
+    Attributes:
+        layer: The layer's name.
+        objective: What was maximised, as it is written.
+        channels: (K,) int64, the channel of each image; every other field is aligned with it.
+        images: (K, C, H, W) float32, before `preprocess`, in [0, 1] unless other limits were asked for.
+        scores: (K,) float32, the objective in true float32 on the untransformed image.
+        history: (K, steps) float32, the objective before each step, as the optimiser saw it (transformed, in
+            the precision of the ascent); NaN after an image stopped.
+        means: (K, C_layer) float32, the mean of every channel of the layer on each image.
+        status: Why each ended: `"threshold"` was passed; all `"steps"` were made; `"stalled"`, there was a
+            gradient and nothing gained over the last quarter of the steps, as where the best image is found;
+            `"dead"`, no gradient from any start, with and after redirected ReLUs; `"nonfinite"`, a score or
+            gradient was NaN or infinite, and the image is the last one before that.
+        evidence: What each status rests on, in words.
+        limits: The smallest and largest value of a pixel as it is drawn.
+        names_channels: Whether the objective looks at the channel at all; else `channels` numbers the images.
+        reference_means: (R, C_layer) float32, the means of every channel on the reference images; None
+            without them.
+        frames: For each image (F, C, H, W) uint8, the image on its way, the last one included; or None.
+    """
+
+    layer: str
+    objective: str
+    channels: torch.Tensor
+    images: torch.Tensor
+    scores: torch.Tensor
+    history: torch.Tensor
+    means: torch.Tensor
+    status: tuple[str, ...]
+    evidence: tuple[str, ...]
+    limits: tuple[float, float] = (0.0, 1.0)
+    names_channels: bool = True
+    reference_means: torch.Tensor | None = None
+    frames: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def ranks(self) -> torch.Tensor:
+        """(K,) int64: how many channels have a larger mean on the image than its own; 0 is first.
+
+        -1 where the objective looks at no channel.
+        """
+        return self._ranks_in(self.means)
+
+    @property
+    def z_means(self) -> torch.Tensor:
+        """(K, C_layer): `means` in standard deviations from what each channel has on the reference images.
+
+        Channels that do not vary over those have 0 where the mean is the same, else an infinity.
+
+        Raises:
+            InvalidArgumentError: `maximize` was not given at least two `references`.
+        """
+        if self.reference_means is None or len(self.reference_means) < 2:
+            raise InvalidArgumentError("z-scores need two or more `references`; give them to `maximize`")
+        usual = self.reference_means.double()
+        distance = self.means.double() - usual.mean(0)
+        return (distance / usual.std(0)).nan_to_num(0.0, torch.inf, -torch.inf).float()
+
+    @property
+    def z_ranks(self) -> torch.Tensor:
+        """(K,) int64: `ranks` by `z_means`, so that channels that are always large do not count as driven."""
+        return self._ranks_in(self.z_means)
+
+    def grid(self, **options: Unpack[StyleOptions]) -> Image.Image:
+        """Draw the images as one sheet, each with its channel and score as a title.
+
+        Args:
+            options: What `torchlens_viz.kernel_grid` takes for drawing; `labels` are on by default.
+
+        Returns:
+            An image of mode "RGB"; of images with other than 3 channels, their mean in gray.
+        """
+        own: dict[str, Any] = {"value_range": self.limits, "labels": True, "title": self.layer, **options}
+        tiles = self.images if self.images.shape[1] == 3 else self.images.mean(1, keepdim=True)
+        if tiles.shape[1] == 1:
+            own = {"cmap": "gray", **own}
+        style = Style(**own)
+        rows = zip(self.channels.tolist(), self.scores.tolist(), self.status, strict=True)
+        labels = [
+            f"{channel}: {score:.4g}" + (f" {status}" if status in ("dead", "nonfinite") else "")
+            for channel, score, status in rows
+        ]
+        return draw(
+            tiles.clamp(*self.limits), style, labels=labels, notes=[f"{self.objective} at {self.layer}"]
+        )
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write everything to a folder: a picture per channel, the sheet, a table, and what `load` reads.
+
+        Args:
+            directory: The folder; it is made where it is missing, and files of other names stay.
+
+        Returns:
+            The folder. In it are `CHANNEL.png` (a second image of the same channel is `CHANNEL-2.png`),
+            `grid.png`, `scores.csv` and `maximization.npz`.
+
+        Raises:
+            PictureError: The folder cannot be written.
+        """
+        folder = Path(directory)
+        grid = self.grid()
+        for image, name in zip(self.images, self._names(), strict=True):
+            save_picture(self._picture(image), folder / f"{name}.png")
+        save_picture(grid, folder / "grid.png")
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(("channel", "score", "rank", "status", "evidence"))
+        columns = (
+            self.channels.tolist(),
+            self.scores.tolist(),
+            self.ranks.tolist(),
+            self.status,
+            self.evidence,
+        )
+        writer.writerows(zip(*columns, strict=True))
+        write_whole(folder / "scores.csv", table.getvalue().encode(), ArchiveError)
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ARRAYS}
+        told.pop("frames")
+        arrays = {name: getattr(self, name).numpy() for name in _ARRAYS if getattr(self, name) is not None}
+        for place, frames in enumerate(self.frames or ()):
+            arrays[f"frames{place}"] = frames.numpy()
+        buffer = io.BytesIO()
+        np.savez(buffer, told=np.frombuffer(json.dumps(told).encode(), np.uint8), **arrays)
+        write_whole(folder / _FILE, buffer.getvalue(), ArchiveError)
+        return folder
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Maximization:
+        """Read what `save` wrote.
+
+        Raises:
+            ArchiveError: The folder holds no such file, or a damaged one.
+        """
+        path = Path(directory) / _FILE
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays: dict[str, Any] = {name: torch.from_numpy(file[name]) for name in file.files}
+            told: dict[str, Any] = json.loads(arrays.pop("told").numpy().tobytes())
+            frames = tuple(
+                arrays.pop(f"frames{i}") for i in range(len(arrays["channels"])) if "frames0" in arrays
+            )
+            for name in ("status", "evidence", "limits"):
+                told[name] = tuple(told[name])
+            return cls(**told, **arrays, frames=frames or None)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArchiveError(
+                f"cannot read {str(path)!r}: {reason_of(error)}; give a folder that `Maximization.save` wrote"
+            ) from error
+
+    def save_animation(self, path: str | os.PathLike[str], place: int = 0, *, fps: float = 10.0) -> Path:
+        """Write the ascent of one image as a moving picture, .webp or .gif.
+
+        Args:
+            path: The file.
+            place: Which of the K images.
+            fps: Frames per second.
+
+        Raises:
+            InvalidArgumentError: `maximize` was not asked for `frames`, or there is no such image.
+            PictureError: The file cannot be written.
+        """
+        if self.frames is None:
+            raise InvalidArgumentError(
+                "there are no frames; give `maximize` the option `frames=1`, or every n steps"
+            )
+        if not -len(self.frames) <= place < len(self.frames):
+            raise InvalidArgumentError(f"`place` must be below {len(self.frames)}, got {place}")
+        return save_animation([_as_picture(frame) for frame in self.frames[place]], path, fps=fps)
+
+    def __repr__(self) -> str:
+        rows = zip(
+            self.channels.tolist(), self.scores.tolist(), self.ranks.tolist(), self.status, strict=True
+        )
+        lines = [
+            f"  {channel:>6}  {score:>12.5g}  {rank:>5}  {status}" for channel, score, rank, status in rows
+        ]
+        more = [f"  ... {len(lines) - 20} more"] if len(lines) > 20 else []
+        head = f"Maximization of {self.objective} at {self.layer}, images {tuple(self.images.shape)}"
+        return "\n".join([head, f"  {'channel':>6} {'score':>12}  {'rank':>5}  status", *lines[:20], *more])
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.grid().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def _ranks_in(self, means: torch.Tensor) -> torch.Tensor:
+        if not self.names_channels:
+            return torch.full_like(self.channels, -1)
+        own = means.gather(1, self.channels[:, None])
+        return (means > own).sum(1)
+
+    def _names(self) -> list[str]:
+        seen: dict[int, int] = {}
+        names = []
+        for channel in self.channels.tolist():
+            seen[channel] = seen.get(channel, 0) + 1
+            names.append(str(channel) if seen[channel] == 1 else f"{channel}-{seen[channel]}")
+        return names
+
+    def _picture(self, image: torch.Tensor) -> Image.Image:
+        low, high = self.limits
+        return _as_picture(((image - low) * (255 / (high - low))).clamp(0, 255).round().to(torch.uint8))
+
+
+def _as_picture(image: torch.Tensor) -> Image.Image:
+    """Return (C, H, W) uint8 as a picture: colour for 3 channels, else the mean of the channels in gray."""
+    if len(image) == 3:
+        return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    return Image.fromarray(image.float().mean(0).round().to(torch.uint8).numpy())

@@ -1,0 +1,350 @@
+"""What to maximise: a small algebra of terms, each a number per image.
+
+    channel()                               the channel that is being maximised, the mean of its map
+    channel(3) - 0.1 * total_variation()    terms add, subtract, multiply and take weights
+    neuron(position=(4, 7)), direction(vector), deepdream(), diversity(), l2()
+    score(lambda scene: scene.activation().amax((1, 2, 3)))     a function of your own
+
+Every term scores each image by itself, so that the gradient of the sum separates into one per image. The one
+exception is `diversity`, which compares the images of the same channel with one another.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias, final
+
+import torch
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+
+ObjectiveName: TypeAlias = Literal["mean", "max", "center"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scene:
+    """What an objective sees of one step.
+
+    Attributes:
+        images: (N, C, H, W) float32, the images as they are, before transforms and preprocessing.
+        channels: (N,) int64, the channel that each image is to maximise.
+        target: The name of the layer that was asked for.
+        activations: By layer name, what the layer put out, with channels in dimension 1.
+    """
+
+    images: torch.Tensor
+    channels: torch.Tensor
+    target: str
+    activations: Mapping[str, torch.Tensor]
+
+    def activation(self, layer: str | None = None) -> torch.Tensor:
+        """Return what a layer put out, (N, C, ...); None is the layer that was asked for."""
+        return self.activations[self.target if layer is None else layer]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """A number per image, to be made large.
+
+    Attributes:
+        function: `Scene` -> (N,).
+        text: How it is written.
+        layers: The layers it looks at; None among them is the layer that was asked for.
+        is_linear: Whether it is an affine function of the layer's output, and of nothing else.
+        uses_target: Whether it looks at the channel that is being maximised.
+        couples: Whether the score of an image depends on the others of the batch.
+    """
+
+    function: Callable[[Scene], torch.Tensor]
+    text: str
+    layers: frozenset[str | None] = frozenset()
+    is_linear: bool = False
+    uses_target: bool = False
+    couples: bool = False
+
+    def __call__(self, scene: Scene) -> torch.Tensor:
+        """Return the score of every image, (N,) float32."""
+        scores = self.function(scene)
+        if not isinstance(scores, torch.Tensor) or scores.shape != scene.channels.shape:
+            given = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise InvalidArgumentError(
+                f"the objective {self.text} must give one number per image, ({len(scene.channels)},), "
+                f"got {given}"
+            )
+        return scores.float()
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __add__(self, other: Objective | float) -> Objective:
+        return _combined(operator.add, self, _as_objective(other), "+", is_linear=True)
+
+    def __sub__(self, other: Objective | float) -> Objective:
+        return _combined(operator.sub, self, _as_objective(other), "-", is_linear=True)
+
+    def __mul__(self, other: Objective | float) -> Objective:
+        constant = not isinstance(other, Objective)
+        return _combined(operator.mul, self, _as_objective(other), "*", is_linear=constant)
+
+    def __radd__(self, other: float) -> Objective:
+        return _as_objective(other) + self
+
+    def __rsub__(self, other: float) -> Objective:
+        return _as_objective(other) - self
+
+    def __rmul__(self, other: float) -> Objective:
+        return _combined(operator.mul, _as_objective(other), self, "*", is_linear=True)
+
+    def __truediv__(self, other: float) -> Objective:
+        return self * (1 / other)
+
+    def __neg__(self) -> Objective:
+        return -1.0 * self
+
+
+def channel(
+    index: int | None = None, *, layer: str | None = None, reduce: Literal["mean", "max"] = "mean"
+) -> Objective:
+    """Score the map of a channel.
+
+    Args:
+        index: The channel; None is the one that is being maximised.
+        layer: The layer; None is the one that was asked for.
+        reduce: Make one number of the map by its mean or its maximum.
+
+    Example:
+        >>> channel(3) - 0.1 * total_variation()
+        channel(3) - 0.1 * total_variation()
+    """
+    if reduce not in ("mean", "max"):
+        raise InvalidArgumentError(f'`reduce` must be "mean" or "max", got {reduce!r}')
+
+    def function(scene: Scene) -> torch.Tensor:
+        values = _of_channel(scene, index, layer).flatten(1).float()
+        return values.mean(1) if reduce == "mean" else values.amax(1)
+
+    options = {"layer": layer, "reduce": None if reduce == "mean" else reduce}
+    return _term("channel", index, options, function, is_linear=reduce == "mean")
+
+
+def neuron(
+    index: int | None = None, *, position: Sequence[int] | None = None, layer: str | None = None
+) -> Objective:
+    """Score one position of the map of a channel.
+
+    Args:
+        index: The channel; None is the one that is being maximised.
+        position: Row and column in the map, or as many numbers as the map has dimensions; None is the middle.
+        layer: The layer; None is the one that was asked for.
+    """
+    place = None if position is None else tuple(operator.index(part) for part in position)
+
+    def function(scene: Scene) -> torch.Tensor:
+        values = _of_channel(scene, index, layer)
+        at: tuple[Any, ...] = (slice(None), *_position(values.shape[1:], place))
+        return values[at].float()
+
+    return _term("neuron", index, {"position": place, "layer": layer}, function, is_linear=True)
+
+
+def direction(
+    vector: torch.Tensor | Sequence[float],
+    *,
+    position: Sequence[int] | None = None,
+    layer: str | None = None,
+) -> Objective:
+    """Score a direction in the space of a layer's channels: the dot product with `vector`.
+
+    Args:
+        vector: (C,), one weight per channel of the layer.
+        position: One position of the maps; None takes the mean over all of them.
+        layer: The layer; None is the one that was asked for.
+    """
+    weights = torch.as_tensor(vector, dtype=torch.float32)
+    if weights.ndim != 1 or not len(weights) or not bool(weights.isfinite().all()):
+        raise InvalidArgumentError(
+            f"`vector` must be finite numbers, one per channel, got shape {tuple(weights.shape)}"
+        )
+    place = None if position is None else tuple(operator.index(part) for part in position)
+
+    def function(scene: Scene) -> torch.Tensor:
+        values = scene.activation(layer)
+        if values.shape[1] != len(weights):
+            raise InvalidArgumentError(
+                f"`vector` must have a weight for each of the layer's {values.shape[1]} channels, "
+                f"got {len(weights)}"
+            )
+        if place is not None:
+            at: tuple[Any, ...] = (slice(None), slice(None), *_position(values.shape[2:], place))
+            values = values[at]
+        means = values.float().flatten(2).mean(2) if values.ndim > 2 else values.float()
+        return means @ weights.to(values.device)
+
+    text = f"[{', '.join(f'{weight:g}' for weight in weights.tolist())}]"
+    return _term(
+        "direction", text, {"position": place, "layer": layer}, function, is_linear=True, chosen=True
+    )
+
+
+def deepdream(layer: str | None = None) -> Objective:
+    """Score a whole layer, the mean square of all its values (Mordvintsev, Olah & Tyka, 2015)."""
+    return _term(
+        "deepdream",
+        None,
+        {"layer": layer},
+        lambda scene: scene.activation(layer).float().square().flatten(1).mean(1),
+        chosen=True,
+    )
+
+
+def diversity(layer: str | None = None) -> Objective:
+    """Score how unlike the others of its channel an image is: minus the mean cosine of Gram matrices.
+
+    It needs a channel that is asked for several times, as in `channels=[3, 3, 3, 3]`.
+    """
+
+    def function(scene: Scene) -> torch.Tensor:
+        maps = scene.activation(layer).float().flatten(2)
+        gram = torch.nn.functional.normalize((maps @ maps.transpose(1, 2)).flatten(1), dim=1)
+        others = (scene.channels[:, None] == scene.channels).float()
+        others.fill_diagonal_(0.0)
+        return -((gram @ gram.T) * others).sum(1) / others.sum(1).clamp_min(1.0)
+
+    return _term("diversity", None, {"layer": layer}, function, couples=True, chosen=True)
+
+
+def total_variation() -> Objective:
+    """Score how rough an image is: the mean difference between neighbours. Give it a negative weight."""
+
+    def function(scene: Scene) -> torch.Tensor:
+        rows = scene.images.diff(dim=2).abs().flatten(1).sum(1)
+        columns = scene.images.diff(dim=3).abs().flatten(1).sum(1)
+        return (rows + columns) / scene.images[0].numel()
+
+    return Objective(function=function, text="total_variation()")
+
+
+def l2(middle: float = 0.5) -> Objective:
+    """Score how far pixels are from `middle`: their mean square distance. Give it a negative weight."""
+    return Objective(
+        function=lambda scene: (scene.images - middle).square().flatten(1).mean(1),
+        text="l2()" if middle == 0.5 else f"l2({middle:g})",
+    )
+
+
+def score(function: Callable[[Scene], torch.Tensor], *, layers: Sequence[str] = ()) -> Objective:
+    """Make an objective of a function of your own.
+
+    Args:
+        function: Takes a `Scene` and gives a number per image, (N,), each of which depends on its own image.
+        layers: The layers it looks at besides the one that was asked for.
+    """
+    if not callable(function):
+        raise InvalidTypeError(f"`function` must be callable, got {function!r}")
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return Objective(
+        function=function, text=f"score({name})", layers=frozenset((None, *layers)), uses_target=True
+    )
+
+
+_BY_NAME: Final[Mapping[str, Callable[[], Objective]]] = {
+    "mean": channel,
+    "max": lambda: channel(reduce="max"),
+    "center": neuron,
+}
+
+
+def objective_of(chosen: ObjectiveName | Objective | Callable[[Scene], torch.Tensor]) -> Objective:
+    """Return the objective of that name, the one that was given, or one made of a function."""
+    if isinstance(chosen, Objective):
+        return chosen
+    if isinstance(chosen, str) and chosen in _BY_NAME:
+        return _BY_NAME[chosen]()
+    if callable(chosen):
+        return score(chosen)
+    names = ", ".join(map(repr, _BY_NAME))
+    raise InvalidArgumentError(
+        f"`objective` must be one of {names}, an Objective or a function, got {chosen!r}"
+    )
+
+
+def _term(
+    name: str,
+    index: int | str | None,
+    options: Mapping[str, object],
+    function: Callable[[Scene], torch.Tensor],
+    *,
+    is_linear: bool = False,
+    couples: bool = False,
+    chosen: bool = False,
+) -> Objective:
+    given = [] if index is None else [str(index)]
+    given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
+    layer = options["layer"]
+    assert layer is None or isinstance(layer, str)
+    return Objective(
+        function=function,
+        text=f"{name}({', '.join(given)})",
+        layers=frozenset([layer]),
+        is_linear=is_linear and layer is None,
+        uses_target=index is None and not chosen,
+        couples=couples,
+    )
+
+
+def _as_objective(value: Objective | float) -> Objective:
+    if isinstance(value, Objective):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidTypeError(f"an objective combines with objectives and numbers, got {value!r}")
+    number = float(value)
+    return Objective(
+        function=lambda scene: torch.full(scene.channels.shape, number, device=scene.channels.device),
+        text=f"{number:g}",
+        is_linear=True,
+    )
+
+
+def _combined(
+    join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    left: Objective,
+    right: Objective,
+    sign: str,
+    *,
+    is_linear: bool,
+) -> Objective:
+    texts = [left.text, right.text]
+    for place, text in enumerate(texts):
+        if (" + " in text or " - " in text) and (sign == "*" or (sign == "-" and place == 1)):
+            texts[place] = f"({text})"
+    return Objective(
+        function=lambda scene: join(left(scene), right(scene)),
+        text=f" {sign} ".join(texts),
+        layers=left.layers | right.layers,
+        is_linear=is_linear and left.is_linear and right.is_linear,
+        uses_target=left.uses_target or right.uses_target,
+        couples=left.couples or right.couples,
+    )
+
+
+def _of_channel(scene: Scene, index: int | None, layer: str | None) -> torch.Tensor:
+    values = scene.activation(layer)
+    if index is None:
+        return values[torch.arange(len(values), device=values.device), scene.channels]
+    if not 0 <= index < values.shape[1]:
+        raise InvalidArgumentError(
+            f"`channel` must be an index from 0 to {values.shape[1] - 1} of the layer, got {index}"
+        )
+    return values[:, index]
+
+
+def _position(shape: Sequence[int], place: tuple[int, ...] | None) -> tuple[int, ...]:
+    if place is None:
+        return tuple(size // 2 for size in shape)
+    if len(place) != len(shape) or not all(0 <= part < size for part, size in zip(place, shape, strict=True)):
+        raise InvalidArgumentError(f"`position` must lie in maps of {tuple(shape)}, got {place}")
+    return place

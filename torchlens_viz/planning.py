@@ -1,0 +1,179 @@
+"""What `maximize` is given, checked and made into a plan."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from math import ceil, isfinite
+from typing import Any, Final
+
+import torch
+from PIL import Image
+from torch import nn
+
+from torchlens_viz.choices import indices_of
+from torchlens_viz.climbs import Plan, Request
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.images import Parametrization, Pixels, Size
+from torchlens_viz.inputs import as_batch
+from torchlens_viz.kernels import convolutions
+from torchlens_viz.objectives import Objective
+from torchlens_viz.resumption import checksum
+from torchlens_viz.scoring import Scorer
+from torchlens_viz.updates import Smoothing
+
+_MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
+_MEMORY_SHARE: Final = 0.6
+_PLANNED: Final = (
+    "parametrization", "transforms", "size", "image_channels", "steps", "rate", "threshold", "seed",
+    "is_classic", "restarts", "smoothing", "frames_every",
+)  # fmt: skip
+
+
+def requests_for(channels: Sequence[int]) -> list[Request]:
+    """Return one request per channel, in order; those of a channel that is named again are numbered."""
+    copies = Counter[int]()
+    requests = []
+    for place, channel in enumerate(channels):
+        requests.append(Request(place, channel, copies[channel]))
+        copies[channel] += 1
+    return requests
+
+
+def chosen_channels(channels: int | Sequence[int] | None, goal: Objective, count: int) -> list[int]:
+    """Return the channels that are to be maximised, of the `count` that the layer has."""
+    if not goal.uses_target and channels is None:
+        return [0]
+    if not goal.uses_target:  # the numbers of images, and of their streams of random numbers
+        return indices_of(channels, 2**31, "channels")
+    chosen = indices_of(channels, count, "channels")
+    if goal.couples and len(set(chosen)) == len(chosen):
+        raise InvalidArgumentError(
+            f"`objective` {goal!r} compares the images of a channel with one another, which needs channels "
+            "that are named several times, as in `channels=[3, 3, 3]`"
+        )
+    return chosen
+
+
+def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
+    """Return how many images to make at a time: what memory has room for, in batches of one size."""
+    stream = torch.Generator().manual_seed(plan.seed)
+    start = plan.parametrization.start(plan.image_channels, plan.size, stream, plan.start)
+    per_image = 3 * scorer.saved_bytes(plan.parametrization.decode(start[None].to(scorer.device), plan.size))
+    if scorer.device.type == "cuda":
+        free = torch.cuda.mem_get_info(scorer.device)[0]
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = 2**31
+    most = min(_MOST_AT_ONCE.get(scorer.device.type, 16), int(_MEMORY_SHARE * free / max(1, per_image)))
+    most = max(1, min(most, count))
+    return ceil(count / ceil(count / most))
+
+
+def smoothing_of(by: Parametrization, *, decay: float, blur: float, every: int) -> Smoothing | None:
+    """Return what smooths the pixels between steps, if anything is to."""
+    if not 0 <= decay < 1 or not 0 <= blur <= 100 or every < 1:
+        raise InvalidArgumentError(
+            "`decay` must be from 0 to below 1, `blur` from 0 to 100 and `blur_every` at least 1, got "
+            f"{decay}, {blur} and {every}"
+        )
+    if not decay and not blur:
+        return None
+    if not isinstance(by, Pixels):
+        raise InvalidArgumentError(
+            '`decay` and `blur` work on pixels; leave them out, or use `parametrization="pixels"`'
+        )
+    return Smoothing(decay=decay, blur=blur, every=every, middle=by.middle)
+
+
+def start_of(image: torch.Tensor | Image.Image, by: Parametrization) -> torch.Tensor:
+    """Return the image to begin from, (C, H, W) float32 on the CPU."""
+    start = as_batch(image)[0].detach().to("cpu", torch.float32)
+    if not bool(start.isfinite().all()):
+        raise InvalidArgumentError("`image` must hold finite values only")
+    if by.low is not None and by.high is not None and (start.min() < by.low or start.max() > by.high):
+        raise InvalidArgumentError(
+            f"`image` must have values from {by.low:g} to {by.high:g}, got {start.min():.4g} to "
+            f"{start.max():.4g}; scale it, or give a parametrization with other limits"
+        )
+    return start
+
+
+def references_of(given: torch.Tensor, shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Return the reference images, checked, on the device."""
+    if (
+        not isinstance(given, torch.Tensor)
+        or given.ndim != 4
+        or not len(given)
+        or tuple(given.shape[1:]) != shape
+    ):
+        told = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise InvalidArgumentError(
+            f"`references` must be images (R, {', '.join(map(str, shape))}), got {told}"
+        )
+    return given.detach().to(device, torch.float32)
+
+
+def channel_means(scorer: Scorer, images: torch.Tensor) -> torch.Tensor:
+    """Return the mean of every channel of the layer on each image, (R, C_layer) on the CPU."""
+    unused = torch.zeros(1, dtype=torch.int64, device=images.device)
+    return torch.cat([scorer.evaluate(image[None], unused).means for image in images]).cpu()
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the model's images have: as many as its first convolution takes, else 3."""
+    try:
+        module = convolutions(model)[0].module
+    except LayerNotFoundError:
+        return 3
+    return int(getattr(module, "in_channels", 3))
+
+
+def size_of(size: int | tuple[int, int]) -> Size:
+    """Return height and width."""
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    if len(both) != 2 or not all(isinstance(side, int) and side >= 1 for side in both):
+        raise InvalidArgumentError(f"`size` must be a number of pixels or (height, width), got {size!r}")
+    return both[0], both[1]
+
+
+def settings_of(
+    plan: Plan, scorer: Scorer, model: nn.Module, preprocess: object, channel_dim: int
+) -> dict[str, Any]:
+    """Return all that the images depend on, for a folder to be refused that was begun with other settings."""
+    return {
+        "layer": scorer.layer,
+        "objective": repr(scorer.objective),
+        "model": type(model).__name__,
+        "weights": checksum(model),
+        "preprocess": None if preprocess is None else _named(preprocess),
+        "channel_dim": channel_dim,
+        "precision": str(scorer.dtype),
+        "start": checksum(plan.start),
+        "references": checksum(plan.references),
+        **{name: repr(getattr(plan, name)) for name in _PLANNED},
+    }
+
+
+def _named(function: object) -> str:
+    """Return what a function is called, or how an object such as `Normalize` writes itself."""
+    name = getattr(function, "__qualname__", None)
+    return repr(function) if name is None else f"{getattr(function, '__module__', '')}.{name}"
+
+
+def check_numbers(**given: Any) -> None:
+    """Refuse options of `maximize` that are numbers and cannot be used, by name."""
+    for name, least in (("steps", 1), ("restarts", 0), ("frames", 1), ("batch_size", 1)):
+        value = given[name]
+        if value is None or (name == "batch_size" and value == "auto"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
+        if value < least:
+            raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+    if given["lr"] is not None and not 0 < given["lr"] < float("inf"):
+        raise InvalidArgumentError(f"`lr` must be positive and finite, got {given['lr']!r}")
+    if given["threshold"] is not None and not isfinite(given["threshold"]):
+        raise InvalidArgumentError(f"`threshold` must be finite, got {given['threshold']!r}")

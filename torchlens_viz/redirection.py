@@ -1,0 +1,91 @@
+"""A gradient for units that have none: ReLUs that let pass what would switch them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_IN_PLACE: Final = frozenset({torch.relu_, torch.Tensor.relu_, torch.Tensor.clamp_, torch.clamp_})
+_RELUS: Final = frozenset({F.relu, torch.relu, torch.Tensor.relu, F.relu6, *_IN_PLACE})
+_CLAMPS: Final = frozenset({torch.clamp, torch.Tensor.clamp, torch.Tensor.clamp_, torch.clamp_})
+
+
+class Redirection(TorchFunctionMode):
+    """While active, ReLUs pass on gradients for chosen samples of the batch that would otherwise vanish.
+
+    Values stay what they are. A unit that is off passes on a gradient that would switch it on, and none that
+    would push it further down. `nn.ReLU`, `nn.ReLU6`, their functions, in place or not, and `clamp(min=0)`
+    are redirected.
+
+    Args:
+        chosen: (N,) bool, the samples of the batch this is for.
+
+    Source:
+        Olah, Mordvintsev & Schubert, "Feature Visualization", Distill 2017, have such a ReLU in their code.
+    """
+
+    def __init__(self, chosen: torch.Tensor) -> None:
+        super().__init__()
+        self._chosen = chosen
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, or what stands in for it."""
+        kwargs = kwargs or {}
+        if func not in _RELUS and func not in _CLAMPS:
+            return func(*args, **kwargs)
+        values = args[0] if args else kwargs.get("input")
+        if not isinstance(values, torch.Tensor) or not values.requires_grad or values.ndim == 0:
+            return func(*args, **kwargs)
+        limits = _limits(func, args, kwargs)
+        if limits is None or len(values) % len(self._chosen) != 0:
+            return func(*args, **kwargs)
+        # Windows and heads are often folded into the batch, several rows in a row for each sample.
+        chosen = self._chosen.repeat_interleave(len(values) // len(self._chosen))
+        chosen = chosen.view(-1, *[1] * (values.ndim - 1))
+        result = _RedirectedReLU.apply(values, chosen, *limits)
+        is_in_place = (
+            func in _IN_PLACE or kwargs.get("inplace") or (func in (F.relu, F.relu6) and True in args[1:])
+        )
+        return values.copy_(result) if is_in_place else result
+
+
+def _limits(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """Return between which values `func` lets through what it gets, or None for a clamp that is no ReLU."""
+    if func is F.relu6:
+        return 0.0, 6.0
+    if func not in _CLAMPS:
+        return 0.0, torch.inf
+    low = kwargs.get("min", args[1] if len(args) > 1 else None)
+    high = kwargs.get("max", args[2] if len(args) > 2 else None)
+    if not isinstance(low, int | float) or low != 0 or not isinstance(high, int | float | None):
+        return None
+    return 0.0, torch.inf if high is None else float(high)
+
+
+class _RedirectedReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, values: torch.Tensor, chosen: torch.Tensor, low: float, high: float
+    ) -> torch.Tensor:
+        context.save_for_backward(values > low, values < high, chosen)
+        return values.clamp(low, high)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        is_above, is_below, chosen = context.saved_tensors
+        (gradient,) = gradients
+        wakes = torch.where(is_above, gradient < 0, gradient > 0)  # towards the open part, from either side
+        passes = (is_above & is_below) | (chosen & wakes)
+        return gradient * passes, None, None, None

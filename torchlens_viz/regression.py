@@ -1,0 +1,143 @@
+"""Statistics of activations against a baseline in a small file that people can read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+
+from torchlens_viz.errors import ArchiveError, InvalidArgumentError
+from torchlens_viz.filenames import safe_name
+from torchlens_viz.files import reason_of, replacing
+from torchlens_viz.findings import COMPARED, differences, nonfinite
+from torchlens_viz.readings import Globs, Subject, read, statistics_of
+from torchlens_viz.statistics import ChannelStats
+
+_FORMAT: Final = "torchlens_viz.baseline/1"
+_OPTION: Final = "--activations-overwrite"
+
+
+@final
+class ActivationRegression:
+    """Compares what a test sees with what it saw when its baseline was written; see the fixture."""
+
+    def __init__(self, folder: Path, test: str, *, overwrite: bool) -> None:
+        self._folder = folder
+        self._test = test
+        self._overwrite = overwrite
+        self._used: set[str] = set()
+
+    def check(
+        self,
+        acts: Subject,
+        *,
+        name: str | None = None,
+        rtol: float = 1e-3,
+        atol: float = 1e-5,
+        layers: Globs = None,
+        channel_dim: int = 1,
+    ) -> None:
+        """Assert that the statistics of every channel are those of the baseline.
+
+        The mean, std, min, max and zero fraction are compared, and the number of values. The baseline holds
+        six digits. NaN and Inf fail, also where a baseline is being written.
+
+        Args:
+            acts: Activations, a tensor, statistics or a survey; see `torchlens_viz.testing`.
+            name: The name of the baseline, where a test has several; the test's own by default.
+            rtol: How far a number may be off, as a share of what is expected.
+            atol: How far it may be off besides.
+            layers: Names or globs of the layers that count.
+            channel_dim: The dimension of the channels, where there are tensors.
+
+        Raises:
+            AssertionError: They differ, or there is no baseline yet.
+            ArchiveError: The baseline cannot be read or written.
+        """
+        __tracebackhide__ = True
+        path = self._folder / f"{_file_name(self._test if name is None else name)}.json"
+        if path.name in self._used:
+            raise InvalidArgumentError(
+                f"`name` must differ from that of the other checks in this test, got {name!r} once more"
+            )
+        self._used.add(path.name)
+        found = {r.label.replace("`", ""): statistics_of(r, channel_dim) for r in read(acts, layers)}
+        spoilt = [text for label, stats in found.items() if (text := nonfinite(label, stats))]
+        if spoilt:
+            raise AssertionError("\n".join(spoilt))
+        if self._overwrite:
+            _write(path, self._test, found)
+            return
+        if not path.exists():
+            raise AssertionError(
+                f"there is no baseline {_near(path)}; run `pytest {_OPTION}` to write it, and commit it"
+            )
+        failures = _compare(found, _read(path), rtol, atol)
+        if failures:
+            head = f"{len(failures)} differences from the baseline {_near(path)}"
+            tail = f"where this is meant, run `pytest {_OPTION}` to renew it"
+            raise AssertionError("\n".join([head, *failures, tail]))
+
+
+def _compare(
+    found: dict[str, ChannelStats], expected: dict[str, ChannelStats], rtol: float, atol: float
+) -> list[str]:
+    failures = [f"{label}: there, and not in the baseline" for label in found if label not in expected]
+    for label, wanted in expected.items():
+        stats = found.get(label)
+        if stats is None:
+            failures.append(f"{label}: in the baseline, and not there")
+            continue
+        if stats.channels == wanted.channels and not torch.equal(stats.count.cpu(), wanted.count):
+            ours, theirs = int(stats.count[0]), int(wanted.count[0])
+            failures.append(f"{label}: {ours:,} values per channel where {theirs:,} were expected")
+        failures += differences(label, stats, wanted, rtol=rtol, atol=atol)
+    return failures
+
+
+def _file_name(test: str) -> str:
+    """Return the name of a test as that of a file; names that had to be changed differ by a hash."""
+    plain = test.replace("::", ".").replace("[", "-").removesuffix("]")
+    safe = safe_name(plain)
+    return safe if safe == plain else f"{safe}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
+
+
+def _write(path: Path, test: str, found: dict[str, ChannelStats]) -> None:
+    rows = []
+    for label, stats in found.items():
+        lines = [f'      "values": {int(stats.count[0])}']
+        for name in COMPARED:
+            rounded = [float(f"{value:.6g}") for value in getattr(stats, name).tolist()]
+            lines.append(f'      "{name}": {json.dumps(rounded)}')
+        rows.append(f"    {json.dumps(label)}: {{\n" + ",\n".join(lines) + "\n    }")
+    head = f'{{\n  "format": {json.dumps(_FORMAT)},\n  "test": {json.dumps(test)},\n  "layers": {{\n'
+    text = head + ",\n".join(rows) + "\n  }\n}\n"
+    with replacing(path, ArchiveError) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def _read(path: Path) -> dict[str, ChannelStats]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {_FORMAT!r}")
+        return {label: _stats(fields) for label, fields in content["layers"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArchiveError(
+            f"cannot read the baseline {_near(path)}: {reason_of(error)}; run `pytest {_OPTION}` to renew it"
+        ) from error
+
+
+def _stats(fields: dict[str, Any]) -> ChannelStats:
+    columns: dict[str, Any] = {name: torch.tensor(fields[name], dtype=torch.float64) for name in COMPARED}
+    count = torch.full((len(columns["mean"]),), fields["values"], dtype=torch.int64)
+    return ChannelStats(**columns, count=count, nonfinite=torch.zeros_like(count))
+
+
+def _near(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return repr(str(path) if relative.startswith("..") else relative)

@@ -1,0 +1,102 @@
+"""Finished images of a long run on disk, so that a broken run goes on where it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchlens_viz.climbs import Climb, Request
+from torchlens_viz.errors import ArchiveError
+from torchlens_viz.files import reason_of, write_whole
+
+_SETTINGS: Final = "settings.json"
+
+
+@final
+class Resumption:
+    """A folder with one file per finished image.
+
+    Args:
+        folder: The folder; it is made where it is missing.
+        settings: All that the images depend on; a folder that was begun with others is refused.
+
+    Raises:
+        ArchiveError: The folder was begun with other settings, or cannot be used.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self._folder = folder
+        path = folder / _SETTINGS
+        settings = json.loads(json.dumps(settings))
+        if not path.exists():
+            write_whole(path, json.dumps(settings, indent=1).encode(), ArchiveError)
+            return
+        try:
+            before = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArchiveError(
+                f"cannot read {str(path)!r}: {reason_of(error)}; choose another folder"
+            ) from error
+        for name in {**before, **settings}:
+            if before.get(name) != settings.get(name):
+                raise ArchiveError(
+                    f"`resume` must be a folder that was begun with the same settings: in {str(folder)!r} "
+                    f"`{name}` was {before.get(name)!r} and now is {settings.get(name)!r}; choose "
+                    "another folder"
+                )
+
+    def finished(self, requests: Sequence[Request]) -> list[Climb]:
+        """Read those of the requested images that are finished; a damaged file counts as not finished."""
+        found = (self._read(request) for request in requests)
+        return [climb for climb in found if climb is not None]
+
+    def keep(self, climb: Climb) -> None:
+        """Write a finished image."""
+        told = {"score": climb.score, "status": climb.status, "evidence": climb.evidence}
+        arrays = {
+            "image": climb.image,
+            "means": climb.means,
+            "history": climb.history,
+            "frames": climb.frames,
+        }
+        present: dict[str, Any] = {
+            name: values.numpy() for name, values in arrays.items() if values is not None
+        }
+        buffer = io.BytesIO()
+        np.savez(buffer, told=np.frombuffer(json.dumps(told).encode(), np.uint8), **present)
+        write_whole(self._path(climb.request), buffer.getvalue(), ArchiveError)
+
+    def _read(self, request: Request) -> Climb | None:
+        try:
+            with np.load(self._path(request), allow_pickle=False) as file:
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+            told = json.loads(arrays.pop("told").numpy().tobytes())
+            return Climb(request=request, **{"frames": None, **arrays, **told})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error):
+            return None
+
+    def _path(self, request: Request) -> Path:
+        return self._folder / f"{request.channel}-{request.copy}.npz"
+
+
+def checksum(*sources: nn.Module | torch.Tensor | None) -> int:
+    """Return a number that differs where weights or values differ."""
+    total = 0
+    for source in sources:
+        tensors = [source] if isinstance(source, torch.Tensor) else []
+        if isinstance(source, nn.Module):
+            tensors = [*source.parameters(), *source.buffers()]
+        for tensor in tensors:
+            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            total = zlib.crc32(values.numpy().data, total)
+    return total

@@ -1,0 +1,249 @@
+"""A model cut at the layers that an objective looks at: images in, a score per image out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, Final, NamedTuple, final
+
+import torch
+from torch import nn
+
+from torchlens_viz.activations import capture
+from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
+from torchlens_viz.layers import Selector, select_one
+from torchlens_viz.objectives import Objective, Scene
+from torchlens_viz.records import Activations
+from torchlens_viz.shadow import autocasting, shadow_of
+
+_LINEAR: Final = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+)  # fmt: skip
+
+
+class Sensitivity(NamedTuple):
+    """What an affine objective is in terms of what its layer takes: `offset + (slope * taken).sum()`.
+
+    Attributes:
+        offset: (N,) float32.
+        slope: (N, ...) float32, in the shape of what the layer takes.
+    """
+
+    offset: torch.Tensor
+    slope: torch.Tensor
+
+
+class Evaluation(NamedTuple):
+    """What the network makes of images in true float32.
+
+    Attributes:
+        scores: (N,) the objective.
+        means: (N, C) the mean of every channel of the layer.
+    """
+
+    scores: torch.Tensor
+    means: torch.Tensor
+
+
+@final
+class Scorer:
+    """Scores images by an objective; the model that it is made of is not touched, only copied.
+
+    Within its `with` block the hooks stand that cut the network at the layer.
+
+    Args:
+        model: The network.
+        layer: Which of its layers, by a selector that finds exactly one.
+        objective: What to score.
+        preprocess: Makes of images what the model takes; None takes them as they are.
+        dtype: What the network computes gradients in.
+        channel_dim: Which dimension of the layer's output counts its channels.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: Selector,
+        objective: Objective,
+        *,
+        preprocess: Callable[[torch.Tensor], torch.Tensor] | None,
+        dtype: torch.dtype,
+        channel_dim: int,
+    ) -> None:
+        self.objective = objective
+        self.layer = select_one(model, layer).name
+        self.device = device_of(model)
+        self.dtype = dtype
+        self._channel_dim = channel_dim
+        self._preprocess = preprocess
+        others = {select_one(model, other).name for other in objective.layers if other is not None}
+        self._layers = [self.layer, *sorted(others - {self.layer})]
+        self._exact = shadow_of(model)
+        self._fast = shadow_of(model, dtype=dtype)  # another one in any case: it is hooked all the time
+        self._taken_shape: torch.Size | None = None
+        self._hooks = ExitStack()
+        self._acts: Activations | None = None
+
+    def __enter__(self) -> Scorer:
+        with ExitStack() as hooks:
+            self._acts = hooks.enter_context(
+                capture(
+                    self._fast,
+                    self._layers,
+                    io="input" if self.is_affine else "output",
+                    grad=True,
+                    copy=len(self._layers) > 1,  # nothing runs after the only layer that could write to it
+                    stop=True,
+                )
+            )
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.close()
+        self._acts = None
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the layer itself need not run: `sensitivity` stands for it and the objective."""
+        return self._taken_shape is not None
+
+    def look(self, images: torch.Tensor) -> torch.Size:
+        """Run the network once, to learn what shapes it has; to be called before anything else.
+
+        Args:
+            images: (1, C, H, W) float32.
+
+        Returns:
+            The shape of what the layer puts out, (1, C, ...).
+
+        Raises:
+            CaptureError: The layer does not run.
+            InvalidArgumentError: The network cannot take such images, or the layer puts out no channels.
+        """
+        prepared = self._prepared(images)
+        try:
+            with torch.no_grad(), capture(self._exact, self._layers, io="both", stop=True) as acts:
+                self._exact(prepared)
+        except TorchlensVizError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            after = f" (after `preprocess`, {tuple(prepared.shape[1:])})" if self._preprocess else ""
+            raise InvalidArgumentError(
+                f"the model cannot take images of shape {tuple(images.shape[1:])}{after}: "
+                f"{' '.join(str(error).split())}; choose another `size`, `image` or `preprocess`"
+            ) from error
+        if acts.not_called:
+            raise CaptureError(
+                f"`{acts.not_called[0]}` does not run on this input, so that nothing can drive it: choose a "
+                "layer that runs in eval mode"
+            )
+        taken, output = acts.calls(self.layer)[0]
+        if not isinstance(output, torch.Tensor) or output.ndim < 2 or not output.is_floating_point():
+            raise InvalidArgumentError(
+                f"`layer` must put out one tensor (N, C, ...), got {_kind(output)} from `{self.layer}`; "
+                "choose a layer inside it"
+            )
+        if not -output.ndim <= self._channel_dim < output.ndim or self._channel_dim in (0, -output.ndim):
+            raise InvalidArgumentError(
+                f"`channel_dim` must be a dimension after the first of {tuple(output.shape)}, "
+                f"got {self._channel_dim}"
+            )
+        module = select_one(self._exact, self.layer).module
+        has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+        runs_once = len(acts.calls(self.layer)) == 1 and len(self._layers) == 1
+        is_plain = type(module) in _LINEAR and not has_hooks and isinstance(taken, torch.Tensor)
+        if self.objective.is_linear and runs_once and is_plain:
+            self._taken_shape = taken.shape[1:]
+        return self._by_channel(output).shape
+
+    def sensitivity(self, images: torch.Tensor, channels: torch.Tensor) -> Sensitivity:
+        """Return what an affine objective is for N channels: one backward pass through the layer alone."""
+        assert self._taken_shape is not None
+        module = select_one(self._exact, self.layer).module
+        taken = torch.zeros(len(channels), *self._taken_shape, device=self.device, requires_grad=True)
+        offset = self.objective(self._scene(images, channels, {self.layer: module(taken)}))
+        (slope,) = torch.autograd.grad(offset.sum(), taken)
+        return Sensitivity(offset.detach(), slope)
+
+    def scores(
+        self,
+        images: torch.Tensor,
+        seen: torch.Tensor,
+        channels: torch.Tensor,
+        sensitivity: Sensitivity | None,
+    ) -> torch.Tensor:
+        """Return the score of every image, (N,) float32, on the graph of `images`.
+
+        Args:
+            images: (N, C, H, W), the images as they are.
+            seen: (N, C, H, W), the images as the network is to see them.
+            channels: (N,) int64, what each is to maximise.
+            sensitivity: For an affine objective, that of these channels.
+        """
+        assert self._acts is not None
+        self._acts.clear()
+        prepared = self._prepared(seen)
+        with autocasting(self.device, self.dtype):
+            self._fast(prepared)
+        values = {name: self._acts.calls(name)[0] for name in self._layers}
+        if sensitivity is None:
+            activations = {name: self._by_channel(value) for name, value in values.items()}
+            return self.objective(self._scene(images, channels, activations))
+        taken: torch.Tensor = values[self.layer]
+        return sensitivity.offset + (taken.float() * sensitivity.slope).flatten(1).sum(1)
+
+    def saved_bytes(self, images: torch.Tensor) -> int:
+        """Return how much memory the graph of one step holds on to."""
+        held: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        images = images.detach().requires_grad_()
+        channels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        sensitivity = self.sensitivity(images, channels) if self.is_affine else None
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            scores = self.scores(images, images, channels, sensitivity)
+        del scores
+        weights = {weight.untyped_storage().data_ptr() for weight in self._fast.parameters()}
+        return sum(size for place, size in held.items() if place not in weights)
+
+    def evaluate(self, images: torch.Tensor, channels: torch.Tensor) -> Evaluation:
+        """Return what the network makes of images, untransformed and in true float32."""
+        with torch.no_grad():
+            with capture(self._exact, self._layers, stop=True) as acts:
+                self._exact(self._prepared(images))
+            activations = {name: self._by_channel(acts.calls(name)[0]) for name in self._layers}
+            scores = self.objective(self._scene(images, channels, activations))
+        target = activations[self.layer].float()
+        return Evaluation(scores, target.flatten(2).mean(2) if target.ndim > 2 else target)
+
+    def _scene(self, images: torch.Tensor, channels: torch.Tensor, acts: dict[str, torch.Tensor]) -> Scene:
+        return Scene(images=images, channels=channels, target=self.layer, activations=acts)
+
+    def _prepared(self, images: torch.Tensor) -> torch.Tensor:
+        prepared = images if self._preprocess is None else self._preprocess(images)
+        if not isinstance(prepared, torch.Tensor) or len(prepared) != len(images):
+            raise InvalidArgumentError(
+                f"`preprocess` must make a batch of a batch (N, C, H, W), got {_kind(prepared)} for "
+                f"{tuple(images.shape)}"
+            )
+        return prepared.contiguous(memory_format=torch.channels_last) if prepared.ndim == 4 else prepared
+
+    def _by_channel(self, values: torch.Tensor) -> torch.Tensor:
+        return values.movedim(self._channel_dim, 1)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter or buffer is; a model without any is on the CPU."""
+    tensors: Sequence[Any] = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,146 @@
+"""A private copy of a network to compute gradients with: the caller's own is never touched."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Final, Literal, TypeAlias
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.layers import unwrap
+
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+
+# Their weights are what autocast would convert anew at every step; all else stays as autocast wants it.
+_CAST: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+
+
+def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Copy a model, but not its weights, for computing gradients with respect to its input.
+
+    Args:
+        model: Any module; wrappers (`torch.compile`, DDP) are left out.
+        dtype: `torch.bfloat16` makes copies of the weights of convolutions and dense layers in that type, to
+            be run under autocast. Else the weights are the model's own memory, where it is floating point of
+            32 bits or more, or float32 copies of it.
+
+    Returns:
+        The copy, in eval mode; no parameter requires a gradient.
+
+    Raises:
+        InvalidTypeError: The model holds something that cannot be copied.
+    """
+    original = unwrap(model)
+    cast = _weights_to_cast(original) if dtype != torch.float32 else set()
+    memo: dict[int, object] = {}
+    for tensor in [*original.parameters(), *original.buffers()]:
+        made = tensor.detach()
+        if made.is_floating_point() and made.itemsize < 4:
+            made = made.float()
+        if id(tensor) in cast:
+            made = made.to(dtype)
+            if made.ndim == 4:
+                made = made.contiguous(memory_format=torch.channels_last)
+        if made.is_inference():
+            made = made.clone()  # what was made in inference mode can take no part in autograd
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(made, requires_grad=False) if is_parameter else made
+    try:
+        with _CopyingValues():
+            twin: nn.Module = copy.deepcopy(original, memo)
+    except Exception as error:
+        raise InvalidTypeError(
+            f"`model` must be a module that can be copied, got {type(original).__name__}, of which "
+            f"copy.deepcopy says: {' '.join(str(error).split())}; give the nn.Module alone"
+        ) from error
+    return twin.eval()
+
+
+class _CopyingValues(TorchFunctionMode):
+    """Within it, deepcopy takes tensors that are part of a graph too, such as a hook of the caller may keep."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type to run a network in: bfloat16 where the hardware multiplies it natively and faster."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise InvalidArgumentError(f'`precision` must be "auto", "float32" or "bfloat16", got {precision!r}')
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return torch.bfloat16 if _is_bfloat16_fast(device) else torch.float32
+
+
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Run the block with gradients on and true float32, whatever modes the caller is in.
+
+    No autocast, no TF32; the caller's random numbers go on afterwards as if nothing had run.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        if torch.amp.autocast_mode.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_true_float32())
+        yield
+
+
+def autocasting(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Run the block under autocast to `dtype`; float32 is left as it is."""
+    if dtype == torch.float32:
+        return nullcontext()
+    # Nothing would be found in its cache: the weights that count are of this type already.
+    return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+@contextmanager
+def _true_float32() -> Iterator[None]:
+    """Multiply float32 as float32: no TF32, and no bfloat16 in its place."""
+    known: Any = torch.backends
+    settings: list[tuple[Any, str, Any]]
+    settings = [(known.cudnn, "allow_tf32", False), (known.cuda.matmul, "allow_tf32", False)]
+    if hasattr(known.cuda.matmul, "fp32_precision"):  # torch 2.9 and later, which wants these names alone
+        places = (known.cudnn.conv, known.cuda.matmul, known.mkldnn.conv, known.mkldnn.matmul)
+        settings = [(place, "fp32_precision", "ieee") for place in places]
+    before = [(place, name, getattr(place, name)) for place, name, _ in settings]
+    try:
+        for place, name, value in settings:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def _is_bfloat16_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        onednn: Any = torch.backends.mkldnn
+        return bool(onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
+
+
+def _weights_to_cast(model: nn.Module) -> set[int]:
+    """Return the ids of the weights that only convolutions and dense layers use."""
+    uses = Counter[int]()
+    own = Counter[int]()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dtype == torch.float32:
+                uses[id(parameter)] += 1
+                own[id(parameter)] += type(module) in _CAST
+    return {key for key, count in uses.items() if own[key] == count}

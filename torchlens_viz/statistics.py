@@ -1,0 +1,308 @@
+"""Statistics of channels, gathered batch by batch and merged: `RunningStats` -> `ChannelStats`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, Final, Literal, TypeAlias, cast, final
+
+import torch
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
+from torchlens_viz.moments import Moments, measure, pooled, union
+
+Bins: TypeAlias = Literal["log"] | Sequence[float] | None
+
+_POWERS: Final = tuple(2.0**exponent for exponent in range(-12, 13))
+LOG_EDGES: Final = (*(-power for power in reversed(_POWERS)), 0.0, *_POWERS)
+"""The edges of `bins="log"`: zero, and the powers of two from 2**-12 to 2**12 on both sides of it."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class ChannelStats:
+    """What the values of each channel were, over everything that was seen.
+
+    All but `count` and `nonfinite` speak of the finite values alone; they are NaN for a channel without any.
+
+    Attributes:
+        mean: (C,) float64.
+        std: (C,) float64, of the population: the mean squared distance from the mean, under the root.
+        min: (C,) float64.
+        max: (C,) float64.
+        zero_fraction: (C,) float64, the share of values that are exactly zero, 0 to 1.
+        nonfinite: (C,) int64, how many values were NaN or infinite.
+        count: (C,) int64, how many values were seen, these included.
+        bins: The E edges of the histogram, increasing, or None.
+        histogram: (C, E + 1) int64, or None. Column i counts `bins[i - 1] <= value < bins[i]`; the first
+            column counts what is below all edges, the last one what is at or above the last.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    min: torch.Tensor
+    max: torch.Tensor
+    zero_fraction: torch.Tensor
+    nonfinite: torch.Tensor
+    count: torch.Tensor
+    bins: tuple[float, ...] | None = None
+    histogram: torch.Tensor | None = None
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are."""
+        return len(self.count)
+
+    def dead(self, eps: float = 0.0) -> torch.Tensor:
+        """Return the channels whose maximum never exceeded `eps`: (D,) int64, increasing."""
+        return (self.max <= eps).nonzero().flatten()
+
+    def pooled(self) -> ChannelStats:
+        """Return the statistics of all channels taken together, as those of one channel."""
+        finite = self.count - self.nonfinite
+        moments = Moments(
+            total=self.count,
+            finite=finite,
+            zeros=(self.zero_fraction.nan_to_num(0) * finite).round().long(),
+            low=self.min.nan_to_num(torch.inf),
+            high=self.max.nan_to_num(-torch.inf),
+            mean=self.mean.nan_to_num(0),
+            squares=self.std.nan_to_num(0).square() * finite,
+            histogram=self.histogram,
+        )
+        return _stats_of(pooled(moments), self.bins)
+
+    def to(self, device: torch.device | str) -> ChannelStats:
+        """Return the same statistics on another device."""
+        parts: dict[str, Any] = self.to_dict()
+        parts = {n: part.to(device) for n, part in parts.items() if isinstance(part, torch.Tensor)}
+        return replace(self, **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, tensors as they are: `ChannelStats(**stats.to_dict())` is the same."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __repr__(self) -> str:
+        names = ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")
+        spans = [f"{name} {_span(getattr(self, name))}" for name in names if self.channels]
+        return f"ChannelStats({', '.join([f'{self.channels} channels', *spans])})"
+
+
+@final
+class RunningStats:
+    """Statistics of every channel, gathered tensor by tensor; two gatherings merge into one.
+
+    Whatever the type of the values, sums are kept in float64 and merged after Chan, Golub and LeVeque (1979),
+    so that neither the number of values nor a mean far from zero costs digits, and a merge of parts equals
+    one pass over the whole to rounding; counts, extremes and the histogram equal it exactly. NaN and Inf are
+    counted, and touch nothing else. Everything stays on the device of the values; nothing waits for it.
+
+    The histogram is left out unless it is asked for: everything else takes about a tenth of the time of
+    ResNet-18's forward pass on a CPU, a histogram longer than the forward pass. Its edges are fixed
+    beforehand, since edges that come from the data could not be merged exactly.
+
+    Args:
+        channel_dim: The dimension that runs through the channels: 1 for (N, C), (N, C, L) and (N, C, H, W),
+            -1 for (N, L, C).
+        bins: Increasing edges of a histogram, or "log": zero, and the powers of two from 2**-12 to 2**12 on
+            both sides of it. See `ChannelStats.histogram`.
+
+    Raises:
+        InvalidArgumentError: `bins` does not increase.
+
+    Example:
+        >>> import torch
+        >>> stats = RunningStats()
+        >>> for batch in torch.arange(12.0).view(3, 2, 2, 1):  # three batches of (N, C, L) = (2, 2, 1)
+        ...     stats.update(batch)
+        >>> stats.compute().mean
+        tensor([5., 6.], dtype=torch.float64)
+    """
+
+    __slots__ = ("_edges", "_moments", "bins", "channel_dim")
+
+    def __init__(self, *, channel_dim: int = 1, bins: Bins = None) -> None:
+        self.channel_dim = channel_dim
+        self.bins = _edges_of(bins)
+        self._moments: Moments | None = None
+        self._edges: torch.Tensor | None = None
+
+    def fresh(self) -> RunningStats:
+        """Return an empty gathering with the same options."""
+        return RunningStats(channel_dim=self.channel_dim, bins=self.bins)
+
+    def reset(self) -> None:
+        """Forget all values, and how many channels and which device they had."""
+        self._moments = None
+
+    def update(self, values: torch.Tensor) -> None:
+        """Take in the values of one tensor.
+
+        Args:
+            values: Any floating-point type, quantised values, or integers and bools, which count as float64;
+                (N, C), (N, C, L), (N, C, H, W), ... An empty one is allowed.
+
+        Raises:
+            InvalidArgumentError: It has no dimension `channel_dim`, or other channels than those before.
+            InvalidTypeError: It is no tensor, or complex, nested or without values.
+        """
+        if not isinstance(values, torch.Tensor):
+            raise InvalidTypeError(f"`values` must be a tensor, got {type(values).__name__}")
+        if values.is_complex() or values.is_nested or values.is_meta:
+            kind = "nested" if values.is_nested else "a meta tensor" if values.is_meta else str(values.dtype)
+            raise InvalidTypeError(f"`values` must be a tensor of real numbers, got one that is {kind}")
+        if not -values.ndim <= self.channel_dim < values.ndim:
+            raise InvalidArgumentError(
+                f"`channel_dim` must be a dimension of the values, got {self.channel_dim} "
+                f"(shape {tuple(values.shape)})"
+            )
+        channels = values.shape[self.channel_dim]
+        if self._moments is not None and len(self._moments.total) != channels:
+            raise InvalidArgumentError(
+                f"`values` must have {len(self._moments.total)} channels as before, got {channels} (shape "
+                f"{tuple(values.shape)}, `channel_dim` {self.channel_dim}); call `reset()` to start anew"
+            )
+        # Tensors made in inference mode could not be used together with others later on.
+        with torch.inference_mode(False), torch.no_grad():
+            dense = values.detach()
+            dense = dense.dequantize() if dense.is_quantized else dense
+            dense = dense if dense.layout is torch.strided else dense.to_dense()
+            self._take(measure(dense, self.channel_dim, self._edges_on(dense.device)))
+
+    def merge(self, other: RunningStats) -> RunningStats:
+        """Take in everything that another gathering has seen, on whatever device that is.
+
+        Args:
+            other: A gathering with the same `bins`; it does not change.
+
+        Returns:
+            This gathering.
+
+        Raises:
+            InvalidArgumentError: It has other bins, or another number of channels.
+        """
+        if not isinstance(other, RunningStats):
+            raise InvalidTypeError(f"`other` must be a RunningStats, got {type(other).__name__}")
+        if self.bins != other.bins:
+            raise InvalidArgumentError(
+                "`other` must have the same `bins`: histograms of others cannot be added"
+            )
+        theirs = other._moments
+        if theirs is None:
+            return self
+        if self._moments is not None and len(self._moments.total) != len(theirs.total):
+            raise InvalidArgumentError(
+                f"`other` must have {len(self._moments.total)} channels, got {len(theirs.total)}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._take(theirs)
+        return self
+
+    def compute(self) -> ChannelStats:
+        """Return the statistics of all values so far.
+
+        Returns:
+            New tensors of shape (C,), on the device of the values.
+
+        Raises:
+            NoDataError: Nothing was taken in yet, so that not even the number of channels is known.
+        """
+        if self._moments is None:
+            raise NoDataError("there are no statistics yet; call `update(values)` first")
+        with torch.inference_mode(False), torch.no_grad():
+            return _stats_of(self._moments, self.bins)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything there is to know, as a flat dict of options and tensors, for `from_dict`."""
+        moments = {} if self._moments is None else self._moments._asdict()
+        options = {"channel_dim": self.channel_dim, "bins": None if self.bins is None else list(self.bins)}
+        return options | {name: part for name, part in moments.items() if part is not None}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> RunningStats:
+        """Return the gathering that `to_dict` described.
+
+        Args:
+            state: Its dict; lists may stand for the tensors, as JSON gives them back.
+
+        Raises:
+            InvalidArgumentError: The dict is not complete.
+        """
+        stats = cls(channel_dim=state.get("channel_dim", 1), bins=state.get("bins"))
+        whole = ("total", "finite", "zeros", *(("histogram",) if stats.bins is not None else ()))
+        names = (*whole, "low", "high", "mean", "squares")
+        if not any(name in state for name in names):
+            return stats
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise InvalidArgumentError(f"`state` must be what `to_dict` returned, got one without {missing}")
+        parts = {
+            name: torch.as_tensor(state[name], dtype=torch.int64 if name in whole else torch.float64).clone()
+            for name in names
+        }
+        stats._moments = Moments(**cast("Any", {"histogram": None, **parts}))
+        return stats
+
+    def __repr__(self) -> str:
+        return "RunningStats(nothing yet)" if self._moments is None else f"Running{self.compute()!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restored = RunningStats.from_dict(state)
+        for name in self.__slots__:
+            setattr(self, name, getattr(restored, name))
+
+    def _take(self, theirs: Moments) -> None:
+        ours = self._moments
+        if ours is None:
+            self._moments = theirs
+            return
+        there = [None if part is None else part.to(ours.mean.device) for part in theirs]
+        self._moments = union(ours, Moments(*cast("Any", there)))
+
+    def _edges_on(self, device: torch.device) -> torch.Tensor | None:
+        if self.bins is not None and (self._edges is None or self._edges.device != device):
+            self._edges = torch.tensor(self.bins, dtype=torch.float64, device=device)
+        return self._edges
+
+
+def _stats_of(moments: Moments, bins: tuple[float, ...] | None) -> ChannelStats:
+    is_empty, count = moments.finite == 0, moments.finite.clamp(min=1)
+
+    def known(values: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill(is_empty, torch.nan)
+
+    return ChannelStats(
+        mean=known(moments.mean),
+        std=known((moments.squares / count).sqrt()),
+        min=known(moments.low),
+        max=known(moments.high),
+        zero_fraction=known(moments.zeros.double() / count),
+        nonfinite=moments.total - moments.finite,
+        count=moments.total.clone(),
+        bins=bins,
+        histogram=None if moments.histogram is None else moments.histogram.clone(),
+    )
+
+
+def _edges_of(bins: Bins) -> tuple[float, ...] | None:
+    if bins is None:
+        return None
+    if isinstance(bins, str):
+        if bins != "log":
+            raise InvalidArgumentError(f'`bins` must be "log", increasing edges or None, got {bins!r}')
+        return LOG_EDGES
+    edges = tuple(float(edge) for edge in bins)
+    is_increasing = all(low < high for low, high in pairwise(edges))
+    if not edges or not is_increasing or not all(map(math.isfinite, edges)):
+        raise InvalidArgumentError(f"`bins` must be finite edges that increase, got {edges}")
+    return edges
+
+
+def _span(values: torch.Tensor) -> str:
+    low, high = values.min().item(), values.max().item()
+    return f"{low:.4g}" if low == high else f"{low:.4g}..{high:.4g}"
