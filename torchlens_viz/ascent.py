@@ -23,6 +23,7 @@ from torchlens_viz.maximization import Maximization
 from torchlens_viz.objectives import Objective, ObjectiveName, Scene, objective_of
 from torchlens_viz.planning import (
     channel_means,
+    check_independence,
     check_numbers,
     chosen_channels,
     fitting_batch,
@@ -148,13 +149,21 @@ def maximize(
         (torch.Size([2, 3, 16, 16]), torch.Size([2]))
     """
     check_numbers(
-        steps=steps, lr=lr, threshold=threshold, batch_size=batch_size, restarts=restarts, frames=frames
+        steps=steps,
+        lr=lr,
+        threshold=threshold,
+        batch_size=batch_size,
+        restarts=restarts,
+        frames=frames,
+        seed=seed,
+        is_classic=method == "classic",
     )
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
     if method not in ("normalized", "classic"):
         raise InvalidArgumentError(f'`method` must be "normalized" or "classic", got {method!r}')
     refuse_torchscript(model)
+    check_independence(model, batch_size)
     is_classic = method == "classic"
     if is_classic and (parametrization != "pixels" or transforms not in (None, "none")):
         raise InvalidArgumentError(
@@ -166,7 +175,7 @@ def maximize(
         else parametrization_of(parametrization)
     )
     goal = objective_of(objective)
-    start = None if image is None else start_of(image, climbs_by)
+    start = None if image is None else start_of(image, climbs_by, is_classic=is_classic)
     height, width = size_of(size) if start is None else (start.shape[1], start.shape[2])
     rate = lr or (_CLASSIC_RATE if is_classic else climbs_by.learning_rate)
     smoothing = smoothing_of(climbs_by, decay=decay, blur=blur, every=blur_every)
@@ -176,11 +185,12 @@ def maximize(
         depth = image_channels(model) if start is None else len(start)
         seen = scorer.look(torch.full((1, depth, height, width), climbs_by.middle, device=device))
         chosen = chosen_channels(channels, goal, seen[1])
-        real = None if references is None else references_of(references, (depth, height, width), device)
+        shape = (depth, height, width)
+        real = None if references is None else references_of(references, shape, climbs_by, device)
         plan = Plan(
             parametrization=climbs_by,
             transforms=transforms_of(transforms),
-            size=(height, width),
+            size=shape[1:],
             image_channels=depth,
             start=start,
             references=None if real is None else real.cpu(),
@@ -257,9 +267,9 @@ def _result(climbs: Sequence[Climb], plan: Plan, scorer: Scorer) -> Maximization
     return Maximization(
         layer=scorer.layer,
         objective=repr(scorer.objective),
-        channels=torch.tensor([one.request.channel for one in climbs]),
+        channels=torch.tensor([one.request.channel for one in climbs], device="cpu"),
         images=torch.stack([one.image for one in climbs]),
-        scores=torch.tensor([one.score for one in climbs]),
+        scores=torch.tensor([one.score for one in climbs], dtype=torch.float32, device="cpu"),
         history=torch.stack([one.history for one in climbs]),
         means=torch.stack([one.means for one in climbs]),
         status=tuple(one.status for one in climbs),

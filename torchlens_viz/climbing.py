@@ -11,14 +11,16 @@ import torch
 
 from torchlens_viz.climbs import Climb, Plan, Request, as_frame, stream, verdict
 from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
+from torchlens_viz.memory import is_out_of_memory
 from torchlens_viz.redirection import Redirection
 from torchlens_viz.scoring import Scorer, Sensitivity
 from torchlens_viz.slots import Rows, Run
 from torchlens_viz.updates import Adam, as_it_is, normalised
 
 _REDIRECTED_STEPS: Final = 16
+_HURRY: Final = 3.0
+_PATIENCE: Final = 4  # steps without a gradient, where images are moved at random
 _LOOK_EVERY: Final = 8  # steps between two looks at the flags on a GPU, which must come to a halt for it
-_OUT_OF_MEMORY: Final = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def climb(
@@ -44,22 +46,26 @@ def climb(
     waiting = deque(requests)
     while waiting:
         slots = _Slots(plan, scorer)
+        on_the_way: list[Request] = []
         try:
-            while waiting or slots.on_the_way():
-                busy = len(slots.on_the_way())
-                slots.fill(_next(waiting, batch_size - busy, scorer, is_empty=busy == 0))
+            while waiting or on_the_way:
+                new = _next(waiting, batch_size - len(on_the_way), scorer, is_empty=not on_the_way)
+                on_the_way += new  # before anything else: memory may run out at once
+                slots.fill(new)
                 slots.step()
-                yield from slots.finished()
+                for climb in slots.finished():
+                    on_the_way.remove(climb.request)
+                    yield climb
                 show(slots.progress())
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if batch_size == 1:
                 raise CaptureMemoryError(
                     "one image at a time is more than there is memory for; choose a smaller `size`, an "
                     f"earlier layer, or a larger device ({' '.join(str(error).split())[:200]})"
                 ) from error
-            waiting.extendleft(reversed(slots.on_the_way()))
+            waiting.extendleft(reversed(on_the_way))
             batch_size = max(1, batch_size // 2)
         del slots
         if scorer.device.type == "cuda":
@@ -81,12 +87,6 @@ def _next(waiting: deque[Request], room: int, scorer: Scorer, *, is_empty: bool)
     return chosen
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
 @final
 class _Slots:
     """The batch. Slots that are done stay until others take their place, so that it keeps its shape."""
@@ -101,10 +101,6 @@ class _Slots:
         self._adam = Adam(plan.rate, like_keras=plan.is_classic)
         self._look_every = 1 if scorer.device.type == "cpu" else _LOOK_EVERY
         self._count = 0
-
-    def on_the_way(self) -> list[Request]:
-        """Return what has begun and not been finished."""
-        return [run.request for place, run in enumerate(self.runs) if place not in self._done]
 
     def progress(self) -> float:
         """Return which part of their steps the images under way have made, summed."""
@@ -158,9 +154,8 @@ class _Slots:
             active = rows.active.tolist()
             at_end = [end or not active[place] for place, end in enumerate(at_end)]
         done = [place for place, end in enumerate(at_end) if end]
-        climbs = self._climbs(done, rows.taken(done)) if done else []
-        self._done = done  # only now: had memory run out, they would still be under way
-        return climbs
+        self._done = done
+        return self._climbs(done, rows.taken(done)) if done else []
 
     def _begin(self, request: Request, *, attempt: int) -> Run:
         noise = torch.Generator(self._device)
@@ -209,7 +204,7 @@ class _Slots:
                 means = plan.reference_means[:, run.request.channel % plan.reference_means.shape[1]]
                 image = plan.references[int(means.argmax())]
         generator = self._generator(run, "start")
-        return plan.parametrization.start(plan.image_channels, plan.size, generator, image)
+        return plan.parametrization.start(plan.image_channels, plan.size, generator, image, run.attempt)
 
     def _generator(self, run: Run, purpose: str) -> torch.Generator:
         generator = torch.Generator("cpu")  # so that every device gets the same numbers
@@ -238,6 +233,8 @@ class _Slots:
         moving = rows.active & is_fine
         rows.history.scatter_(1, rows.step[:, None], scores.where(rows.active, torch.nan)[:, None])
         change = self._adam.change(slope.gradient, rows.step, rows.mean, rows.square)
+        if not plan.is_classic:  # what has no gradient yet must go far
+            change *= torch.where(rows.redirected, _HURRY, 1.0).view(-1, *[1] * (change.ndim - 1))
         rows.parameters += change.where(moving.view(-1, *[1] * (change.ndim - 1)), 0)
         if plan.smoothing is not None:
             plan.smoothing.apply_(rows.parameters, rows.step, moving)
@@ -252,24 +249,35 @@ class _Slots:
         """Redirect, restart or give up those that have no gradient where it is time to look."""
         rows = self._rows
         assert rows is not None
-        looked_at = [place for place, run in enumerate(self.runs) if run.is_at_a_crossroads]
-        flat = is_flat.tolist() if looked_at else []
-        for run in self.runs:
-            run.step += 1
+        flat = is_flat.tolist() if any(run.looks for run in self.runs) else []
+        # Where the image is moved at random, a single step may miss what the unit sees.
+        patience = _PATIENCE if self._plan.transforms.moves else 1
         for place, run in enumerate(self.runs):
+            run.step += 1
+            if run.looks:
+                run.looks = run.looks - 1 if flat[place] else 0
+                if flat[place] and not run.looks:
+                    self._help(place, run, patience)
+                    continue
             if run.redirected_until and run.step == run.redirected_until:
                 rows.redirected[place] = False
-            if place not in looked_at or not flat[place]:
-                continue
-            if self._plan.is_classic:
-                run.ending = "dead"
-            elif not run.redirected_until:
-                run.redirected_until = run.step + min(_REDIRECTED_STEPS, max(1, self._plan.steps // 3))
-                rows.redirected[place] = True
-            elif run.attempt < self._plan.attempts - 1:
-                self._put([place], [self._begin(run.request, attempt=run.attempt + 1)])
-            else:
-                run.ending = "dead"
+                run.looks = patience
+
+    def _help(self, place: int, run: Run, patience: int) -> None:
+        """Redirect what has no gradient; where that was in vain, begin anew elsewhere, or give up."""
+        assert self._rows is not None
+        length = min(_REDIRECTED_STEPS, max(1, self._plan.steps // 3))
+        has_time = run.step + length <= self._plan.steps // 2 and not run.is_redirected
+        if self._plan.is_classic:
+            run.ending = "dead"
+        elif not run.redirected_until or has_time:
+            run.redirected_until = run.step + length
+            run.looks = patience
+            self._rows.redirected[place] = True
+        elif run.attempt < self._plan.attempts - 1:
+            self._put([place], [self._begin(run.request, attempt=run.attempt + 1)])
+        else:
+            run.ending = "dead"
 
     def _put(self, places: list[int], runs: list[Run]) -> None:
         assert self._rows is not None
@@ -296,9 +304,13 @@ class _Slots:
             if plan.frames_every is not None:
                 run.frames.append(as_frame(images[index], plan.parametrization))
             own = history[index]
-            is_dead = run.ending == "dead" or 0 < run.step <= run.redirected_until
+            is_unheard = bool(active[index]) and 0 < run.step <= run.redirected_until  # out of steps
             status, evidence = verdict(
-                plan, own, dead=is_dead, over=bool(over[index]), stopped=not active[index]
+                plan,
+                own,
+                starts=run.attempt + 1 if run.ending == "dead" or is_unheard else 0,
+                over=bool(over[index]),
+                stopped=not active[index],
             )
             climbs.append(
                 Climb(

@@ -80,25 +80,26 @@ class Plan:
 
 
 def verdict(
-    plan: Plan, history: torch.Tensor, *, dead: bool, over: bool, stopped: bool
+    plan: Plan, history: torch.Tensor, *, starts: int, over: bool, stopped: bool
 ) -> tuple[Status, str]:
     """Return why a climb ended, and what that rests on.
 
     Args:
         plan: How it climbed.
         history: (steps,) the objective before each step; NaN after the last.
-        dead: Whether no gradient was found.
+        starts: From how many starts no gradient was found; 0 where there is one.
         over: Whether the objective passed the threshold.
         stopped: Whether something else stopped it before its last step.
     """
     numbers = history[~history.isnan()]
     steps = len(numbers)
-    if dead and plan.is_classic:
-        return "dead", "no gradient at the start"
-    if dead:
-        starts = f"from {plan.attempts} starts" if plan.attempts > 1 else "at the start"
+    if starts and (plan.is_classic or starts < plan.attempts):
+        rest = "" if plan.is_classic else f"; {plan.steps} steps are too few to look further"
+        return "dead", f"no gradient at the start{rest}"
+    if starts:
+        tried = f"from {starts} starts" if starts > 1 else "at the start"
         real = "" if plan.references is None else ", one of them the reference image that drives it hardest"
-        return "dead", f"no gradient {starts}{real}, with and after redirected ReLUs"
+        return "dead", f"no gradient {tried}{real}, with and after redirected ReLUs"
     if over:
         return "threshold", f"passed {plan.threshold:g} at step {steps}"
     if stopped:

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchlens_viz.activations import capture
-from torchlens_viz.demo_net import load_demo_net, preprocess
+from torchlens_viz.ascent import maximize
+from torchlens_viz.demo_net import load_demo_net, normalize, preprocess
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.filenames import safe_names
 from torchlens_viz.pairs import pair_grid
@@ -25,6 +26,10 @@ _SHORTEST_SIDE = 31  # the least that reaches the network's last layer
 _KERNEL_UPSCALE = 6  # 11 pixels become 66
 _MAP_PIXELS = 96  # at least, for the longer side of a map
 _PAIRS = 16
+_MAXIMIZED = 8
+_MAXIMIZED_SIZE = 96
+_MAXIMIZED_STEPS = 48
+_MAXIMIZED_RATE = 0.1  # half the usual: milder colours
 
 
 def run_demo(*, image: str | os.PathLike[str] | None, out: str | os.PathLike[str]) -> list[Path]:
@@ -33,8 +38,8 @@ def run_demo(*, image: str | os.PathLike[str] | None, out: str | os.PathLike[str
     Args:
         image: A picture file, drawn at no more than 512 pixels a side; None for a photograph of a cat that
             comes with scikit-image.
-        out: The folder to write to: `kernels.png`, `maps/LAYER.png` for each convolution, and
-            `kernels_beside_maps.png`.
+        out: The folder to write to: `kernels.png`, `maps/LAYER.png` for each convolution,
+            `kernels_beside_maps.png`, and `maximized/LAYER.png`, images made to drive some channels of each.
 
     Returns:
         The files written, in that order.
@@ -62,6 +67,8 @@ def run_demo(*, image: str | os.PathLike[str] | None, out: str | os.PathLike[str
         scale_each=True,
         nrow=_PAIRS // 4,
     )
+    for layer, name in zip(acts, safe_names(list(acts)), strict=True):
+        sheets[f"maximized/{name}.png"] = _maximized(network, layer, acts[layer])
     paths = [save_picture(sheet, Path(out) / name) for name, sheet in sheets.items()]
     for path in paths:
         print(path.absolute())
@@ -93,6 +100,24 @@ def _at_screen_size(picture: Image.Image, shown: str) -> Image.Image:
 
 def _enlargement(maps: Tensor) -> int:
     return -(-_MAP_PIXELS // max(maps.shape[-2:]))
+
+
+def _maximized(network: nn.Module, layer: str, maps: Tensor) -> Image.Image:
+    """Draw the images that drive those channels hardest, after the ReLU, which the photograph drives most."""
+    channels: list[int] = maps[0].relu().flatten(1).mean(1).topk(_MAXIMIZED).indices.tolist()
+    container, _, number = layer.rpartition(".")
+    result = maximize(
+        network,
+        f"{container}.{int(number) + 1}",
+        channels,
+        size=_MAXIMIZED_SIZE,
+        steps=_MAXIMIZED_STEPS,
+        lr=_MAXIMIZED_RATE,
+        preprocess=normalize,
+        parametrization="fourier",
+        transforms="robust",
+    )
+    return result.grid(nrow=_MAXIMIZED // 2, title=f"what drives channels of {layer}")
 
 
 def _telling_channels(kernels: Tensor, maps: Tensor) -> list[int]:

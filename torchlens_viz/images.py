@@ -18,6 +18,7 @@ ParametrizationName: TypeAlias = Literal["pixels", "fourier", "maco"]
 # Square root of the covariance of the colours of natural images, rows for red, green and blue, as measured
 # for "Feature Visualization" (Olah et al., Distill 2017); to be divided by its largest column norm.
 _COLOUR_ROOT: Final = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+_BOLDER: Final = 5.0  # how much stronger the noise of each further start is
 _NEAR_LIMIT: Final = 1e-3  # a sigmoid never reaches its limits, and its slope is gone long before
 
 
@@ -43,7 +44,12 @@ class Parametrization(ABC):
 
     @abstractmethod
     def start(
-        self, channels: int, size: Size, generator: torch.Generator, image: torch.Tensor | None
+        self,
+        channels: int,
+        size: Size,
+        generator: torch.Generator,
+        image: torch.Tensor | None,
+        attempt: int = 0,
     ) -> torch.Tensor:
         """Return what one image begins as.
 
@@ -52,6 +58,7 @@ class Parametrization(ABC):
             size: (H, W).
             generator: The stream of random numbers, on the CPU.
             image: (C, H, W) to begin from; None begins from noise.
+            attempt: How many starts were in vain: noise grows with it, so that others see something new.
 
         Returns:
             Its parameters, float32 on the CPU.
@@ -65,9 +72,9 @@ class Parametrization(ABC):
         """Bring parameters back, in place, to where they stand for images within the limits."""
 
     @property
+    @abstractmethod
     def learning_rate(self) -> float:
         """The rate that suits gradients of unit root mean square, per step."""
-        return 0.05
 
     @property
     def middle(self) -> float:
@@ -99,7 +106,12 @@ class Pixels(Parametrization):
         return 0.05 * self.width
 
     def start(
-        self, channels: int, size: Size, generator: torch.Generator, image: torch.Tensor | None
+        self,
+        channels: int,
+        size: Size,
+        generator: torch.Generator,
+        image: torch.Tensor | None,
+        attempt: int = 0,
     ) -> torch.Tensor:
         """Return the image itself, or noise."""
         if image is not None:
@@ -108,8 +120,8 @@ class Pixels(Parametrization):
             low, high = self.uniform
             uniform = np.random.RandomState(generator.initial_seed()).random_sample((*size, channels))
             return torch.from_numpy(uniform * (high - low) + low).float().permute(2, 0, 1).contiguous()
-        noise = torch.randn(channels, *size, generator=generator)
-        pixels = self.middle + self.sd * self.width * noise
+        noise = torch.randn(channels, *size, generator=generator, dtype=torch.float32, device="cpu")
+        pixels = self.middle + min(self.sd * _BOLDER**attempt, 1.0) * self.width * noise
         self.confine_(pixels)
         return pixels
 
@@ -173,12 +185,24 @@ class Fourier(_Spectrum):
     sd: float = 0.01
     decay: float = 1.0
 
+    @property
+    def learning_rate(self) -> float:
+        """One fifth, in the unit of the coefficients."""
+        return 0.2
+
     def start(
-        self, channels: int, size: Size, generator: torch.Generator, image: torch.Tensor | None
+        self,
+        channels: int,
+        size: Size,
+        generator: torch.Generator,
+        image: torch.Tensor | None,
+        attempt: int = 0,
     ) -> torch.Tensor:
         """Return the coefficients (C, H, W // 2 + 1, 2) of the image, or of faint noise."""
         if image is None:
-            return torch.randn(channels, size[0], size[1] // 2 + 1, 2, generator=generator).mul(self.sd)
+            shape = (channels, size[0], size[1] // 2 + 1, 2)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return noise.mul(self.sd * _BOLDER**attempt)
         spectrum = torch.fft.rfft2(self._from_pixels(image), norm="ortho")
         return torch.view_as_real(spectrum / self._scale(size, image.device))
 
@@ -208,15 +232,22 @@ class FixedSpectrum(_Spectrum):
 
     @property
     def learning_rate(self) -> float:
-        """A tenth of a radian or so per step."""
-        return 0.1
+        """One fifth of a radian or so per step."""
+        return 0.2
 
     def start(
-        self, channels: int, size: Size, generator: torch.Generator, image: torch.Tensor | None
+        self,
+        channels: int,
+        size: Size,
+        generator: torch.Generator,
+        image: torch.Tensor | None,
+        attempt: int = 0,
     ) -> torch.Tensor:
         """Return the phases (C, H, W // 2 + 1) of the image, or random ones."""
         if image is None:
-            return torch.rand(channels, size[0], size[1] // 2 + 1, generator=generator).sub(0.5).mul(2 * pi)
+            shape = (channels, size[0], size[1] // 2 + 1)
+            turns = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return turns.sub(0.5).mul(2 * pi)
         return torch.angle(torch.fft.rfft2(self._from_pixels(image), norm="ortho"))
 
     def decode(self, parameters: torch.Tensor, size: Size) -> torch.Tensor:

@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import os
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final, Unpack, final
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -164,16 +166,16 @@ class Maximization:
         """
         path = Path(directory) / _FILE
         try:
-            with np.load(path, allow_pickle=False) as file:
+            data = io.BytesIO(path.read_bytes())  # numpy leaves a damaged file open
+            with np.load(data, allow_pickle=False) as file:
                 arrays: dict[str, Any] = {name: torch.from_numpy(file[name]) for name in file.files}
             told: dict[str, Any] = json.loads(arrays.pop("told").numpy().tobytes())
-            frames = tuple(
-                arrays.pop(f"frames{i}") for i in range(len(arrays["channels"])) if "frames0" in arrays
-            )
+            filmed = range(len(arrays["channels"]) if "frames0" in arrays else 0)
+            frames = tuple(arrays.pop(f"frames{place}") for place in filmed)
             for name in ("status", "evidence", "limits"):
                 told[name] = tuple(told[name])
             return cls(**told, **arrays, frames=frames or None)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
             raise ArchiveError(
                 f"cannot read {str(path)!r}: {reason_of(error)}; give a folder that `Maximization.save` wrote"
             ) from error

@@ -124,7 +124,8 @@ def channel(
         raise InvalidArgumentError(f'`reduce` must be "mean" or "max", got {reduce!r}')
 
     def function(scene: Scene) -> torch.Tensor:
-        values = _of_channel(scene, index, layer).flatten(1).float()
+        values = _of_channel(scene, index, layer)
+        values = values.reshape(len(values), -1).float()  # a dense layer has one value, and no map
         return values.mean(1) if reduce == "mean" else values.amax(1)
 
     options = {"layer": layer, "reduce": None if reduce == "mean" else reduce}
@@ -285,7 +286,8 @@ def _term(
     given = [] if index is None else [str(index)]
     given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
     layer = options["layer"]
-    assert layer is None or isinstance(layer, str)
+    if layer is not None and not isinstance(layer, str):
+        raise InvalidTypeError(f"`layer` must be a name, got {layer!r}")
     return Objective(
         function=function,
         text=f"{name}({', '.join(given)})",

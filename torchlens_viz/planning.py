@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from math import ceil, isfinite
+from numbers import Real
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,7 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNo
 from torchlens_viz.images import Parametrization, Pixels, Size
 from torchlens_viz.inputs import as_batch
 from torchlens_viz.kernels import convolutions
+from torchlens_viz.memory import free_bytes, is_out_of_memory
 from torchlens_viz.objectives import Objective
 from torchlens_viz.resumption import checksum
 from torchlens_viz.scoring import Scorer
@@ -43,11 +45,10 @@ def requests_for(channels: Sequence[int]) -> list[Request]:
 
 def chosen_channels(channels: int | Sequence[int] | None, goal: Objective, count: int) -> list[int]:
     """Return the channels that are to be maximised, of the `count` that the layer has."""
-    if not goal.uses_target and channels is None:
-        return [0]
-    if not goal.uses_target:  # the numbers of images, and of their streams of random numbers
-        return indices_of(channels, 2**31, "channels")
-    chosen = indices_of(channels, count, "channels")
+    if goal.uses_target:
+        chosen = indices_of(channels, count, "channels")
+    else:  # the numbers of images, and of their streams of random numbers
+        chosen = indices_of(0 if channels is None else channels, 2**31, "channels")
     if goal.couples and len(set(chosen)) == len(chosen):
         raise InvalidArgumentError(
             f"`objective` {goal!r} compares the images of a channel with one another, which needs channels "
@@ -58,15 +59,16 @@ def chosen_channels(channels: int | Sequence[int] | None, goal: Objective, count
 
 def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
     """Return how many images to make at a time: what memory has room for, in batches of one size."""
-    stream = torch.Generator().manual_seed(plan.seed)
+    stream = torch.Generator("cpu").manual_seed(plan.seed)
     start = plan.parametrization.start(plan.image_channels, plan.size, stream, plan.start)
-    per_image = 3 * scorer.saved_bytes(plan.parametrization.decode(start[None].to(scorer.device), plan.size))
-    if scorer.device.type == "cuda":
-        free = torch.cuda.mem_get_info(scorer.device)[0]
-    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = 2**31
+    try:
+        image = plan.parametrization.decode(start[None].to(scorer.device), plan.size)
+        per_image = 3 * scorer.saved_bytes(image)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return 1  # where that is still too many, the climb says so
+        raise
+    free = free_bytes(scorer.device)
     most = min(_MOST_AT_ONCE.get(scorer.device.type, 16), int(_MEMORY_SHARE * free / max(1, per_image)))
     most = max(1, min(most, count))
     return ceil(count / ceil(count / most))
@@ -88,20 +90,18 @@ def smoothing_of(by: Parametrization, *, decay: float, blur: float, every: int) 
     return Smoothing(decay=decay, blur=blur, every=every, middle=by.middle)
 
 
-def start_of(image: torch.Tensor | Image.Image, by: Parametrization) -> torch.Tensor:
-    """Return the image to begin from, (C, H, W) float32 on the CPU."""
+def start_of(image: torch.Tensor | Image.Image, by: Parametrization, *, is_classic: bool) -> torch.Tensor:
+    """Return the image to begin from, (C, H, W) float32 on the CPU; a picture, over the range of pixels."""
     start = as_batch(image)[0].detach().to("cpu", torch.float32)
-    if not bool(start.isfinite().all()):
-        raise InvalidArgumentError("`image` must hold finite values only")
-    if by.low is not None and by.high is not None and (start.min() < by.low or start.max() > by.high):
-        raise InvalidArgumentError(
-            f"`image` must have values from {by.low:g} to {by.high:g}, got {start.min():.4g} to "
-            f"{start.max():.4g}; scale it, or give a parametrization with other limits"
-        )
+    if isinstance(image, Image.Image):
+        start = 255 * start if is_classic else (by.low or 0.0) + by.width * start
+    _check_values(start, by, "image")
     return start
 
 
-def references_of(given: torch.Tensor, shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+def references_of(
+    given: torch.Tensor, shape: tuple[int, int, int], by: Parametrization, device: torch.device
+) -> torch.Tensor:
     """Return the reference images, checked, on the device."""
     if (
         not isinstance(given, torch.Tensor)
@@ -113,7 +113,20 @@ def references_of(given: torch.Tensor, shape: tuple[int, int, int], device: torc
         raise InvalidArgumentError(
             f"`references` must be images (R, {', '.join(map(str, shape))}), got {told}"
         )
-    return given.detach().to(device, torch.float32)
+    real = given.detach().to(device, torch.float32)
+    _check_values(real, by, "references")
+    return real
+
+
+def _check_values(images: torch.Tensor, by: Parametrization, name: str) -> None:
+    if not bool(images.isfinite().all()):
+        raise InvalidArgumentError(f"`{name}` must hold finite values only")
+    if by.low is not None and by.high is not None and (images.min() < by.low or images.max() > by.high):
+        raise InvalidArgumentError(
+            f"`{name}` must have values from {by.low:g} to {by.high:g}, as before `preprocess`, got "
+            f"{images.min():.4g} to {images.max():.4g}; scale the values, or give a parametrization with "
+            "other limits"
+        )
 
 
 def channel_means(scorer: Scorer, images: torch.Tensor) -> torch.Tensor:
@@ -133,7 +146,7 @@ def image_channels(model: nn.Module) -> int:
 
 def size_of(size: int | tuple[int, int]) -> Size:
     """Return height and width."""
-    both = (size, size) if isinstance(size, int) else tuple(size)
+    both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(both) != 2 or not all(isinstance(side, int) and side >= 1 for side in both):
         raise InvalidArgumentError(f"`size` must be a number of pixels or (height, width), got {size!r}")
     return both[0], both[1]
@@ -160,7 +173,9 @@ def settings_of(
 def _named(function: object) -> str:
     """Return what a function is called, or how an object such as `Normalize` writes itself."""
     name = getattr(function, "__qualname__", None)
-    return repr(function) if name is None else f"{getattr(function, '__module__', '')}.{name}"
+    if name is not None:
+        return f"{getattr(function, '__module__', '')}.{name}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(function))  # the address is another one in every process
 
 
 def check_numbers(**given: Any) -> None:
@@ -173,7 +188,29 @@ def check_numbers(**given: Any) -> None:
             raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
         if value < least:
             raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+    for name in ("lr", "threshold"):
+        value = given[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise InvalidTypeError(f"`{name}` must be a number, got {value!r}")
     if given["lr"] is not None and not 0 < given["lr"] < float("inf"):
         raise InvalidArgumentError(f"`lr` must be positive and finite, got {given['lr']!r}")
     if given["threshold"] is not None and not isfinite(given["threshold"]):
         raise InvalidArgumentError(f"`threshold` must be finite, got {given['threshold']!r}")
+    if isinstance(given["seed"], bool) or not isinstance(given["seed"], int):
+        raise InvalidTypeError(f"`seed` must be an int, got {given['seed']!r}")
+    if given["is_classic"] and not 0 <= given["seed"] < 2**32:
+        raise InvalidArgumentError(
+            f'`seed` must be from 0 to 2**32 - 1 with `method="classic"`, got {given["seed"]}'
+        )
+
+
+def check_independence(model: nn.Module, batch_size: int | str) -> None:
+    """Refuse a model in which the images of a batch change one another."""
+    if batch_size == 1:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise InvalidArgumentError(
+                f"`{name}` (track_running_stats=False) normalises by the statistics of the batch in eval "
+                "mode too, so that images would change one another; give `batch_size=1`"
+            )

@@ -9,9 +9,22 @@ import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_IN_PLACE: Final = frozenset({torch.relu_, torch.Tensor.relu_, torch.Tensor.clamp_, torch.clamp_})
-_RELUS: Final = frozenset({F.relu, torch.relu, torch.Tensor.relu, F.relu6, *_IN_PLACE})
-_CLAMPS: Final = frozenset({torch.clamp, torch.Tensor.clamp, torch.Tensor.clamp_, torch.clamp_})
+_IN_PLACE: Final = frozenset(
+    {
+        torch.relu_, torch.Tensor.relu_, torch.clamp_, torch.Tensor.clamp_, torch.Tensor.clip_,
+        torch.clamp_min_, torch.Tensor.clamp_min_,
+    }
+)  # fmt: skip
+_CLAMPS: Final = frozenset(
+    {
+        torch.clamp, torch.Tensor.clamp, torch.clamp_, torch.Tensor.clamp_,
+        torch.clip, torch.Tensor.clip, torch.Tensor.clip_,
+        torch.clamp_min, torch.Tensor.clamp_min, torch.clamp_min_, torch.Tensor.clamp_min_,
+    }
+)  # fmt: skip
+_RELUS: Final = frozenset(
+    {F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu6, F.hardtanh}
+)
 
 
 class Redirection(TorchFunctionMode):
@@ -62,13 +75,16 @@ class Redirection(TorchFunctionMode):
 def _limits(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[float, float] | None:
-    """Return between which values `func` lets through what it gets, or None for a clamp that is no ReLU."""
+    """Return between which values `func` lets through what it gets, or None where that is no ReLU."""
     if func is F.relu6:
         return 0.0, 6.0
-    if func not in _CLAMPS:
+    if func is F.hardtanh:  # what nn.ReLU6 calls
+        low, high = kwargs.get("min_val", -1.0), kwargs.get("max_val", 1.0)
+    elif func in _CLAMPS:
+        low = kwargs.get("min", args[1] if len(args) > 1 else None)
+        high = kwargs.get("max", args[2] if len(args) > 2 else None)
+    else:
         return 0.0, torch.inf
-    low = kwargs.get("min", args[1] if len(args) > 1 else None)
-    high = kwargs.get("max", args[2] if len(args) > 2 else None)
     if not isinstance(low, int | float) or low != 0 or not isinstance(high, int | float | None):
         return None
     return 0.0, torch.inf if high is None else float(high)

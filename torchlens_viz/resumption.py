@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, final
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -76,13 +77,14 @@ class Resumption:
 
     def _read(self, request: Request) -> Climb | None:
         try:
-            with np.load(self._path(request), allow_pickle=False) as file:
+            data = io.BytesIO(self._path(request).read_bytes())  # numpy leaves a damaged file open
+            with np.load(data, allow_pickle=False) as file:
                 arrays = {name: torch.from_numpy(file[name]) for name in file.files}
             told = json.loads(arrays.pop("told").numpy().tobytes())
             return Climb(request=request, **{"frames": None, **arrays, **told})
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error):
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error):
             return None
 
     def _path(self, request: Request) -> Path:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from torchlens_viz.activations import capture
-from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
+from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.layers import Selector, select_one
+from torchlens_viz.memory import is_out_of_memory
 from torchlens_viz.objectives import Objective, Scene
 from torchlens_viz.records import Activations
 from torchlens_viz.shadow import autocasting, shadow_of
@@ -76,11 +77,14 @@ class Scorer:
         self.dtype = dtype
         self._channel_dim = channel_dim
         self._preprocess = preprocess
-        others = {select_one(model, other).name for other in objective.layers if other is not None}
-        self._layers = [self.layer, *sorted(others - {self.layer})]
+        self._others = {
+            other: select_one(model, other).name for other in objective.layers if other is not None
+        }
+        self._layers = [self.layer, *sorted({*self._others.values()} - {self.layer})]
         self._exact = shadow_of(model)
         self._fast = shadow_of(model, dtype=dtype)  # another one in any case: it is hooked all the time
         self._taken_shape: torch.Size | None = None
+        self._layout = torch.channels_last
         self._hooks = ExitStack()
         self._acts: Activations | None = None
 
@@ -119,15 +123,29 @@ class Scorer:
 
         Raises:
             CaptureError: The layer does not run.
+            CaptureMemoryError: There is no room for these images.
             InvalidArgumentError: The network cannot take such images, or the layer puts out no channels.
         """
         prepared = self._prepared(images)
+        looking = capture(self._exact, self._layers, io="both", stop=True)
         try:
-            with torch.no_grad(), capture(self._exact, self._layers, io="both", stop=True) as acts:
-                self._exact(prepared)
+            try:
+                with torch.no_grad(), looking as acts:
+                    self._exact(prepared)
+            except RuntimeError:  # perhaps of `view`, which many a model uses where it means `reshape`
+                self._layout = torch.contiguous_format
+                self._fast.to(memory_format=torch.contiguous_format)
+                prepared = self._prepared(images)
+                with torch.no_grad(), looking as acts:
+                    self._exact(prepared)
         except TorchlensVizError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise CaptureMemoryError(
+                    "a single image is more than there is memory for; choose a smaller `size`, an earlier "
+                    f"layer, or a larger device ({' '.join(str(error).split())[:200]})"
+                ) from error
             after = f" (after `preprocess`, {tuple(prepared.shape[1:])})" if self._preprocess else ""
             raise InvalidArgumentError(
                 f"the model cannot take images of shape {tuple(images.shape[1:])}{after}: "
@@ -144,13 +162,19 @@ class Scorer:
                 f"`layer` must put out one tensor (N, C, ...), got {_kind(output)} from `{self.layer}`; "
                 "choose a layer inside it"
             )
+        if len(output) != len(images):
+            raise InvalidArgumentError(
+                f"`layer` must put out one row per image, (N, C, ...), got {_kind(output)} from "
+                f"`{self.layer}` for one image: it folds windows into the batch, or counts the batch in "
+                "another dimension; choose a layer around it"
+            )
         if not -output.ndim <= self._channel_dim < output.ndim or self._channel_dim in (0, -output.ndim):
             raise InvalidArgumentError(
                 f"`channel_dim` must be a dimension after the first of {tuple(output.shape)}, "
                 f"got {self._channel_dim}"
             )
         module = select_one(self._exact, self.layer).module
-        has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+        has_hooks = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         runs_once = len(acts.calls(self.layer)) == 1 and len(self._layers) == 1
         is_plain = type(module) in _LINEAR and not has_hooks and isinstance(taken, torch.Tensor)
         if self.objective.is_linear and runs_once and is_plain:
@@ -162,7 +186,8 @@ class Scorer:
         assert self._taken_shape is not None
         module = select_one(self._exact, self.layer).module
         taken = torch.zeros(len(channels), *self._taken_shape, device=self.device, requires_grad=True)
-        offset = self.objective(self._scene(images, channels, {self.layer: module(taken)}))
+        output = self._by_channel(module(taken))
+        offset = self.objective(self._scene(images, channels, {self.layer: output}))
         (slope,) = torch.autograd.grad(offset.sum(), taken)
         return Sensitivity(offset.detach(), slope)
 
@@ -222,16 +247,21 @@ class Scorer:
         return Evaluation(scores, target.flatten(2).mean(2) if target.ndim > 2 else target)
 
     def _scene(self, images: torch.Tensor, channels: torch.Tensor, acts: dict[str, torch.Tensor]) -> Scene:
-        return Scene(images=images, channels=channels, target=self.layer, activations=acts)
+        called = {other: acts[name] for other, name in self._others.items()}  # a glob, or a wrapped name
+        return Scene(images=images, channels=channels, target=self.layer, activations={**acts, **called})
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
-        prepared = images if self._preprocess is None else self._preprocess(images)
+        if self._preprocess is None:  # a copy in any case: the network may work in place on what it gets
+            return images.clone(memory_format=self._layout)
+        prepared = self._preprocess(images.clone())
         if not isinstance(prepared, torch.Tensor) or len(prepared) != len(images):
             raise InvalidArgumentError(
                 f"`preprocess` must make a batch of a batch (N, C, H, W), got {_kind(prepared)} for "
                 f"{tuple(images.shape)}"
             )
-        return prepared.contiguous(memory_format=torch.channels_last) if prepared.ndim == 4 else prepared
+        if prepared.is_floating_point():
+            prepared = prepared.float()  # the network is float32, whatever the model is
+        return prepared.contiguous(memory_format=self._layout) if prepared.ndim == 4 else prepared
 
     def _by_channel(self, values: torch.Tensor) -> torch.Tensor:
         return values.movedim(self._channel_dim, 1)

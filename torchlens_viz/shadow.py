@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
@@ -27,21 +28,25 @@ def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Mod
     Args:
         model: Any module; wrappers (`torch.compile`, DDP) are left out.
         dtype: `torch.bfloat16` makes copies of the weights of convolutions and dense layers in that type, to
-            be run under autocast. Else the weights are the model's own memory, where it is floating point of
-            32 bits or more, or float32 copies of it.
+            be run under autocast. Else the weights are the model's own memory, where it is float32, or
+            float32 copies of it. Buffers are copies.
 
     Returns:
         The copy, in eval mode; no parameter requires a gradient.
 
     Raises:
+        InvalidArgumentError: It has lazy parameters, without values yet.
         InvalidTypeError: The model holds something that cannot be copied.
     """
     original = unwrap(model)
     cast = _weights_to_cast(original) if dtype != torch.float32 else set()
     memo: dict[int, object] = {}
-    for tensor in [*original.parameters(), *original.buffers()]:
+    for tensor in _tensors_of(original):
+        is_parameter = isinstance(tensor, nn.Parameter)
         made = tensor.detach()
-        if made.is_floating_point() and made.itemsize < 4:
+        if not is_parameter:
+            made = made.clone()  # a forward pass may write to it
+        if made.is_floating_point() and made.dtype != torch.float32:
             made = made.float()
         if id(tensor) in cast:
             made = made.to(dtype)
@@ -49,7 +54,6 @@ def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Mod
                 made = made.contiguous(memory_format=torch.channels_last)
         if made.is_inference():
             made = made.clone()  # what was made in inference mode can take no part in autograd
-        is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(made, requires_grad=False) if is_parameter else made
     try:
         with _CopyingValues():
@@ -63,7 +67,7 @@ def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Mod
 
 
 class _CopyingValues(TorchFunctionMode):
-    """Within it, deepcopy takes tensors that are part of a graph too, such as a hook of the caller may keep."""
+    """Within it, deepcopy takes tensors of a graph too, such as a hook of the caller may keep."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,6 +75,18 @@ class _CopyingValues(TorchFunctionMode):
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
             return args[0].detach().clone()
         return func(*args, **(kwargs or {}))
+
+
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    """Return parameters, buffers and what modules hold as plain attributes, as old-style weight norm does."""
+    plain = [value for module in model.modules() for value in vars(module).values()]
+    found = [*model.parameters(), *model.buffers(), *plain]
+    tensors = [value for value in found if isinstance(value, torch.Tensor)]
+    if any(is_lazy(tensor) for tensor in tensors):
+        raise InvalidArgumentError(
+            "`model` has lazy parameters, which have no values yet; run it once on an input first"
+        )
+    return tensors
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
@@ -86,7 +102,8 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
 def isolated(device: torch.device) -> Iterator[None]:
     """Run the block with gradients on and true float32, whatever modes the caller is in.
 
-    No autocast, no TF32; the caller's random numbers go on afterwards as if nothing had run.
+    No autocast, no TF32, no other default type; the caller's random numbers go on afterwards as if nothing
+    had run.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -95,6 +112,8 @@ def isolated(device: torch.device) -> Iterator[None]:
         if torch.amp.autocast_mode.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_true_float32())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         yield
 
 
@@ -142,5 +161,6 @@ def _weights_to_cast(model: nn.Module) -> set[int]:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dtype == torch.float32:
                 uses[id(parameter)] += 1
-                own[id(parameter)] += type(module) in _CAST
+                # A hook before it may compute the weight anew, as old-style spectral norm does, in float32.
+                own[id(parameter)] += type(module) in _CAST and not module._forward_pre_hooks
     return {key for key, count in uses.items() if own[key] == count}

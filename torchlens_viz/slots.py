@@ -13,13 +13,26 @@ from torchlens_viz.climbs import Request
 @final
 @dataclass(slots=True)
 class Run:
-    """What the host knows of a slot without asking the device."""
+    """What the host knows of a slot without asking the device.
+
+    Attributes:
+        request: What it is for.
+        attempt: From which start it climbs, from 0.
+        noise: The stream of the noise that is added to its image.
+        step: How many steps it has made.
+        redirected_until: The first step without redirected ReLUs; 0 where they were not needed.
+        looks: For how many steps on end there may yet be no gradient, until something is done about it; 0
+            once there was one.
+        ending: What the host has found.
+        frames: Its image on the way.
+    """
 
     request: Request
     attempt: int
     noise: torch.Generator
     step: int = 0
     redirected_until: int = 0
+    looks: int = 1
     ending: Literal["", "dead"] = ""
     frames: list[torch.Tensor] = field(default_factory=list)
 
@@ -27,11 +40,6 @@ class Run:
     def is_redirected(self) -> bool:
         """Whether its ReLUs pass on what would wake them."""
         return self.step < self.redirected_until
-
-    @property
-    def is_at_a_crossroads(self) -> bool:
-        """Whether it is time to look if there is a gradient: at the start, and around a redirection."""
-        return self.step in ((0, 1, self.redirected_until) if self.redirected_until else (0,))
 
 
 @final

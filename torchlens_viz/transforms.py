@@ -59,7 +59,7 @@ class Transforms:
 
     def numbers(self, steps: int, generator: torch.Generator) -> torch.Tensor:
         """Draw all that places one image over its steps, (steps, NUMBERS) uniform in [0, 1)."""
-        return torch.rand(steps, NUMBERS, generator=generator)
+        return torch.rand(steps, NUMBERS, generator=generator, dtype=torch.float32, device="cpu")
 
     def place(self, images: torch.Tensor, numbers: torch.Tensor, gray: float) -> torch.Tensor:
         """Resample each image where its own random numbers place it.
