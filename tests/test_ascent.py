@@ -36,7 +36,8 @@ def net(*, bias: bool = True) -> nn.Sequential:
 
 
 def run(model=None, layer="2", channels=None, **options):
-    options = {"size": 12, "steps": 10, "precision": "float32", **options}
+    size = {} if "image" in options else {"size": 12}
+    options = {**size, "steps": 10, "precision": "float32", **options}
     return maximize(net() if model is None else model, layer, channels, **options)
 
 

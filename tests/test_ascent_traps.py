@@ -472,3 +472,19 @@ def test_without_restarts_the_evidence_says_so_and_too_few_steps_too():
         "no gradient at the start; 1 steps are too few to look further",
     )
     assert run(model, "out", 1, method="classic", seed=1).evidence == ("no gradient at the start",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"image": torch.rand(3, 12, 12), "size": 20},
+            r"`size` must be left out.*12 x 12.*got 20",
+        ),
+        ({"blur_every": 2}, r"`blur_every` has no effect without `blur`"),
+        ({"method": "classic", "restarts": 1}, r"`restarts` has no effect with"),
+    ],
+)
+def test_options_without_effect_are_refused(options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        maximize(nn.Conv2d(3, 4, 3), "", steps=2, **options)

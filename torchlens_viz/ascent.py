@@ -44,6 +44,7 @@ from torchlens_viz.transforms import Transforms, TransformsName, transforms_of
 
 Method: TypeAlias = Literal["normalized", "classic"]
 
+_RESTARTS: Final = 2
 _CLASSIC_RATE: Final = 2.5
 _CLASSIC_RANGE: Final = (128.0, 148.0)
 
@@ -66,10 +67,10 @@ def maximize(
     seed: int = 0,
     precision: Precision = "auto",
     method: Method = "normalized",
-    restarts: int = 2,
+    restarts: int = _RESTARTS,
     decay: float = 0.0,
     blur: float = 0.0,
-    blur_every: int = 4,
+    blur_every: int | None = None,
     references: torch.Tensor | None = None,
     frames: int | None = None,
     channel_dim: int = 1,
@@ -91,7 +92,7 @@ def maximize(
             ReLU, the ReLU's name after it.
         channels: Which channels; a channel named several times gets several images. None is all of them, or
             a single image where the objective looks at no channel.
-        size: Height and width of the images, or one number for both.
+        size: Height and width of the images, or one number for both. An `image` brings its own.
         objective: `"mean"`, `"max"` or `"center"` of the channel's map, a term of
             `torchlens_viz.objectives`, or a function `Scene -> (N,)`.
         image: (C, H, W), (1, C, H, W) or a picture, to begin from. None begins from noise, with as many
@@ -117,7 +118,7 @@ def maximize(
         restarts: From how many further starts to try where there is no gradient.
         decay: With pixels, the share of the distance to mid-gray that is taken back at every step.
         blur: With pixels, standard deviation in pixels of a Gaussian blur after every `blur_every` steps.
-        blur_every: See `blur`.
+        blur_every: See `blur`; None is 4.
         references: (R, C, H, W), images to compare with: `z_means` and `z_ranks` of the result are relative
             to them, and a channel without a gradient is tried on the one that drives it hardest.
         frames: Keep the image at every so many steps, for `Maximization.save_animation`.
@@ -176,9 +177,11 @@ def maximize(
     )
     goal = objective_of(objective)
     start = None if image is None else start_of(image, climbs_by, is_classic=is_classic)
-    height, width = size_of(size) if start is None else (start.shape[1], start.shape[2])
+    height, width = size_of(size, start)
     rate = lr or (_CLASSIC_RATE if is_classic else climbs_by.learning_rate)
     smoothing = smoothing_of(climbs_by, decay=decay, blur=blur, every=blur_every)
+    if is_classic and restarts != _RESTARTS:
+        raise InvalidArgumentError('`restarts` has no effect with `method="classic"`; leave it out')
     with isolated(device := device_of(model)):
         dtype = resolve_precision(precision, device)
         scorer = Scorer(model, layer, goal, preprocess=preprocess, dtype=dtype, channel_dim=channel_dim)
@@ -206,7 +209,9 @@ def maximize(
         )
         store = None
         if resume is not None:
-            store = Resumption(Path(resume), settings_of(plan, scorer, model, preprocess, channel_dim))
+            store = Resumption(
+                Path(resume), settings_of(plan, scorer, model, preprocess, channel_dim, chosen)
+            )
         climbs = gathered(
             lambda: _share(
                 requests_for(chosen), plan, scorer, store, batch_size=batch_size, progress=progress

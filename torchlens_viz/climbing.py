@@ -329,7 +329,15 @@ class _Slots:
 
 def _gradient(scores: torch.Tensor, parameters: torch.Tensor, scorer: Scorer) -> torch.Tensor:
     if scores.requires_grad:
-        (gradient,) = torch.autograd.grad(scores.sum(), parameters, allow_unused=True)
+        try:
+            (gradient,) = torch.autograd.grad(scores.sum(), parameters, allow_unused=True)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():
+                raise
+            raise InvalidArgumentError(
+                "the model uses gradient checkpointing, which can give no gradient with respect to the input "
+                f"of a pass that ends at `{scorer.layer}`; switch checkpointing off in the model"
+            ) from error
         if gradient is not None:
             return gradient
     raise InvalidArgumentError(

@@ -26,6 +26,8 @@ from torchlens_viz.scoring import Scorer
 from torchlens_viz.updates import Smoothing
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
+_SIZE: Final = 224
+_BLUR_EVERY: Final = 4
 _MEMORY_SHARE: Final = 0.6
 _PLANNED: Final = (
     "parametrization", "transforms", "size", "image_channels", "steps", "rate", "threshold", "seed",
@@ -74,20 +76,22 @@ def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
     return ceil(count / ceil(count / most))
 
 
-def smoothing_of(by: Parametrization, *, decay: float, blur: float, every: int) -> Smoothing | None:
+def smoothing_of(by: Parametrization, *, decay: float, blur: float, every: int | None) -> Smoothing | None:
     """Return what smooths the pixels between steps, if anything is to."""
-    if not 0 <= decay < 1 or not 0 <= blur <= 100 or every < 1:
+    if not 0 <= decay < 1 or not 0 <= blur <= 100 or (every is not None and every < 1):
         raise InvalidArgumentError(
             "`decay` must be from 0 to below 1, `blur` from 0 to 100 and `blur_every` at least 1, got "
             f"{decay}, {blur} and {every}"
         )
+    if every is not None and not blur:
+        raise InvalidArgumentError("`blur_every` has no effect without `blur`; give the blur in pixels")
     if not decay and not blur:
         return None
     if not isinstance(by, Pixels):
         raise InvalidArgumentError(
             '`decay` and `blur` work on pixels; leave them out, or use `parametrization="pixels"`'
         )
-    return Smoothing(decay=decay, blur=blur, every=every, middle=by.middle)
+    return Smoothing(decay=decay, blur=blur, every=every or _BLUR_EVERY, middle=by.middle)
 
 
 def start_of(image: torch.Tensor | Image.Image, by: Parametrization, *, is_classic: bool) -> torch.Tensor:
@@ -144,16 +148,29 @@ def image_channels(model: nn.Module) -> int:
     return int(getattr(module, "in_channels", 3))
 
 
-def size_of(size: int | tuple[int, int]) -> Size:
-    """Return height and width."""
+def size_of(size: int | tuple[int, int], start: torch.Tensor | None) -> Size:
+    """Return height and width, which an image to begin from brings along."""
     both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
     if len(both) != 2 or not all(isinstance(side, int) and side >= 1 for side in both):
         raise InvalidArgumentError(f"`size` must be a number of pixels or (height, width), got {size!r}")
-    return both[0], both[1]
+    if start is None:
+        return both[0], both[1]
+    own = (start.shape[1], start.shape[2])
+    if size != _SIZE and both != own:
+        raise InvalidArgumentError(
+            f"`size` must be left out with `image`, which has {own[0]} x {own[1]} pixels, got {size!r}; "
+            "resize the image"
+        )
+    return own
 
 
 def settings_of(
-    plan: Plan, scorer: Scorer, model: nn.Module, preprocess: object, channel_dim: int
+    plan: Plan,
+    scorer: Scorer,
+    model: nn.Module,
+    preprocess: object,
+    channel_dim: int,
+    channels: Sequence[int],
 ) -> dict[str, Any]:
     """Return all that the images depend on, for a folder to be refused that was begun with other settings."""
     return {
@@ -166,6 +183,7 @@ def settings_of(
         "precision": str(scorer.dtype),
         "start": checksum(plan.start),
         "references": checksum(plan.references),
+        "compared": sorted(channels) if scorer.objective.couples else None,
         **{name: repr(getattr(plan, name)) for name in _PLANNED},
     }
 

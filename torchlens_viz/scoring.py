@@ -189,6 +189,8 @@ class Scorer:
         output = self._by_channel(module(taken))
         offset = self.objective(self._scene(images, channels, {self.layer: output}))
         (slope,) = torch.autograd.grad(offset.sum(), taken)
+        if slope.ndim == 4:
+            slope = slope.contiguous(memory_format=self._layout)
         return Sensitivity(offset.detach(), slope)
 
     def scores(

@@ -148,8 +148,11 @@ def _is_bfloat16_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
+        # oneDNN alone would also say yes where AVX-512 has to imitate the type, which gains nothing.
         onednn: Any = torch.backends.mkldnn
-        return bool(onednn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        native = ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_arm_bf16_supported")
+        found = any(getattr(torch.cpu, name, lambda: False)() for name in native)
+        return bool(onednn.is_available() and found and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False
 
 
