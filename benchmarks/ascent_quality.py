@@ -2,9 +2,10 @@
 
     python benchmarks/ascent_quality.py
 
-On the trained demo network, for every channel of each convolution after its ReLU: the share of images that beat
-the best of all patches of the photographs in scikit-image, the rank of the channel among all on its own image,
-and the share of the score that is kept under shifts, turns, noise and bfloat16 that the ascent did not see.
+On the trained demo network, for every channel of each convolution after its ReLU: the share of images that
+beat the best of all patches of the photographs in scikit-image, the rank of the channel among all on its own
+image, and the share of the score that is kept under shifts, turns, noise and bfloat16 that the ascent did not
+see.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterator
 
 import skimage.data
 import torch
-from torchvision.transforms import functional as TF
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
 
 from torchlens_viz import maximize
 from torchlens_viz.demo_net import DEMO_PHOTOGRAPHS, load_demo_net, normalize
@@ -42,7 +43,9 @@ def best_of_patches(part: torch.nn.Module) -> torch.Tensor:
     """Return the largest mean that any patch gives each channel, (C,)."""
     best = []
     for photograph in photographs():
-        patches = photograph.unfold(1, SIZE, STRIDE).unfold(2, SIZE, STRIDE).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        patches = (
+            photograph.unfold(1, SIZE, STRIDE).unfold(2, SIZE, STRIDE).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        )
         best += [means_of(part, chunk).amax(0) for chunk in patches.split(256)]
     return torch.stack(best).amax(0)
 

@@ -24,9 +24,12 @@ def _timed(function: Callable[[], object], inner: int) -> float:
 
 @pytest.fixture
 def versus(request, benchmark):
-    """Time `ours` and `theirs` in turn; report how many times as long theirs takes (median of the pairs)."""
+    """Time `ours` and `theirs` in turn; report how many times as long theirs takes (median of the pairs).
 
-    def compare(ours, theirs, *, target: str, rounds: int = 15, note: str = "") -> float:
+    Where theirs would take too long, it does only a `share` of the work, and its time is scaled up.
+    """
+
+    def compare(ours, theirs, *, target: str, rounds: int = 15, note: str = "", share: float = 1.0) -> float:
         once = max(_timed(ours, 1), _timed(ours, 1), 1e-6)  # also the warm-up
         _timed(theirs, 1)
         inner = max(1, round(0.01 / once))  # ours in blocks of 10 ms, so that the clock does not count
@@ -34,7 +37,9 @@ def versus(request, benchmark):
         for index in range(rounds):
             # Who comes second finds the memory as the first left it, so they take turns at that as well.
             for is_ours in (True, False) if index % 2 == 0 else (False, True):
-                (mine if is_ours else other).append(_timed(ours, inner) if is_ours else _timed(theirs, 1))
+                (mine if is_ours else other).append(
+                    _timed(ours, inner) if is_ours else _timed(theirs, 1) / share
+                )
         ratios = [b / a for a, b in zip(mine, other, strict=True)]
         low, _, high = quantiles(ratios, n=4)
         ratio = median(ratios)

@@ -217,7 +217,7 @@ def maximize(
                 requests_for(chosen), plan, scorer, store, batch_size=batch_size, progress=progress
             )
         )
-    return _result(climbs, plan, scorer)
+    return _result(climbs, plan, scorer, is_complete=len(climbs) == len(chosen))
 
 
 def _share(
@@ -266,7 +266,7 @@ def _share(
     return climbs
 
 
-def _result(climbs: Sequence[Climb], plan: Plan, scorer: Scorer) -> Maximization:
+def _result(climbs: Sequence[Climb], plan: Plan, scorer: Scorer, *, is_complete: bool) -> Maximization:
     climbs = sorted(climbs, key=lambda one: one.request.place)
     low, high = plan.parametrization.low, plan.parametrization.high
     return Maximization(
@@ -280,6 +280,7 @@ def _result(climbs: Sequence[Climb], plan: Plan, scorer: Scorer) -> Maximization
         status=tuple(one.status for one in climbs),
         evidence=tuple(one.evidence for one in climbs),
         limits=(0.0, 255.0) if low is None or high is None else (low, high),
+        is_complete=is_complete,
         names_channels=scorer.objective.uses_target,
         reference_means=plan.reference_means,
         frames=None if plan.frames_every is None else tuple(_filmed(one) for one in climbs),

@@ -143,7 +143,7 @@ def maximize_layers(
     paths = []
     notes = [f"{loaded.name}: {loaded.weights_note}"]
     with joined() as rank:
-        loaded.model.to(device or _own_gpu() or "cpu")
+        loaded.model.to(device or own_gpu() or "cpu")
         for name, file_name in zip(names, safe_names(names), strict=True):
             folder = out / file_name
             unfinished = folder / "unfinished"
@@ -154,6 +154,8 @@ def maximize_layers(
                 resume=unfinished,
                 **{"size": size, "progress": sys.stderr.isatty(), **options},
             )
+            if not result.is_complete:
+                raise KeyboardInterrupt  # what is finished stays where the next run finds it
             if rank == 0:
                 paths.append(result.save(folder) / "grid.png")
                 shutil.rmtree(unfinished)  # all of it is in what was saved
@@ -161,7 +163,7 @@ def maximize_layers(
     return Outcome(paths=paths, notes=notes if paths else [])
 
 
-def _own_gpu() -> str | None:
+def own_gpu() -> str | None:
     """Return the GPU of this process: of several on one machine, the one that torchrun numbers it by."""
     if not torch.cuda.is_available():
         return None

@@ -46,6 +46,7 @@ class Maximization:
             gradient was NaN or infinite, and the image is the last one before that.
         evidence: What each status rests on, in words.
         limits: The smallest and largest value of a pixel as it is drawn.
+        is_complete: Whether every image that was asked for is there; not so after Ctrl-C.
         names_channels: Whether the objective looks at the channel at all; else `channels` numbers the images.
         reference_means: (R, C_layer) float32, the means of every channel on the reference images; None
             without them.
@@ -62,6 +63,7 @@ class Maximization:
     status: tuple[str, ...]
     evidence: tuple[str, ...]
     limits: tuple[float, float] = (0.0, 1.0)
+    is_complete: bool = True
     names_channels: bool = True
     reference_means: torch.Tensor | None = None
     frames: tuple[torch.Tensor, ...] | None = None
