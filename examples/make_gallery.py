@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import models
 
-from torchlens_viz import capture, feature_grid, kernel_grid, pair_grid
-from torchlens_viz.demo_net import load_demo_net, preprocess
+from torchlens_viz import capture, feature_grid, kernel_grid, maximize, pair_grid
+from torchlens_viz.demo_net import load_demo_net, normalize, preprocess
 from torchlens_viz.overlays import overlay_grid
 from torchlens_viz.pictures import save_picture
 
@@ -190,6 +190,18 @@ def fill_with_cosines(layer: nn.Conv2d) -> None:
     _replace_weight(layer, kernels[: layer.out_channels])
 
 
+def maximized() -> Pictures:
+    """Find the images that drive eight channels of each layer of the demo network hardest."""
+    for layer, channels in (("features.1", (1, 14, 16, 30, 31, 33, 50, 62)),
+                            ("features.4", (5, 8, 9, 23, 37, 49, 69, 77)),
+                            ("features.7", (16, 26, 60, 74, 99, 108, 111, 127))):  # fmt: skip
+        result = maximize(
+            load_demo_net(), layer, channels, size=96, steps=64, lr=0.1, preprocess=normalize,
+            parametrization="fourier", transforms="robust",
+        )  # fmt: skip
+        yield f"demo_maximized_{layer.rpartition('.')[2]}", result.grid(nrow=8)
+
+
 def shapes() -> Image.Image:
     """Paint a picture with a disc, a square and stripes."""
     y, x = torch.meshgrid(torch.arange(160.0), torch.arange(240.0), indexing="ij")
@@ -218,7 +230,7 @@ def main() -> None:
     )
     out = parser.parse_args().out
     total = 0
-    for draw in (demo_net, not_finite, alexnet, resnet18, mobilenet_v2, vit):
+    for draw in (demo_net, maximized, not_finite, alexnet, resnet18, mobilenet_v2, vit):
         torch.manual_seed(0)
         for name, picture in draw():
             path = save_picture(picture, out / f"{name}.png", optimize=True)

@@ -1,4 +1,4 @@
-"""`torchlens-viz maximize`: what the library finds, a folder per layer; broken runs go on, torchrun shares."""
+"""`torchlens-viz maximize`: what the library finds, a folder per layer; broken runs go on."""
 
 from __future__ import annotations
 
