@@ -148,7 +148,7 @@ class _Spectrum(Parametrization):
 
     def _to_pixels(self, colours: torch.Tensor) -> torch.Tensor:
         if self._mixes(colours.shape[-3]):
-            colours = torch.einsum("ij,...jhw->...ihw", _colour_root(colours), colours)
+            colours = _mixed(_colour_root(colours), colours)
         if self.low is None or self.high is None:
             return colours
         return self.low + self.width * torch.sigmoid(colours)
@@ -158,7 +158,7 @@ class _Spectrum(Parametrization):
         if self.low is not None:
             colours = ((image - self.low) / self.width).clamp(_NEAR_LIMIT, 1 - _NEAR_LIMIT).logit()
         if self._mixes(len(image)):
-            colours = torch.einsum("ij,...jhw->...ihw", torch.linalg.inv(_colour_root(colours)), colours)
+            colours = _mixed(torch.linalg.inv(_colour_root(colours)), colours)
         return colours
 
     def _mixes(self, channels: int) -> bool:
@@ -279,6 +279,11 @@ def _frequencies(size: Size, device: torch.device) -> torch.Tensor:
     rows = torch.fft.fftfreq(size[0], device=device)[:, None]
     columns = torch.fft.rfftfreq(size[1], device=device)[None]
     return torch.hypot(rows, columns).clamp_min(1.0 / max(size))
+
+
+def _mixed(matrix: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
+    """Multiply the channels of (..., C, H, W) by a matrix (C, C)."""
+    return (matrix @ colours.flatten(-2)).view_as(colours)
 
 
 def _colour_root(like: torch.Tensor) -> torch.Tensor:
