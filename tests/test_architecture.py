@@ -15,7 +15,7 @@ PACKAGE = Path(torchlens_viz.__file__).parent
 
 # A module may import from lower floors only. `docs/architecture.md` says what each one is for.
 FLOORS = [
-    {"errors", "moments"},
+    {"comoments", "errors", "moments"},
     {
         "checkpoints",
         "colormaps",
@@ -27,6 +27,7 @@ FLOORS = [
         "inputs",
         "layers",
         "lettering",
+        "memory",
         "modes",
         "objectives",
         "patterns",
@@ -40,6 +41,7 @@ FLOORS = [
         "statistics",
         "stopping",
         "structure",
+        "topk",
         "transfers",
         "transforms",
         "updates",
@@ -47,6 +49,7 @@ FLOORS = [
     },
     {
         "archive",
+        "batches",
         "choices",
         "climbs",
         "extents",
@@ -58,14 +61,17 @@ FLOORS = [
         "scaling",
         "shadow",
         "style",
+        "tables",
+        "tallies",
         "tiling",
     },
-    {"blending", "captions", "records", "resumption", "slots", "spatial"},
-    {"activations", "canvas", "dependence", "readings"},
-    {"maximization", "receptive", "regression", "scoring", "sheets", "testing"},
-    {"climbing", "folders", "overlays", "pairs", "planning", "pytest_plugin"},
-    {"ascent", "zoo"},
-    {"commands", "demo"},
+    {"blending", "captions", "duplicates", "ledgers", "records", "resumption", "slots", "spatial"},
+    {"activations", "canvas", "dependence", "logbooks", "readings"},
+    {"maximization", "receptive", "regression", "scoring", "sheets", "testing", "topsheets"},
+    {"climbing", "folders", "overlays", "pairs", "patches", "planning", "pytest_plugin"},
+    {"ascent", "surveys", "zoo"},
+    {"commands", "dataset", "demo"},
+    {"survey_command"},
     {"cli"},
     {"__main__"},
 ]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torchlens_viz.activations import Activations as Activations
     from torchlens_viz.activations import capture as capture
     from torchlens_viz.ascent import maximize as maximize
+    from torchlens_viz.dataset import survey as survey
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
     from torchlens_viz.folders import save_feature_maps as save_feature_maps
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torchlens_viz.sheets import save_kernel_grid as save_kernel_grid
     from torchlens_viz.statistics import ChannelStats as ChannelStats
     from torchlens_viz.statistics import RunningStats as RunningStats
+    from torchlens_viz.surveys import Survey as Survey
     from torchlens_viz.tiling import make_grid as make_grid
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ _HOME = {
     "LayerNotFoundError": "errors",
     "Maximization": "maximization",
     "RunningStats": "statistics",
+    "Survey": "surveys",
     "TorchlensVizError": "errors",
     "capture": "activations",
     "feature_grid": "sheets",
@@ -51,6 +54,7 @@ _HOME = {
     "save_kernel_grid": "sheets",
     "save_kernel_sheets": "folders",
     "save_overlay_grid": "overlays",
+    "survey": "dataset",
 }
 
 __all__ = [
@@ -59,6 +63,7 @@ __all__ = [
     "LayerNotFoundError",
     "Maximization",
     "RunningStats",
+    "Survey",
     "TorchlensVizError",
     "capture",
     "feature_grid",
@@ -72,6 +77,7 @@ __all__ = [
     "save_kernel_grid",
     "save_kernel_sheets",
     "save_overlay_grid",
+    "survey",
 ]
 
 _MODULES = frozenset({"objectives", "testing"})  # public as a whole

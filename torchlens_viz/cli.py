@@ -8,10 +8,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torchlens_viz import __version__
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
+
+if TYPE_CHECKING:
+    from torchlens_viz.commands import Outcome
 
 _PROGRAM = "torchlens-viz"
 _MAX_NUMBERS = 100_000
@@ -58,6 +61,25 @@ def _run(arguments: argparse.Namespace) -> None:
         run_demo(image=arguments.image, out=arguments.out)
         return
 
+    if arguments.command == "survey":
+        from torchlens_viz.survey_command import survey_folder
+
+        _report(
+            survey_folder(
+                arguments.model,
+                arguments.folder,
+                arguments.out,
+                layers=arguments.layer,
+                weights=arguments.weights,
+                device=arguments.device,
+                batch_size=arguments.batch_size,
+                top_k=arguments.top_k,
+                skip_bad=arguments.skip_bad,
+                channels=arguments.channels,
+            )
+        )
+        return
+
     from torchlens_viz import commands
 
     given = vars(arguments)
@@ -85,6 +107,10 @@ def _run(arguments: argparse.Namespace) -> None:
             weights=arguments.weights,
             options=options,
         )
+    _report(outcome)
+
+
+def _report(outcome: Outcome) -> None:
     for path in outcome.paths:
         print(path.absolute())
     for note in outcome.notes:
@@ -157,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_drawing(maps, channels="channels to draw, e.g. 0-15,20 (default: all)")
 
     _add_maximize(commands)
+    _add_survey(commands)
 
     demo = commands.add_parser(
         "demo",
@@ -206,6 +233,40 @@ def _add_maximize(commands: Any) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="what random numbers follow from (default: 0)")
     parser.add_argument("--precision", metavar="NAME", help="auto, float32 or bfloat16 (default: auto)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: what fits)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+
+
+def _add_survey(commands: Any) -> None:
+    parser = commands.add_parser(
+        "survey",
+        help="find what a folder of pictures makes of every channel",
+        description="Show a folder of pictures to a network: statistics of every channel, the pictures that "
+        "drive it hardest, and a list of what is dead, saturated or there twice, worst first. Started again "
+        "after a break, it goes on where it was. Under torchrun the pictures are shared among the processes.",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "folder", type=Path, metavar="IMAGE_FOLDER", help="the pictures, in folders of any depth"
+    )
+    parser.add_argument("-o", "--out", required=True, type=Path, metavar="DIR", help="the folder to write to")
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="GLOB",
+        help="layers, e.g. 'features.*'; may be given several times (default: every convolution)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="pictures at a time (default: 32)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=9, metavar="K", help="pictures to keep per channel (default: 9)"
+    )
+    parser.add_argument(
+        "--channels", type=_numbers, metavar="LIST", help="channels to draw, e.g. 0-63 (default: 0-31)"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="pass over pictures that cannot be read, and list them"
+    )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
 
 

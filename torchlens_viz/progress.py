@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar, final
 
 from torchlens_viz.errors import MissingDependencyError
@@ -53,6 +54,26 @@ class Bar:
             if figures:
                 self._bar.set_postfix(figures, refresh=False)
             self._bar.update(amount - self._bar.n)
+
+
+@contextlib.contextmanager
+def counter(*, shown: bool, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
+    """Give a function that adds to a bar on stderr, which shows the rate as well, where `shown`.
+
+    Args:
+        shown: Whether there is to be a bar; there is none without tqdm.
+        total: How much there is to do, where that is known.
+        unit: Of what.
+    """
+    try:
+        bar = _tqdm()(total=total, unit=unit) if shown else None
+    except MissingDependencyError:
+        bar = None
+    try:
+        yield (lambda amount: None) if bar is None else bar.update
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _tqdm() -> Any:

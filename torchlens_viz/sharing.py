@@ -51,8 +51,16 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
     count = world()[1]
     if count == 1:
         return list(work())
-    group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
     failure: BaseException | None = None
+    try:
+        if dist.get_backend() == "gloo":
+            dist.barrier()  # notices at once who is dead already, for whom the next call would wait
+        group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except RuntimeError as error:
+        raise DistributedError(
+            "another process of this run died before its share began "
+            f"({_shortened(error)}); start the run again"
+        ) from error
     mine: Sequence[T] = ()
     try:
         mine = work()
@@ -65,7 +73,7 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
     except RuntimeError as error:
         raise failure or DistributedError(
             "another process of this run died before its share was done "
-            f"({' '.join(str(error).split())[:200]}); start the run again"
+            f"({_shortened(error)}); start the run again"
         ) from error
     finally:
         dist.destroy_process_group(group)
@@ -75,3 +83,7 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
         if told is not None:
             raise DistributedError(f"process {other} failed, so that the result would be incomplete: {told}")
     return [part for share, _ in shares for part in share]
+
+
+def _shortened(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

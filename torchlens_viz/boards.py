@@ -1,0 +1,85 @@
+"""Where a monitor writes: a TensorBoard writer of the caller's, or one that is made for a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from PIL import Image
+
+from torchlens_viz.errors import InvalidTypeError, MissingDependencyError
+from torchlens_viz.pictures import as_chw
+
+_METHODS: Final = ("add_image", "add_scalar", "add_histogram")
+
+
+@final
+class Board:
+    """Pictures, numbers and histograms under a tag and a step.
+
+    Args:
+        writer: Anything with `add_image`, `add_scalar` and `add_histogram`, such as torch's or tensorboardX's
+            `SummaryWriter`; or a folder, in which a `SummaryWriter` writes from the first entry on.
+
+    Raises:
+        InvalidTypeError: It is neither.
+        MissingDependencyError: It is a folder, and TensorBoard is not installed.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._folder: Path | None = None
+        self._writer: Any = None
+        if isinstance(writer, str | os.PathLike):
+            self._folder = Path(writer)
+            _summary_writer()  # what is missing should be said now, not after the first hour of a training
+            return
+        missing = [name for name in _METHODS if not callable(getattr(writer, name, None))]
+        if missing:
+            raise InvalidTypeError(
+                f"`writer` must be a folder or have {', '.join(_METHODS)}, got {type(writer).__name__} without "
+                f"{', '.join(missing)}; pass a torch.utils.tensorboard.SummaryWriter"
+            )
+        self._writer = writer
+
+    def picture(self, tag: str, image: Image.Image, step: int) -> None:
+        """Write a picture, pixel by pixel as it is."""
+        self._opened().add_image(tag, as_chw(image), step)
+
+    def number(self, tag: str, value: float, step: int) -> None:
+        """Write a number."""
+        self._opened().add_scalar(tag, value, step)
+
+    def values(self, tag: str, values: torch.Tensor, step: int) -> None:
+        """Write a histogram of values, which must be finite and at least one."""
+        self._opened().add_histogram(tag, values.double().cpu().numpy(), step)
+
+    def close(self) -> None:
+        """See that everything is on disk. A writer that was made here is closed, until the next entry."""
+        if self._writer is None:
+            return
+        flush = getattr(self._writer, "flush", None)
+        if callable(flush):
+            flush()
+        if self._folder is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _opened(self) -> Any:
+        # Not before there is something to write: of several processes, all but one write nothing, and an
+        # empty file of events would stand in the folder for each of them.
+        if self._writer is None:
+            self._writer = _summary_writer()(str(self._folder))
+        return self._writer
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependencyError(
+            "`writer` is a folder, and TensorBoard, which would write there, is not installed; run "
+            '`python -m pip install "torchlens_viz[tensorboard]"`, or pass a writer'
+        ) from error
+    return SummaryWriter

@@ -1,0 +1,51 @@
+"""How alike the channels of a layer respond: sums of products, gathered batch by batch, and correlations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Comoments(NamedTuple):
+    """Sums over the inputs on which both channels of a pair had a finite figure: (C, C) float64 each.
+
+    Attributes:
+        inputs: How many.
+        sums: The sum of the row's channel.
+        squares: The sum of its squares.
+        products: The sum of the products.
+    """
+
+    inputs: torch.Tensor
+    sums: torch.Tensor
+    squares: torch.Tensor
+    products: torch.Tensor
+
+
+def comoments(figures: torch.Tensor) -> Comoments:
+    """Measure one batch.
+
+    Args:
+        figures: (N, C), one figure of each input and channel; those that are not finite are left out.
+    """
+    wide = figures.double()
+    is_known = wide.isfinite()
+    known, wide = is_known.double(), wide.masked_fill(~is_known, 0)
+    return Comoments(known.T @ known, wide.T @ known, wide.square().T @ known, wide.T @ wide)
+
+
+def together(ours: Comoments, theirs: Comoments) -> Comoments:
+    """Return the sums over the inputs of both."""
+    return Comoments(*(mine + other.to(mine.device) for mine, other in zip(ours, theirs, strict=True)))
+
+
+def correlation(sums: Comoments) -> torch.Tensor:
+    """Return Pearson's correlation of every pair of channels, (C, C); NaN for one that does not vary."""
+    count = sums.inputs.clamp(min=1)
+    mean = sums.sums / count
+    spread = (sums.squares / count - mean.square()).clamp(min=0)
+    # What is left of a constant after its square is taken from itself.
+    spread = spread.masked_fill(spread <= 1e-12 * sums.squares / count, 0)
+    shared = sums.products / count - mean * mean.T
+    return (shared / (spread * spread.T).sqrt()).masked_fill(spread * spread.T == 0, torch.nan).clamp(-1, 1)

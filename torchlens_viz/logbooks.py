@@ -1,0 +1,131 @@
+"""How far a survey has come, in a file that a broken run goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+
+from torchlens_viz.batches import Batch
+from torchlens_viz.errors import ArchiveError
+from torchlens_viz.ledgers import read_ledger, require_safetensors, write_ledger
+from torchlens_viz.resumption import checksum
+from torchlens_viz.structure import tensors
+from torchlens_viz.tallies import Tally
+
+
+class Progress(NamedTuple):
+    """What was found in whole batches, from the first on.
+
+    Attributes:
+        tallies: What is known of each layer.
+        batches: How many batches there were.
+        inputs: How many inputs counted.
+        shape: The shape of an input; None where they differ, or there was none.
+        first_batch: A number that tells the first batch from others, where a file is kept.
+        is_complete: Whether there is nothing more to come.
+    """
+
+    tallies: dict[str, Tally]
+    batches: int = 0
+    inputs: int = 0
+    shape: tuple[int, ...] | None = None
+    first_batch: int = 0
+    is_complete: bool = False
+
+
+@final
+class Logbook:
+    """A file with the progress of a survey.
+
+    Args:
+        path: The file.
+        settings: All that the survey depends on.
+        seconds: How often to write it.
+
+    Raises:
+        MissingDependencyError: safetensors is not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, seconds: float) -> None:
+        require_safetensors()
+        self._path = Path(path)
+        self._settings = json.loads(json.dumps(settings))
+        self._seconds = seconds
+        self._written = time.monotonic()
+
+    def read(self) -> Progress | None:
+        """Return what an earlier run has found; None where there was none.
+
+        Raises:
+            ArchiveError: It was begun with other settings or weights, or the file is damaged.
+        """
+        if not self._path.exists():
+            return None
+        tallies, about = read_ledger(self._path)
+        if "settings" not in about:
+            raise ArchiveError(
+                f"`checkpoint` must name a new file or one that `survey` began, got {str(self._path)!r}, "
+                "which holds a finished survey; choose another name"
+            )
+        before = about["settings"]
+        for name in {**before, **self._settings}:
+            if before.get(name) != self._settings.get(name):
+                raise ArchiveError(
+                    f"`checkpoint` must have been begun with the same settings: in {str(self._path)!r} "
+                    f"`{name}` was {before.get(name)!r} and now is {self._settings.get(name)!r}; delete the "
+                    "file to start anew, or choose another"
+                )
+        told = about["progress"]
+        shape = None if told["shape"] is None else tuple(told["shape"])
+        return Progress(tallies, **{**told, "shape": shape})
+
+    def require_same_data(self, before: Progress, first_batch: int) -> None:
+        """Refuse to go on with another first batch.
+
+        Raises:
+            ArchiveError: It is another one.
+        """
+        if before.first_batch != first_batch:
+            raise ArchiveError(
+                f"`checkpoint` must have been begun with the same data, but the first batch is not the "
+                f"one of {str(self._path)!r}; make the loader repeat itself, or delete the file to start anew"
+            )
+
+    def require_same_count(self, before: Progress, inputs: int) -> None:
+        """Refuse to go on where the batches passed over have other inputs.
+
+        Raises:
+            ArchiveError: They have.
+        """
+        if before.inputs != inputs:
+            raise ArchiveError(
+                f"`checkpoint` must have been begun with the same batches: the first {before.batches} had "
+                f"{before.inputs} inputs and now have {inputs}; delete {str(self._path)!r} to start anew"
+            )
+
+    def write_in_time(self, progress: Progress) -> None:
+        """Write the progress where the last time is long enough ago."""
+        if time.monotonic() - self._written >= self._seconds:
+            self.write(progress)
+
+    def write(self, progress: Progress) -> None:
+        """Write the progress.
+
+        Raises:
+            ArchiveError: The file cannot be written.
+        """
+        told = progress._asdict()
+        tallies = told.pop("tallies")
+        write_ledger(self._path, tallies, {"settings": self._settings, "progress": told})
+        self._written = time.monotonic()
+
+
+def fingerprint(batch: Batch) -> int:
+    """Return a number that differs where inputs or their indices differ."""
+    dense = [each for each in tensors((batch.args, batch.kwargs)) if each.layout is torch.strided]
+    return checksum(*dense, batch.samples)

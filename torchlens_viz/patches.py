@@ -1,0 +1,162 @@
+"""Patches: the part of an input that a position of a layer sees, cut from the input itself."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, final
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from torchlens_viz.batches import InputOf, input_of
+from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.inputs import as_batch, as_pixels
+from torchlens_viz.receptive import receptive_field
+from torchlens_viz.regions import ReceptiveField
+
+_REMEMBERED: Final = 64  # inputs that are kept, because several channels may like the same
+
+
+class Patch(NamedTuple):
+    """A part of an input.
+
+    Attributes:
+        values: (C, h, w), as the model takes it.
+        pixels: (3, h, w) float32 in [0, 1], as a person would see it.
+        box: The rows and columns of the input that these are.
+    """
+
+    values: torch.Tensor
+    pixels: torch.Tensor
+    box: tuple[slice, ...]
+
+
+@final
+class Cutter:
+    """Cuts patches from the inputs of a survey.
+
+    Args:
+        model: The model that was surveyed.
+        layer: The layer whose positions are meant.
+        inputs: The inputs by index, from `pick`.
+        preprocess: Makes of one of them what the model takes, (C, H, W) or (1, C, H, W).
+        invert: Makes of the model's input, (1, C, H, W), pixels in [0, 1].
+        shape: (C, H, W) of the inputs that were surveyed; None where they differed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        inputs: Mapping[int, Any],
+        *,
+        preprocess: Callable[[Any], torch.Tensor] | None,
+        invert: Callable[[torch.Tensor], torch.Tensor] | None,
+        shape: tuple[int, ...] | None,
+    ) -> None:
+        self._model, self._layer, self._inputs = model, layer, inputs
+        self._preprocess, self._invert, self._shape = preprocess, invert, shape
+        self._fields: dict[tuple[int, ...], ReceptiveField] = {}
+        self._read: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
+
+    def cut(self, sample: int, position: Sequence[int]) -> Patch:
+        """Return what a position sees of an input; at the border, as far as the input goes.
+
+        Raises:
+            InvalidArgumentError: The input is no image, is another one than was surveyed as far as its shape
+                tells, or the position is none of the layer's.
+        """
+        values, pixels = self._input(sample)
+        field = self._field(tuple(values.shape))
+        axes = len(field.map_shape)
+        try:
+            box = field.region(tuple(position)[len(position) - axes :] if axes else ())
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(
+                f"`source` must hold the inputs that were surveyed: position {tuple(position)} of "
+                f"`{self._layer}` is not in the map of input {sample}, {field.map_shape}"
+            ) from error
+        inside: tuple[Any, ...] = (slice(None), *box)
+        return Patch(values[inside].clone(), pixels[inside].clone(), box)  # views would hold all of the input
+
+    def _input(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if sample not in self._read:
+            image = self._inputs[sample]
+            batch = as_batch(image if self._preprocess is None else self._preprocess(image))
+            shape = tuple(batch.shape[1:])
+            if self._shape is not None and shape != self._shape:
+                raise InvalidArgumentError(
+                    f"`source` must hold the inputs that were surveyed, of shape {self._shape}, got {shape} "
+                    f"at index {sample}; pass `preprocess` if it holds what the inputs are made from"
+                )
+            pixels = as_pixels(batch, image, preprocess=self._preprocess, invert=self._invert)
+            self._read[sample] = (batch[0].detach().cpu(), pixels)
+            if len(self._read) > _REMEMBERED:
+                self._read.popitem(last=False)
+        return self._read[sample]
+
+    def _field(self, shape: tuple[int, ...]) -> ReceptiveField:
+        if shape not in self._fields:
+            self._fields[shape] = receptive_field(self._model, self._layer, (1, *shape))
+        return self._fields[shape]
+
+
+def pick(source: Any, samples: Iterable[int], rule: InputOf) -> Mapping[int, Any]:
+    """Return the inputs with the given indices, by index; where it can be, each is read when it is looked up.
+
+    Args:
+        source: A dataset, a tensor (N, C, H, W), anything else that `source[index]` gives an input of, or an
+            iterable of inputs in the order of their indices. Of a DataLoader, its dataset.
+        samples: The indices.
+        rule: Which part of an item is the input, where it is neither a picture nor as `input_of` finds it.
+
+    Raises:
+        InvalidArgumentError: There is no such input.
+    """
+    wanted = sorted(set(samples))
+    source = source.dataset if isinstance(source, DataLoader) else source
+    if hasattr(source, "__getitem__"):
+        return _Lookup(source, wanted, rule)
+    found: dict[int, Any] = {}
+    for index, item in enumerate(source):
+        if len(found) == len(wanted):
+            break
+        if index == wanted[len(found)]:
+            found[index] = _image(item, rule)
+    if len(found) < len(wanted):
+        raise InvalidArgumentError(
+            f"`source` must hold the inputs that were surveyed, but ends before index {wanted[len(found)]}"
+        )
+    return found
+
+
+@final
+class _Lookup(Mapping[int, Any]):
+    def __init__(self, source: Any, samples: Sequence[int], rule: InputOf) -> None:
+        self._source, self._samples, self._rule = source, samples, rule
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            item = self._source[index]
+        except (LookupError, ValueError) as error:
+            raise InvalidArgumentError(
+                f"`source` must hold the inputs that were surveyed, but there is no index {index}"
+            ) from error
+        return _image(item, self._rule)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+def _image(item: Any, rule: InputOf) -> Any:
+    if isinstance(item, Image.Image) and rule is None:
+        return item
+    if rule is None and isinstance(item, tuple | list) and item and isinstance(item[0], Image.Image):
+        return item[0]
+    return input_of(item, rule)

@@ -1,0 +1,143 @@
+"""A probe: a fixed batch that a network looks at while it trains, without leaving a trace in it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, TypeAlias, final
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.inputs import like_parameters
+from torchlens_viz.modes import inference
+from torchlens_viz.structure import map_tensors
+
+Probe: TypeAlias = torch.Tensor | Mapping[str, Any] | DataLoader[Any]
+
+_INPUTS: Final = 16
+
+
+@final
+class ProbeBatch:
+    """A copy of what the network is to look at.
+
+    Args:
+        probe: A batch (N, C, H, W); the keyword arguments of a model that takes more than that; or a
+            DataLoader, of whose dataset 16 items are taken, at even distances, put together by its
+            `collate_fn`. Of a batch that is a tuple or list, the first part is the input. Random numbers that
+            the dataset draws are given back.
+
+    Raises:
+        InvalidArgumentError: There is no input in it.
+        InvalidTypeError: It is something else.
+    """
+
+    __slots__ = ("_args", "_kwargs")
+
+    def __init__(self, probe: Probe) -> None:
+        if isinstance(probe, DataLoader):
+            probe = _first(probe)
+        if isinstance(probe, torch.Tensor):
+            if probe.ndim == 0 or probe.numel() == 0:
+                raise InvalidArgumentError(
+                    f"`probe` must be a batch (N, C, H, W) with at least one input, got shape "
+                    f"{tuple(probe.shape)}"
+                )
+            self._args, self._kwargs = (_own(probe),), {}
+        elif isinstance(probe, Mapping) and probe:
+            self._args, self._kwargs = (), dict(map_tensors(_own, dict(probe)))
+        else:
+            raise InvalidTypeError(
+                "`probe` must be a batch (N, C, H, W), a mapping of keyword arguments or a DataLoader, got "
+                f"{type(probe).__name__}; of a batch of inputs and labels, pass the inputs"
+            )
+
+    def show(self, model: nn.Module) -> None:
+        """Run the model on the batch, in eval mode and without gradients.
+
+        Training flags, buffers, random numbers and the cache of autocast are afterwards what they were.
+        """
+
+        def placed(tensor: torch.Tensor) -> torch.Tensor:
+            return like_parameters(tensor, model)
+
+        with inference(model), _same_buffers(model), _no_autocast_cache():
+            model(*map_tensors(placed, self._args), **map_tensors(placed, self._kwargs))
+
+    def picture(self) -> torch.Tensor | None:
+        """Return the inputs where they are pictures: (N, 1, H, W) or (N, 3, H, W), else None."""
+        batch = self._args[0] if self._args else None
+        return batch if batch is not None and batch.ndim == 4 and batch.shape[1] in (1, 3) else None
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return tensor.detach().clone()
+
+
+def _first(loader: DataLoader[Any]) -> Any:
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        raise InvalidTypeError(
+            "`probe` must be a DataLoader over a dataset with a length and indices, got one over "
+            f"{type(loader.dataset).__name__}; pass a batch, as in `probe=next(iter(loader))[0]`"
+        )
+    count = len(loader.dataset)
+    if count == 0:
+        raise InvalidArgumentError("`probe` must have at least one input, got a DataLoader without any")
+    most = min(_INPUTS, count)
+    with _same_random_numbers():
+        items = [loader.dataset[index * count // most] for index in range(most)]
+        batch = (loader.collate_fn or torch.stack)(items)
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
+    before = [
+        (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, values in before:
+                if version is None or buffer._version != version:
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.copy_(values)
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Keep weights that are converted without a graph from those that are converted with one.
+
+    Within `torch.autocast` a converted weight is kept for its next use. The training's next forward pass would
+    find the probe's, which no gradient passes through, and the weight would not be trained.
+    """
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)

@@ -1,0 +1,335 @@
+"""What `torchlens-viz survey` does: a folder of pictures through a model, and what became of its channels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
+
+import torch
+from PIL import Image
+from torch import nn
+
+from torchlens_viz.checkpoints import one_line
+from torchlens_viz.commands import Outcome, own_gpu
+from torchlens_viz.dataset import survey
+from torchlens_viz.errors import (
+    ArchiveError,
+    InvalidArgumentError,
+    ModelLoadError,
+    PictureError,
+    TorchlensVizError,
+)
+from torchlens_viz.filenames import safe_names
+from torchlens_viz.files import write_whole
+from torchlens_viz.inputs import colours_as_in
+from torchlens_viz.layers import select
+from torchlens_viz.pictures import read_image, save_picture
+from torchlens_viz.sharing import gathered, joined
+from torchlens_viz.surveys import Survey
+from torchlens_viz.zoo import LoadedModel, load_model
+
+_MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
+_MOST_PAIRS: Final = 100  # of duplicates in a layer
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a layer, as a row of `findings.csv`."""
+
+    severity: float
+    kind: str
+    layer: str
+    channels: str
+    figure: float
+    meaning: str
+
+
+def survey_folder(
+    model: str,
+    folder: Path,
+    out: Path,
+    *,
+    layers: Sequence[str] | None,
+    weights: str,
+    device: str | None,
+    batch_size: int,
+    top_k: int,
+    skip_bad: bool,
+    channels: Sequence[int] | None,
+) -> Outcome:
+    """Survey a folder of pictures, and write what was found.
+
+    A run that was broken off goes on where it was, when it is started again with the same options. Under
+    torchrun the pictures are shared among the processes, of which the first writes.
+
+    Args:
+        model: What `torchlens_viz.zoo.load_model` takes.
+        folder: The pictures, in folders of any depth; their order is that of their paths.
+        out: The folder to write to.
+        layers: Names and globs; every convolution where it is None.
+        weights: What `load_model` takes.
+        device: Where to run; None is a GPU where there is one.
+        batch_size: Pictures at a time.
+        top_k: Pictures to keep per channel.
+        skip_bad: Pass over pictures that cannot be read, and list them.
+        channels: The channels to draw; None is the first 32.
+
+    Returns:
+        `findings.csv`, `statistics.csv`, `statistics.json`, `pictures.csv`, `survey.safetensors` and the
+        sheets `top/LAYER.png`; nothing in the other processes of a torchrun.
+
+    Raises:
+        PictureError: The folder is missing or has no picture, or one cannot be read and `skip_bad` is off.
+    """
+    for name, value, least in (("--batch-size", batch_size, 1), ("--top-k", top_k, 0)):
+        if value < least:
+            raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+    if out.exists() and not out.is_dir():
+        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
+    files = pictures_in(folder)
+    loaded = load_model(model, weights=weights)
+    selected: Any = nn.Conv2d if layers is None else list(layers)
+    names = [layer.name for layer in select(loaded.model, selected)]
+    with joined() as rank:
+        loaded.model.to(device or own_gpu() or "cpu")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        own = _Pictures(files, loaded, batch_size, skip_bad=skip_bad, share=(rank, processes))
+        unfinished = out / "unfinished.safetensors"
+        try:
+            found = survey(
+                loaded.model,
+                own,
+                names,
+                top_k=top_k,
+                indices=lambda batch: batch[1],
+                correlations=True,
+                progress=sys.stderr.isatty(),
+                checkpoint=unfinished,
+            )
+        except TorchlensVizError as error:
+            if own.bad and len(own.bad) == own.seen:
+                raise PictureError(f"no picture in {str(folder)!r} can be read; {own.bad[0][1]}") from error
+            raise
+        bad = sorted(gathered(lambda: own.bad))
+        own_file = Path(f"{unfinished}.{rank}") if processes > 1 else unfinished
+        if rank != 0:
+            own_file.unlink(missing_ok=True)
+            return Outcome(paths=[], notes=[])
+        paths, notes = _write(found, loaded, files, bad, out, channels)
+        own_file.unlink(missing_ok=True)  # all of it is in what was saved
+    return Outcome(paths=paths, notes=[f"{loaded.name}: {loaded.weights_note}", *notes])
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """List the files with the ending of a picture in a folder and all below it, in the order of their paths.
+
+    Raises:
+        PictureError: There is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise PictureError(
+            f"IMAGE_FOLDER must name a folder of pictures, got {str(folder)!r}; check the spelling"
+        )
+    endings = Image.registered_extensions()
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    found = sorted(files, key=lambda path: path.relative_to(folder).parts)
+    if not found:
+        raise PictureError(
+            f"IMAGE_FOLDER must hold pictures, but there is none in {str(folder)!r} or below it; name "
+            "another folder"
+        )
+    return found
+
+
+@final
+@dataclass
+class _Pictures:
+    """The share of one process, as batches with the indices of the pictures; a batch is of one size."""
+
+    files: Sequence[Path]
+    loaded: LoadedModel
+    batch_size: int
+    skip_bad: bool = field(kw_only=True)
+    share: tuple[int, int] = field(kw_only=True)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    seen: int = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        self.bad, self.seen = [], 0
+        together: list[torch.Tensor] = []
+        indices: list[int] = []
+        for index in self.dataset:
+            prepared = self._prepared(index)
+            self.seen += 1
+            if prepared is None:
+                continue
+            if together and (len(together) == self.batch_size or prepared.shape != together[0].shape):
+                yield torch.cat(together), indices
+                together, indices = [], []
+            together.append(prepared)
+            indices.append(index)
+        if together:
+            yield torch.cat(together), indices
+
+    @property
+    def dataset(self) -> range:
+        """The indices of the pictures, of which there are as many as inputs, or more where some are bad."""
+        return range(self.share[0], len(self.files), self.share[1])
+
+    def _prepared(self, index: int) -> torch.Tensor | None:
+        try:
+            picture = read_image(self.files[index])
+        except PictureError as error:
+            if not self.skip_bad:
+                raise PictureError(f"{error}; or pass --skip-bad") from error
+            self.bad.append((index, str(error)))
+            return None
+        try:
+            return self.loaded.preprocess(picture)
+        except TorchlensVizError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(
+                f"the preprocessing of {self.loaded.name} raised {one_line(error)} for "
+                f"{str(self.files[index])!r}"
+            ) from error
+
+
+@final
+class _Source:
+    """All pictures by index, as `Survey.grid` takes them."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return read_image(self._files[index])
+
+
+def _write(
+    found: Survey,
+    loaded: LoadedModel,
+    files: Sequence[Path],
+    bad: list[tuple[int, str]],
+    out: Path,
+    channels: Sequence[int] | None,
+) -> tuple[list[Path], list[str]]:
+    findings = findings_of(found)
+    rows = found.rows()
+    spoilt = dict(bad)
+    tables: dict[str, list[dict[str, Any]]] = {
+        "findings.csv": [finding._asdict() for finding in findings],
+        "statistics.csv": rows,
+        "pictures.csv": [
+            {"index": index, "file": str(path), "problem": spoilt.get(index, "")}
+            for index, path in enumerate(files)
+        ],
+    }
+    paths = [_table(out / name, content) for name, content in tables.items()]
+    whole = json.dumps(_plain(found.to_dict()), allow_nan=False)
+    write_whole(out / "statistics.json", whole.encode(), ArchiveError)
+    paths += [out / "statistics.json", found.save(out / "survey.safetensors")]
+    notes = [f"{found.samples_seen:,} pictures surveyed, {len(bad):,} bad ones skipped"] if bad else []
+    if not found.is_complete:
+        notes.append(f"broken off after {found.samples_seen:,} pictures")
+    if found.not_called:
+        notes.append(f"did not run: {', '.join(found.not_called)}")
+    invert = _inverse(loaded)
+    drawable = [name for name in found.top if found.top[name].values.shape[1]]
+    for name, file_name in zip(drawable, safe_names(drawable), strict=True):
+        count = found.stats[name].channels
+        drawn = [channel for channel in channels or range(_MOST_ROWS) if channel < count]
+        if not drawn:
+            notes.append(f"no sheet of {name}, which has {count} channels")
+            continue
+        try:
+            sheet = found.grid(
+                name,
+                _Source(files),
+                channels=drawn,
+                preprocess=loaded.preprocess,
+                invert=invert,
+                title=name,
+            )
+        except InvalidArgumentError as error:
+            notes.append(f"no sheet of {name}: {one_line(error)}")
+            continue
+        paths.append(save_picture(sheet, out / "top" / f"{file_name}.png"))
+        if len(drawn) < count:
+            notes.append(f"{name}: {len(drawn)} of {count} channels drawn")
+    notes += [f"{each.kind}: {each.layer}, {each.meaning}" for each in findings[:5]]
+    return paths, notes
+
+
+def _inverse(loaded: LoadedModel) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return what undoes the preprocessing of colours; None where it cannot be told once for all pictures."""
+    try:
+        _, colours = colours_as_in(loaded.preprocess)
+    except Exception:  # it may well be made for other pictures than plain ones
+        return None
+    black, white = colours(torch.zeros(1, 3, 1, 1)), colours(torch.ones(1, 3, 1, 1))
+    return lambda batch: (batch.float().cpu() - black) / (white - black)
+
+
+def findings_of(found: Survey) -> list[Finding]:
+    """List what is wrong with the layers of a survey, the worst first.
+
+    NaN and Inf come first, then dead channels, saturated ones and duplicates; among each kind what concerns
+    the largest share of a layer.
+    """
+    listed: list[Finding] = []
+    for name, stats in found.stats.items():
+        spoilt = stats.nonfinite.nonzero().flatten().tolist()
+        if spoilt:
+            share = int(stats.nonfinite.sum()) / max(1, int(stats.count.sum()))
+            listed.append(
+                _shared(4, "nonfinite", name, spoilt, share, f"{share:.1%} of the values are NaN or Inf")
+            )
+        dead = found.dead(name).tolist()
+        if dead:
+            share = len(dead) / stats.channels
+            listed.append(
+                _shared(3, "dead", name, dead, share, f"{len(dead)} of {stats.channels} never exceed 0")
+            )
+        saturated = found.saturated(name).tolist() if found.top_k else []
+        if saturated:
+            share = len(saturated) / stats.channels
+            words = f"{len(saturated)} of {stats.channels} peak at their bound"
+            listed.append(_shared(2, "saturated", name, saturated, share, words))
+        for pair in found.duplicates(name)[:_MOST_PAIRS]:
+            one, other = pair.channels
+            words = f"{one} and {other}: cosine {pair.cosine:.4f}, correlation {pair.correlation:.4f}"
+            listed.append(
+                Finding(1 + pair.likeness, "duplicate", name, f"{one} {other}", pair.likeness, words)
+            )
+    return sorted(listed, key=lambda each: -each.severity)
+
+
+def _shared(base: int, kind: str, name: str, channels: list[int], share: float, words: str) -> Finding:
+    return Finding(base + share, kind, name, " ".join(map(str, channels)), share, words)
+
+
+def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or list(Finding._fields)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode(), ArchiveError)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no number for by null."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,177 @@
+"""What a survey knows of one layer: statistics, top inputs, correlations; batch by batch and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, final
+
+import torch
+
+from torchlens_viz.comoments import Comoments, comoments, together
+from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
+from torchlens_viz.statistics import Bins, RunningStats
+from torchlens_viz.topk import Peaks, RunningTop, united
+
+_PARTS: Final = ("stats", "top", "alike")
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What is known of one layer; it never changes, so that a batch counts as a whole or not at all.
+
+    Attributes:
+        stats: The statistics of its values.
+        top: The inputs with the highest peaks; None where none were asked for.
+        alike: How alike its channels respond; None where that was not asked for, or nothing was seen.
+        inputs: How many inputs went through the layer.
+        most_calls: The most calls that one batch took.
+    """
+
+    stats: RunningStats
+    top: RunningTop | None
+    alike: Comoments | None = None
+    inputs: int = 0
+    most_calls: int = 0
+
+    def union(self, other: Tally) -> Tally:
+        """Return what both know together, on the device of this one.
+
+        Raises:
+            InvalidArgumentError: They are of other channels, or of other options.
+        """
+        alike = self.alike or other.alike
+        if self.alike is not None and other.alike is not None:
+            alike = together(self.alike, other.alike)
+        if (self.top is None) != (other.top is None):
+            raise InvalidArgumentError("both must have top inputs, or neither")
+        return Tally(
+            stats=self.stats.fresh().merge(self.stats).merge(other.stats),
+            top=None if self.top is None or other.top is None else self.top.union(other.top),
+            alike=alike,
+            inputs=self.inputs + other.inputs,
+            most_calls=max(self.most_calls, other.most_calls),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as a flat dict of numbers and tensors on the CPU, for `from_dict`."""
+        found: dict[str, Any] = {"inputs": self.inputs, "most_calls": self.most_calls}
+        parts: dict[str, dict[str, Any]] = {"stats": self.stats.to_dict()}
+        if self.top is not None:
+            parts["top"] = self.top.to_dict()
+        if self.alike is not None:
+            parts["alike"] = self.alike._asdict()
+        for part, content in parts.items():
+            for name, value in content.items():
+                found[f"{part}.{name}"] = value.cpu() if isinstance(value, torch.Tensor) else value
+        return found
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Tally:
+        """Return what `to_dict` described."""
+        stats, top, alike = (
+            {
+                name.removeprefix(f"{part}."): value
+                for name, value in state.items()
+                if name.startswith(f"{part}.")
+            }
+            for part in _PARTS
+        )
+        return cls(
+            stats=RunningStats.from_dict(stats),
+            top=RunningTop.from_dict(top) if top else None,
+            alike=Comoments(**alike) if alike else None,
+            inputs=state["inputs"],
+            most_calls=state["most_calls"],
+        )
+
+
+def empty_tally(*, top_k: int, channel_dim: int, bins: Bins) -> Tally:
+    """Return what is known before the first batch."""
+    stats = RunningStats(channel_dim=channel_dim, bins=bins)
+    return Tally(stats=stats, top=RunningTop(top_k) if top_k else None)
+
+
+@final
+class Observation:
+    """What one batch shows of a layer, taken in call by call while the model runs.
+
+    Args:
+        name: The layer's name, for messages.
+        tally: What is known of it so far.
+        samples: (N,) int64 on the CPU, the index of each input.
+        in_order: Whether they increase, and are larger than all before.
+        alike: Whether to find out how alike the channels respond.
+    """
+
+    def __init__(
+        self, name: str, tally: Tally, samples: torch.Tensor, *, in_order: bool, alike: bool
+    ) -> None:
+        self._name = name
+        self._tally = tally
+        self._samples = samples
+        self._inputs = len(samples)
+        self._in_order = in_order
+        self._stats = tally.stats.fresh()
+        self._peaks: Peaks | None = None
+        self._alike = alike
+        self.calls = 0
+
+    def see(self, values: torch.Tensor) -> None:
+        """Take in what one call of the layer put out; nothing of it is kept.
+
+        Raises:
+            InvalidArgumentError: It does not have one row per input.
+            InvalidTypeError: It has no real numbers.
+        """
+        self.calls += 1
+        try:
+            self._stats.update(values)
+            if self._tally.top is not None or self._alike:
+                self._find_peaks(values)
+        except TorchlensVizError as error:
+            raise type(error)(f"`{self._name}` cannot be surveyed: {error}") from error
+
+    def finish(self) -> Tally:
+        """Return what is known with this batch.
+
+        Raises:
+            InvalidArgumentError: The layer had other channels or axes in the batches before.
+        """
+        before = self._tally
+        if self.calls == 0:
+            return before
+        try:
+            after = replace(
+                before,
+                stats=before.stats.fresh().merge(before.stats).merge(self._stats),
+                inputs=before.inputs + self._inputs,
+                most_calls=max(before.most_calls, self.calls),
+            )
+            if self._peaks is None:
+                return after
+            if before.top is not None:
+                there = self._samples.to(self._peaks.values.device, non_blocking=True)
+                after = replace(after, top=before.top.with_peaks(self._peaks, there, in_order=self._in_order))
+            if self._alike:
+                alike = comoments(self._peaks.values)
+                after = replace(after, alike=alike if before.alike is None else together(before.alike, alike))
+        except TorchlensVizError as error:
+            raise type(error)(
+                f"`{self._name}` cannot be surveyed, because its shape changed from batch to batch: {error}"
+            ) from error
+        return after
+
+    def _find_peaks(self, values: torch.Tensor) -> None:
+        plain = values.dequantize() if values.is_quantized else values
+        plain = plain if plain.layout is torch.strided else plain.to_dense()
+        if plain.ndim < 2 or len(plain) != self._inputs or self._tally.stats.channel_dim % plain.ndim == 0:
+            raise InvalidArgumentError(
+                f"it must put out one row per input, got shape {tuple(values.shape)} for {self._inputs} "
+                f"inputs with `channel_dim` {self._tally.stats.channel_dim}; choose another layer, or pass "
+                "`top_k=0` for statistics alone"
+            )
+        top = self._tally.top or RunningTop(1)
+        peaks = top.peaks(plain, self._tally.stats.channel_dim, in_order=self._in_order)
+        self._peaks = peaks if self._peaks is None else united(self._peaks, peaks)
