@@ -22,7 +22,7 @@ from torchlens_viz.demo_net import load_demo_net, normalize
 
 LAYER = "features.6"
 SIZE = 128  # lucent's default
-STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+STEPS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512)
 
 
 class Normalized(nn.Module):
@@ -136,9 +136,11 @@ def main() -> None:
             )
             for steps in STEPS
         }
-    print(f"{'':24}" + "".join(f"{steps:>16} steps" for steps in STEPS))
-    for name, row in table.items():
-        print(f"{name:24}" + "".join(f"{seconds:>12.3f} s {value:>7.2f}" for seconds, value in row.values()))
+    print("| steps |" + "".join(f" {name} |" for name in table))
+    print("|--:|" + "--:|" * len(table))
+    for steps in STEPS:
+        cells = (f" {row[steps][1]:.2f} after {row[steps][0]:.2f} s |" for row in table.values())
+        print(f"| {steps} |" + "".join(cells))
     if "lucent" not in table:
         return
     last_seconds, last_score = table["lucent"][STEPS[-1]]

@@ -28,6 +28,7 @@ from torchlens_viz.updates import Smoothing
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
 _SIZE: Final = 224
 _BLUR_EVERY: Final = 4
+_KEPT_AT_ONCE: Final = 160 * 2**20
 _MEMORY_SHARE: Final = 0.6
 _PLANNED: Final = (
     "parametrization", "transforms", "size", "image_channels", "steps", "rate", "threshold", "seed",
@@ -72,6 +73,8 @@ def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
         raise
     free = free_bytes(scorer.device)
     most = min(_MOST_AT_ONCE.get(scorer.device.type, 16), int(_MEMORY_SHARE * free / max(1, per_image)))
+    if scorer.device.type == "cpu":  # beyond that, fresh pages cost more than a larger batch gains
+        most = min(most, 3 * _KEPT_AT_ONCE // max(1, per_image))
     most = max(1, min(most, count))
     return ceil(count / ceil(count / most))
 
