@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
@@ -305,7 +306,9 @@ def findings_of(found: Survey) -> list[Finding]:
             listed.append(_shared(2, "saturated", name, saturated, share, words))
         for pair in found.duplicates(name)[:_MOST_PAIRS]:
             one, other = pair.channels
-            words = f"{one} and {other}: cosine {pair.cosine:.4f}, correlation {pair.correlation:.4f}"
+            figures = {"cosine of kernels": pair.cosine, "correlation of peaks": pair.correlation}
+            known = (f"{what} {figure:.4f}" for what, figure in figures.items() if not isnan(figure))
+            words = f"{one} and {other}: {', '.join(known)}"
             listed.append(
                 Finding(1 + pair.likeness, "duplicate", name, f"{one} {other}", pair.likeness, words)
             )
