@@ -66,7 +66,7 @@ def test_a_hundred_steps_of_which_one_is_logged(source, versus, tmp_path):
         for _ in range(EVERY):
             step()
 
-    versus(ours, theirs, target=">= 0.98", rounds=5, note="one step in 100 logged")
+    versus(ours, theirs, target=">= 0.98", rounds=11, note="one step in 100 logged")
     monitor.close()
 
 

@@ -15,7 +15,7 @@ PACKAGE = Path(torchlens_viz.__file__).parent
 
 # A module may import from lower floors only. `docs/architecture.md` says what each one is for.
 FLOORS = [
-    {"comoments", "errors", "moments"},
+    {"comoments", "errors", "moments", "norms"},
     {
         "checkpoints",
         "colormaps",
@@ -54,10 +54,13 @@ FLOORS = [
         "climbs",
         "extents",
         "findings",
+        "health",
         "hookable",
         "kernels",
         "pictures",
+        "probes",
         "retention",
+        "scales",
         "scaling",
         "shadow",
         "style",
@@ -65,12 +68,24 @@ FLOORS = [
         "tallies",
         "tiling",
     },
-    {"blending", "captions", "duplicates", "ledgers", "records", "resumption", "slots", "spatial"},
+    {
+        "blending",
+        "boards",
+        "captions",
+        "duplicates",
+        "ledgers",
+        "observation",
+        "records",
+        "remarks",
+        "resumption",
+        "slots",
+        "spatial",
+    },
     {"activations", "canvas", "dependence", "logbooks", "readings"},
     {"maximization", "receptive", "regression", "scoring", "sheets", "testing", "topsheets"},
-    {"climbing", "folders", "overlays", "pairs", "patches", "planning", "pytest_plugin"},
-    {"ascent", "surveys", "zoo"},
-    {"commands", "dataset", "demo"},
+    {"climbing", "folders", "overlays", "pairs", "patches", "planning", "portraits", "pytest_plugin"},
+    {"ascent", "monitor", "surveys", "zoo"},
+    {"commands", "dataset", "demo", "lightning_callback"},
     {"survey_command"},
     {"cli"},
     {"__main__"},
@@ -172,7 +187,7 @@ def modules_after(code: str) -> set[str]:
     return set(done.stdout.split())
 
 
-HEAVY = {"torchvision", "matplotlib", "tensorboard", "skimage", "safetensors"}
+HEAVY = {"torchvision", "matplotlib", "tensorboard", "lightning", "skimage", "safetensors"}
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -180,7 +195,10 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_capture_and_sheets_load_nothing_heavy():
-    code = "from torchlens_viz import capture, make_grid, save_kernel_grid, pair_grid, testing, RunningStats"
+    code = (
+        "from torchlens_viz import "
+        "Monitor, RunningStats, capture, make_grid, pair_grid, save_kernel_grid, testing"
+    )
     assert not modules_after(code) & HEAVY
 
 

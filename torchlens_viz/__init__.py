@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchlens_viz.folders import save_feature_maps as save_feature_maps
     from torchlens_viz.folders import save_kernel_sheets as save_kernel_sheets
     from torchlens_viz.maximization import Maximization as Maximization
+    from torchlens_viz.monitor import Monitor as Monitor
     from torchlens_viz.overlays import overlay_grid as overlay_grid
     from torchlens_viz.overlays import save_overlay_grid as save_overlay_grid
     from torchlens_viz.pairs import pair_grid as pair_grid
@@ -39,6 +40,7 @@ _HOME = {
     "ChannelStats": "statistics",
     "LayerNotFoundError": "errors",
     "Maximization": "maximization",
+    "Monitor": "monitor",
     "RunningStats": "statistics",
     "Survey": "surveys",
     "TorchlensVizError": "errors",
@@ -62,6 +64,7 @@ __all__ = [
     "ChannelStats",
     "LayerNotFoundError",
     "Maximization",
+    "Monitor",
     "RunningStats",
     "Survey",
     "TorchlensVizError",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -38,14 +40,22 @@ class Board:
         missing = [name for name in _METHODS if not callable(getattr(writer, name, None))]
         if missing:
             raise InvalidTypeError(
-                f"`writer` must be a folder or have {', '.join(_METHODS)}, got {type(writer).__name__} without "
-                f"{', '.join(missing)}; pass a torch.utils.tensorboard.SummaryWriter"
+                f"`writer` must be a folder or have {', '.join(_METHODS)}, got {type(writer).__name__} "
+                f"without {', '.join(missing)}; pass a torch.utils.tensorboard.SummaryWriter"
             )
         self._writer = writer
 
     def picture(self, tag: str, image: Image.Image, step: int) -> None:
-        """Write a picture, pixel by pixel as it is."""
-        self._opened().add_image(tag, as_chw(image), step)
+        """Write a picture, pixel by pixel as it is.
+
+        Writers are given pixels, to encode as RGB with great care. Torch's takes encoded ones as well: with
+        palettes kept and little care, that is a third of the time and half the bytes.
+        """
+        writer = self._opened()
+        if _is_torchs(writer):
+            writer._get_file_writer().add_summary(_encoded(tag, image), step)
+        else:
+            writer.add_image(tag, as_chw(image), step)
 
     def number(self, tag: str, value: float, step: int) -> None:
         """Write a number."""
@@ -72,6 +82,27 @@ class Board:
         if self._writer is None:
             self._writer = _summary_writer()(str(self._folder))
         return self._writer
+
+
+def _is_torchs(writer: Any) -> bool:
+    """Tell whether a writer is torch's, and writes pictures as that does."""
+    module = sys.modules.get("torch.utils.tensorboard")
+    torchs = getattr(module, "SummaryWriter", None)
+    return torchs is not None and getattr(type(writer), "add_image", None) is torchs.add_image
+
+
+def _encoded(tag: str, image: Image.Image) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    png = io.BytesIO()
+    image.save(png, "PNG", compress_level=1)
+    picture = Summary.Image(
+        width=image.width,
+        height=image.height,
+        colorspace=1 if image.mode == "L" else 3,
+        encoded_image_string=png.getvalue(),
+    )
+    return Summary(value=[Summary.Value(tag=tag, image=picture)])
 
 
 def _summary_writer() -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from math import ceil
 from typing import Final, TypeAlias
 
@@ -30,6 +30,7 @@ _NO_CHARACTER: Final = "\U0010ffff"
 Font: TypeAlias = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
+@lru_cache(maxsize=4096)
 def text_width(text: str, size: int = SIZES[0]) -> int:
     """Return the pixels that a line of text takes, in pictures with and without smooth edges of letters."""
     text, font = _lettered(text, size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import gcd
 from typing import Any, Final, final
 
 import torch
@@ -13,7 +12,9 @@ from torchlens_viz.errors import CaptureError
 from torchlens_viz.retention import Retention
 from torchlens_viz.statistics import RunningStats
 
-_SAMPLE: Final = 2**14  # values of a call that make its histogram: a full one costs more than the pass
+# Values of a call that make its histogram: a full one costs more than the pass. The number is prime, so that
+# it divides no shape, and the sample does not meet the same column of every map.
+_SAMPLE: Final = 8009
 
 
 @final
@@ -88,10 +89,9 @@ class Observation(Retention):
 def spread(values: torch.Tensor, most: int) -> torch.Tensor:
     """Return at most `most` of the values of a tensor, spread evenly, in memory of their own."""
     flat = values.flatten()
-    stride = -(-len(flat) // most)
-    while gcd(stride, len(flat)) > 1:  # else it could meet the same column of every map
-        stride += 1
-    return flat[::stride].clone()
+    if len(flat) <= most:
+        return flat.clone()
+    return flat[torch.arange(most, device=flat.device) * len(flat) // most]
 
 
 def finite(sample: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -40,6 +40,8 @@ class ProbeBatch:
     __slots__ = ("_args", "_kwargs")
 
     def __init__(self, probe: Probe) -> None:
+        self._args: tuple[torch.Tensor, ...] = ()
+        self._kwargs: dict[str, Any] = {}
         if isinstance(probe, DataLoader):
             probe = _first(probe)
         if isinstance(probe, torch.Tensor):
@@ -48,9 +50,9 @@ class ProbeBatch:
                     f"`probe` must be a batch (N, C, H, W) with at least one input, got shape "
                     f"{tuple(probe.shape)}"
                 )
-            self._args, self._kwargs = (_own(probe),), {}
+            self._args = (_own(probe),)
         elif isinstance(probe, Mapping) and probe:
-            self._args, self._kwargs = (), dict(map_tensors(_own, dict(probe)))
+            self._kwargs = dict(map_tensors(_own, dict(probe)))
         else:
             raise InvalidTypeError(
                 "`probe` must be a batch (N, C, H, W), a mapping of keyword arguments or a DataLoader, got "
@@ -92,7 +94,7 @@ def _first(loader: DataLoader[Any]) -> Any:
     most = min(_INPUTS, count)
     with _same_random_numbers():
         items = [loader.dataset[index * count // most] for index in range(most)]
-        batch = (loader.collate_fn or torch.stack)(items)
+        batch = loader.collate_fn(items)
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
@@ -132,8 +134,9 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 def _no_autocast_cache() -> Iterator[None]:
     """Keep weights that are converted without a graph from those that are converted with one.
 
-    Within `torch.autocast` a converted weight is kept for its next use. The training's next forward pass would
-    find the probe's, which no gradient passes through, and the weight would not be trained.
+    Within `torch.autocast` a converted weight is kept for its next use. In versions of torch that keep those
+    made without gradients too, the training's next forward pass would find the probe's, and the weight would
+    not be trained.
     """
     was_enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)

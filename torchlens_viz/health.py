@@ -1,0 +1,154 @@
+"""The health of layers in a few figures, and an alarm when a figure says that something went wrong."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+
+from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.statistics import ChannelStats
+
+
+class MonitorWarning(UserWarning):
+    """What a monitor has to say while a training runs."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """How a layer is, in one forward pass or several.
+
+    Attributes:
+        mean: Of all finite values; NaN where there is none.
+        std: Of all finite values about that mean; NaN where there is none.
+        zero_fraction: The share of finite values that are exactly zero, 0 to 1.
+        dead: How many channels never exceed zero.
+        dead_fraction: The share of channels that never exceed zero, 0 to 1.
+        nonfinite: How many values are NaN or infinite.
+    """
+
+    mean: float
+    std: float
+    zero_fraction: float
+    dead: int
+    dead_fraction: float
+    nonfinite: int
+
+    @classmethod
+    def of(cls, stats: ChannelStats) -> Figures:
+        """Read the figures from the statistics of a layer's channels; waits for their device once."""
+        whole = stats.pooled()
+        is_dead = stats.max <= 0
+        parts = (whole.mean[0], whole.std[0], whole.zero_fraction[0], is_dead.sum(), whole.nonfinite[0])
+        mean, std, zeros, dead, nonfinite = torch.stack([part.double() for part in parts]).tolist()
+        return cls(
+            mean=mean,
+            std=std,
+            zero_fraction=zeros,
+            dead=int(dead),
+            dead_fraction=dead / max(stats.channels, 1),
+            nonfinite=int(nonfinite),
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What an alarm is about.
+
+    Attributes:
+        kind: `"nonfinite"`, `"dead"` or `"std"`.
+        layer: The layer's name; of several with values that are not finite, the first that ran.
+        step: The global step.
+        figures: All figures of the layer.
+        message: A sentence with layer, step and figure.
+    """
+
+    kind: Literal["nonfinite", "dead", "std"]
+    layer: str
+    step: int
+    figures: Figures
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def warn(trouble: Trouble) -> None:
+    """Warn with the layer and the step: what a monitor does unless `alarm` says otherwise."""
+    warnings.warn(trouble.message, MonitorWarning, stacklevel=2)
+
+
+@final
+class Watchman:
+    """Tells what went wrong since the last look: each trouble once, and again after it was gone.
+
+    Args:
+        max_dead: The greatest share of dead channels in a layer that is no trouble, 0 to 1.
+        std_range: (low, high), the standard deviations that are no trouble.
+
+    Raises:
+        InvalidArgumentError: A bound is out of range.
+    """
+
+    def __init__(self, *, max_dead: float, std_range: tuple[float, float]) -> None:
+        if not 0 <= max_dead <= 1:
+            raise InvalidArgumentError(f"`max_dead` must be a share from 0 to 1, got {max_dead}")
+        low, high = std_range
+        if not low <= high:
+            raise InvalidArgumentError(f"`std_range` must be (low, high) with low <= high, got {std_range}")
+        self._max_dead, self._low, self._high = max_dead, low, high
+        self._known: set[tuple[str, str]] = set()
+
+    def look(self, health: Mapping[str, Figures], step: int) -> list[Trouble]:
+        """Return the new troubles.
+
+        Args:
+            health: The figures of each layer, in the order in which the layers ran.
+            step: The global step.
+        """
+        found = self._spoilt(health, step)
+        for layer, figures in health.items():
+            if figures.nonfinite:  # what else they say is a consequence
+                continue
+            share, std = figures.dead_fraction, figures.std
+            if self._is_new(("dead", layer), share > self._max_dead):
+                message = (
+                    f"step {step}: {figures.dead} channels of `{layer}` ({share:.1%}) are dead, at most "
+                    f"{self._max_dead:.1%} are expected; is the learning rate too high?"
+                )
+                found.append(Trouble(kind="dead", layer=layer, step=step, figures=figures, message=message))
+            is_outside = not math.isnan(std) and not self._low <= std <= self._high
+            if self._is_new(("std", layer), is_outside):
+                message = (
+                    f"step {step}: the std of `{layer}` is {std:.4g}, outside "
+                    f"[{self._low:.4g}, {self._high:.4g}]"
+                )
+                found.append(Trouble(kind="std", layer=layer, step=step, figures=figures, message=message))
+        return found
+
+    def _spoilt(self, health: Mapping[str, Figures], step: int) -> list[Trouble]:
+        """Return the layer where NaN or Inf came up; those after it have it from there."""
+        spoilt = [layer for layer, figures in health.items() if figures.nonfinite]
+        if not self._is_new(("nonfinite", ""), bool(spoilt)):
+            return []
+        first, others = spoilt[0], len(spoilt) - 1
+        figures = health[first]
+        plural = "values" if figures.nonfinite > 1 else "value"
+        message = f"step {step}: `{first}` puts out {figures.nonfinite:,} {plural} that are NaN or infinite"
+        if others:
+            message += f", and so {'does' if others == 1 else 'do'} {others} more of {len(health)} layers"
+        return [Trouble(kind="nonfinite", layer=first, step=step, figures=figures, message=message)]
+
+    def _is_new(self, key: tuple[str, str], is_there: bool) -> bool:
+        is_new = is_there and key not in self._known
+        if is_there:
+            self._known.add(key)
+        else:
+            self._known.discard(key)
+        return is_new
