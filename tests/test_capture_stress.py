@@ -117,11 +117,12 @@ def traces(models: list[nn.Module]) -> list:
 
 
 def alive() -> tuple[int, int, int]:
-    """Return how many tensors there are, how many bytes they hold, and how many objects there are at all."""
+    """Return how many tensors there are, the bytes of the dense ones, and how many objects there are."""
     gc.collect()
     objects = gc.get_objects()
     found = [item for item in objects if issubclass(type(item), torch.Tensor)]
-    return len(found), sum(tensor.nbytes for tensor in found), len(objects)
+    dense = (tensor for tensor in found if tensor.layout is torch.strided)
+    return len(found), sum(tensor.nbytes for tensor in dense), len(objects)
 
 
 def some_options(chance: random.Random) -> dict:

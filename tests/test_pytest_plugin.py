@@ -36,7 +36,6 @@ SUITE = """
             activation_regression.check(acts)
             activation_regression.check(acts["2"], name=f"more of {what}")
 """
-WORKERS = pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
 
 
 def write(pytester: pytest.Pytester, shift: float) -> None:
@@ -44,17 +43,16 @@ def write(pytester: pytest.Pytester, shift: float) -> None:
 
 
 @pytest.mark.slow
-@WORKERS
-def test_baselines_are_written_and_held_to(pytester, workers):
+def test_baselines_are_written_and_held_to(pytester):
     write(pytester, 2.0)
-    missing = pytester.runpytest_subprocess(*workers)
+    missing = pytester.runpytest_subprocess()
     missing.assert_outcomes(failed=4)
     missing.stdout.fnmatch_lines(
         ["*no baseline 'test_net/test_sizes-2.json'; run `pytest --activations-overwrite` to write it, *"]
     )
     assert not (pytester.path / "test_net").exists()
 
-    pytester.runpytest_subprocess("--activations-overwrite", *workers).assert_outcomes(passed=4)
+    pytester.runpytest_subprocess("--activations-overwrite").assert_outcomes(passed=4)
     folder = pytester.path / "test_net"
     names = sorted(path.name for path in folder.iterdir())
     assert names[-2:] == ["test_sizes-2.json", "test_sizes-3.json"]
@@ -62,9 +60,9 @@ def test_baselines_are_written_and_held_to(pytester, workers):
     assert len(names) == 6
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    pytester.runpytest_subprocess(*workers).assert_outcomes(passed=4)
+    pytester.runpytest_subprocess().assert_outcomes(passed=4)
     write(pytester, 2.5)
-    changed = pytester.runpytest_subprocess(*workers)
+    changed = pytester.runpytest_subprocess()
     changed.assert_outcomes(failed=4)
     changed.stdout.fnmatch_lines(
         [
@@ -75,9 +73,20 @@ def test_baselines_are_written_and_held_to(pytester, workers):
         ]
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    pytester.runpytest_subprocess("--activations-overwrite", *workers).assert_outcomes(passed=4)
+    pytester.runpytest_subprocess("--activations-overwrite").assert_outcomes(passed=4)
     assert {path.name for path in folder.iterdir()} == before.keys()
     assert b"3.5" in (folder / "test_sizes-2.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_baselines_are_the_same_under_xdist(pytester):
+    write(pytester, 2.0)
+    pytester.runpytest_subprocess("--activations-overwrite", "-n2").assert_outcomes(passed=4)
+    assert len(list((pytester.path / "test_net").iterdir())) == 6
+    write(pytester, 2.5)
+    changed = pytester.runpytest_subprocess("-n2")
+    changed.assert_outcomes(failed=4)
+    changed.stdout.fnmatch_lines(["*6 differences from the baseline 'test_net/test_sizes-2.json'"])
 
 
 def test_the_plugin_loads_no_torch_until_it_is_used(pytester):
