@@ -22,7 +22,7 @@ from torchlens_viz.demo_net import load_demo_net, normalize
 
 LAYER = "features.6"
 SIZE = 128  # lucent's default
-STEPS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512)
+STEPS = (1, 2, 4, 8, 16, 32, 64, 80, 96, 128, 256, 512)
 
 
 class Normalized(nn.Module):

@@ -17,6 +17,7 @@ PACKAGE = Path(torchlens_viz.__file__).parent
 FLOORS = [
     {"comoments", "errors", "moments", "norms"},
     {
+        "algebra",
         "checkpoints",
         "colormaps",
         "demo_net",
@@ -29,7 +30,6 @@ FLOORS = [
         "lettering",
         "memory",
         "modes",
-        "objectives",
         "patterns",
         "png",
         "progress",
@@ -57,6 +57,7 @@ FLOORS = [
         "health",
         "hookable",
         "kernels",
+        "objectives",
         "pictures",
         "probes",
         "retention",
@@ -81,7 +82,7 @@ FLOORS = [
         "slots",
         "spatial",
     },
-    {"activations", "canvas", "dependence", "logbooks", "readings"},
+    {"activations", "canvas", "dependence", "logbooks", "readings", "starts"},
     {"maximization", "receptive", "regression", "scoring", "sheets", "testing", "topsheets"},
     {"climbing", "folders", "overlays", "pairs", "patches", "planning", "portraits", "pytest_plugin"},
     {"ascent", "monitor", "surveys", "zoo"},

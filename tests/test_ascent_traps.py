@@ -463,13 +463,40 @@ def test_the_dead_are_tried_on_the_reference_that_drives_them_hardest():
     )
 
 
-def test_without_restarts_the_evidence_says_so_and_too_few_steps_too():
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_few_steps_do_not_make_a_living_unit_dead(steps):
+    model, dead = planted(F.relu)
+    result = run(model, "out", steps=steps)
+    assert [status == "dead" for status in result.status] == dead
+    assert result.history.shape == (8, steps)
+    assert result.history[[2, 6]].isfinite().all()
+
+
+def test_a_channel_with_nan_among_its_weights_is_stopped_and_the_others_climb():
+    model, _ = planted(F.relu)
+    clean = run(model, "out", steps=8)
+    with torch.no_grad():
+        model.last.weight[3, 0, 0, 0] = torch.nan
+        model.last.bias[5] = torch.inf
+    for layer in ("last", "out"):
+        result = run(model, layer, steps=8)
+        assert [status == "nonfinite" for status in result.status] == [n in (3, 5) for n in range(8)]
+        assert not result.scores[[3, 5]].isfinite().any()
+    others = [0, 1, 2, 4, 6, 7]
+    torch.testing.assert_close(result.images[others], clean.images[others], rtol=0, atol=1e-5)
+    assert model.last.weight[3].isnan().any()
+
+
+def test_a_convolution_without_weights_is_dead_before_its_relu_too():
+    model, _ = planted(F.relu)
+    result = run(model, "last", steps=8)
+    assert [status == "dead" for status in result.status] == [n == 4 for n in range(8)]
+
+
+def test_without_restarts_the_evidence_says_so():
     model, _ = planted(F.relu)
     assert run(model, "out", 1, restarts=0).evidence == (
         "no gradient at the start, with and after redirected ReLUs",
-    )
-    assert run(model, "out", 1, steps=1).evidence == (
-        "no gradient at the start; 1 steps are too few to look further",
     )
     assert run(model, "out", 1, method="classic", seed=1).evidence == ("no gradient at the start",)
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from torchlens_viz.algebra import Objective, Scene
 from torchlens_viz.climbing import climb
 from torchlens_viz.climbs import Climb, Plan, Request
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
@@ -20,7 +21,7 @@ from torchlens_viz.hookable import refuse_torchscript
 from torchlens_viz.images import Parametrization, ParametrizationName, Pixels, parametrization_of
 from torchlens_viz.layers import Selector
 from torchlens_viz.maximization import Maximization
-from torchlens_viz.objectives import Objective, ObjectiveName, Scene, objective_of
+from torchlens_viz.objectives import ObjectiveName, objective_of
 from torchlens_viz.planning import (
     channel_means,
     check_independence,

@@ -9,12 +9,13 @@ from typing import Final, final
 
 import torch
 
-from torchlens_viz.climbs import Climb, Plan, Request, as_frame, stream, verdict
+from torchlens_viz.climbs import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
 from torchlens_viz.memory import is_out_of_memory
 from torchlens_viz.redirection import Redirection
 from torchlens_viz.scoring import Scorer, Sensitivity
 from torchlens_viz.slots import Rows, Run
+from torchlens_viz.starts import Starts
 from torchlens_viz.updates import Adam, as_it_is, normalised
 
 _REDIRECTED_STEPS: Final = 16
@@ -95,7 +96,7 @@ class _Slots:
         self.runs: list[Run] = []
         self._plan = plan
         self._scorer = scorer
-        self._device = scorer.device
+        self._starts = Starts(plan, scorer.device, scorer.sensitivity if scorer.is_affine else None)
         self._rows: Rows | None = None
         self._done: list[int] = []
         self._adam = Adam(plan.rate, like_keras=plan.is_classic)
@@ -104,15 +105,15 @@ class _Slots:
 
     def progress(self) -> float:
         """Return which part of their steps the images under way have made, summed."""
-        part = sum(run.step for place, run in enumerate(self.runs) if place not in self._done)
-        return part / self._plan.steps
+        steps = self._plan.steps
+        return sum(min(run.step / steps, 1.0) for n, run in enumerate(self.runs) if n not in self._done)
 
     def fill(self, requests: Sequence[Request]) -> None:
         """Let these begin to climb, first in the places of those that are done."""
-        runs = [self._begin(request, attempt=0) for request in requests]
+        runs = [self._starts.run(request, attempt=0) for request in requests]
         places, self._done = self._done, []
         if self._rows is None:
-            self.runs, self._rows = runs, self._started(runs)
+            self.runs, self._rows = runs, self._starts.rows(runs)
             return
         if runs:
             old, new = runs[: len(places)], runs[len(places) :]
@@ -120,7 +121,7 @@ class _Slots:
                 self._put(places[: len(old)], old)
             if new:
                 self.runs += new
-                self._rows = self._rows.joined(self._started(new))
+                self._rows = self._rows.joined(self._starts.rows(new))
         unused = set(places[len(runs) :])
         if unused:
             kept = [place for place in range(len(self.runs)) if place not in unused]
@@ -149,7 +150,7 @@ class _Slots:
         """Take the images that have come to their end."""
         rows, steps = self._rows, self._plan.steps
         assert rows is not None
-        at_end = [bool(run.ending) or run.step >= steps for run in self.runs]
+        at_end = [bool(run.ending) or (run.step >= steps and not run.is_waking) for run in self.runs]
         if any(at_end) or self._count % self._look_every == 0:
             active = rows.active.tolist()
             at_end = [end or not active[place] for place, end in enumerate(at_end)]
@@ -157,66 +158,11 @@ class _Slots:
         self._done = done
         return self._climbs(done, rows.taken(done)) if done else []
 
-    def _begin(self, request: Request, *, attempt: int) -> Run:
-        noise = torch.Generator(self._device)
-        noise.manual_seed(stream(self._plan.seed, request, attempt, "noise"))
-        return Run(request, attempt, noise)
-
-    def _started(self, runs: Sequence[Run]) -> Rows:
-        """Return the state in which runs begin."""
-        plan, count = self._plan, len(runs)
-        channels = torch.tensor([run.request.channel for run in runs], device=self._device)
-        parameters = torch.stack([self._start(run) for run in runs]).to(self._device)
-        none = torch.zeros(count, 0, device=self._device)
-        sensitivity = Sensitivity(none, none)
-        if self._scorer.is_affine:
-            sensitivity = self._scorer.sensitivity(
-                plan.parametrization.decode(parameters, plan.size), channels
-            )
-        numbers = none
-        if plan.transforms.moves:
-            drawn = [plan.transforms.numbers(plan.steps, self._generator(run, "place")) for run in runs]
-            numbers = torch.stack(drawn).to(self._device)
-        return Rows(
-            channels=channels,
-            parameters=parameters,
-            mean=torch.zeros_like(parameters),
-            square=torch.zeros_like(parameters),
-            step=torch.zeros_like(channels),
-            active=torch.ones_like(channels, dtype=torch.bool),
-            over=torch.zeros_like(channels, dtype=torch.bool),
-            redirected=torch.zeros_like(channels, dtype=torch.bool),
-            history=torch.full((count, plan.steps), torch.nan, device=self._device),
-            numbers=numbers,
-            offset=sensitivity.offset,
-            slope=sensitivity.slope,
-        )
-
-    def _start(self, run: Run) -> torch.Tensor:
-        plan, image = self._plan, self._plan.start
-        if run.attempt > 0:
-            image = None
-            if (
-                plan.references is not None
-                and plan.reference_means is not None
-                and run.attempt > plan.restarts
-            ):
-                means = plan.reference_means[:, run.request.channel % plan.reference_means.shape[1]]
-                image = plan.references[int(means.argmax())]
-        generator = self._generator(run, "start")
-        return plan.parametrization.start(plan.image_channels, plan.size, generator, image, run.attempt)
-
-    def _generator(self, run: Run, purpose: str) -> torch.Generator:
-        generator = torch.Generator("cpu")  # so that every device gets the same numbers
-        if self._plan.is_classic:  # every channel begins from the same image
-            return generator.manual_seed(self._plan.seed)
-        return generator.manual_seed(stream(self._plan.seed, run.request, run.attempt, purpose))
-
     def _transformed(self, images: torch.Tensor) -> torch.Tensor:
         plan, rows = self._plan, self._rows
         assert rows is not None
         if plan.transforms.moves:
-            numbers = rows.numbers[torch.arange(len(images), device=self._device), rows.step]
+            numbers = rows.numbers[torch.arange(len(images), device=images.device), rows.step]
             images = plan.transforms.place(images, numbers, plan.parametrization.middle)
         if plan.transforms.noise:
             noise = torch.empty_like(images, requires_grad=False)
@@ -242,7 +188,9 @@ class _Slots:
         if plan.threshold is not None:
             rows.over |= moving & (scores > plan.threshold)
         rows.active &= is_fine & ~rows.over
-        rows.step += 1
+        rows.step.add_(1).clamp_(
+            max=plan.steps - 1
+        )  # what is still waking may take longer than all its steps
         return moving & (slope.peak == 0)
 
     def _judge(self, is_flat: torch.Tensor) -> None:
@@ -254,11 +202,15 @@ class _Slots:
         patience = _PATIENCE if self._plan.transforms.moves else 1
         for place, run in enumerate(self.runs):
             run.step += 1
-            if run.looks:
-                run.looks = run.looks - 1 if flat[place] else 0
-                if flat[place] and not run.looks:
+            if run.looks and flat[place]:
+                run.looks -= 1
+                if not run.looks:
                     self._help(place, run, patience)
                     continue
+            elif run.looks:
+                run.looks = 0
+                if run.is_waking and not run.is_redirected and run.step > run.redirected_until:
+                    self._begin_here(place, run)
             if run.redirected_until and run.step == run.redirected_until:
                 rows.redirected[place] = False
                 run.looks = patience
@@ -266,22 +218,31 @@ class _Slots:
     def _help(self, place: int, run: Run, patience: int) -> None:
         """Redirect what has no gradient; where that was in vain, begin anew elsewhere, or give up."""
         assert self._rows is not None
-        length = min(_REDIRECTED_STEPS, max(1, self._plan.steps // 3))
-        has_time = run.step + length <= self._plan.steps // 2 and not run.is_redirected
+        has_time = run.step + _REDIRECTED_STEPS <= self._plan.steps // 2 and not run.is_redirected
         if self._plan.is_classic:
             run.ending = "dead"
         elif not run.redirected_until or has_time:
-            run.redirected_until = run.step + length
+            run.redirected_until = run.step + _REDIRECTED_STEPS
             run.looks = patience
             self._rows.redirected[place] = True
         elif run.attempt < self._plan.attempts - 1:
-            self._put([place], [self._begin(run.request, attempt=run.attempt + 1)])
+            self._put([place], [self._starts.run(run.request, attempt=run.attempt + 1)])
         else:
             run.ending = "dead"
 
+    def _begin_here(self, place: int, run: Run) -> None:
+        """Let what has a gradient at last make all of its steps, from where it is."""
+        rows = self._rows
+        assert rows is not None
+        run.step = run.redirected_until = 0
+        run.frames.clear()
+        for state in (rows.step, rows.mean, rows.square):
+            state[place] = 0
+        rows.history[place] = torch.nan
+
     def _put(self, places: list[int], runs: list[Run]) -> None:
         assert self._rows is not None
-        self._rows.put_(places, self._started(runs))
+        self._rows.put_(places, self._starts.rows(runs))
         for place, run in zip(places, runs, strict=True):
             self.runs[place] = run
 
@@ -304,11 +265,10 @@ class _Slots:
             if plan.frames_every is not None:
                 run.frames.append(as_frame(images[index], plan.parametrization))
             own = history[index]
-            is_unheard = bool(active[index]) and 0 < run.step <= run.redirected_until  # out of steps
             status, evidence = verdict(
                 plan,
                 own,
-                starts=run.attempt + 1 if run.ending == "dead" or is_unheard else 0,
+                starts=run.attempt + 1 if run.ending == "dead" else 0,
                 over=bool(over[index]),
                 stopped=not active[index],
             )

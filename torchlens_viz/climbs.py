@@ -93,9 +93,8 @@ def verdict(
     """
     numbers = history[~history.isnan()]
     steps = len(numbers)
-    if starts and (plan.is_classic or starts < plan.attempts):
-        rest = "" if plan.is_classic else f"; {plan.steps} steps are too few to look further"
-        return "dead", f"no gradient at the start{rest}"
+    if starts and plan.is_classic:
+        return "dead", "no gradient at the start"
     if starts:
         tried = f"from {starts} starts" if starts > 1 else "at the start"
         real = "" if plan.references is None else ", one of them the reference image that drives it hardest"

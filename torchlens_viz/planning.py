@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from torchlens_viz.algebra import Objective
 from torchlens_viz.choices import indices_of
 from torchlens_viz.climbs import Plan, Request
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
@@ -20,7 +21,6 @@ from torchlens_viz.images import Parametrization, Pixels, Size
 from torchlens_viz.inputs import as_batch
 from torchlens_viz.kernels import convolutions
 from torchlens_viz.memory import free_bytes, is_out_of_memory
-from torchlens_viz.objectives import Objective
 from torchlens_viz.resumption import checksum
 from torchlens_viz.scoring import Scorer
 from torchlens_viz.updates import Smoothing

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from torchlens_viz.activations import capture
+from torchlens_viz.algebra import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.layers import Selector, select_one
 from torchlens_viz.memory import is_out_of_memory
-from torchlens_viz.objectives import Objective, Scene
 from torchlens_viz.records import Activations
 from torchlens_viz.shadow import autocasting, shadow_of
 
@@ -186,9 +186,10 @@ class Scorer:
         assert self._taken_shape is not None
         module = select_one(self._exact, self.layer).module
         taken = torch.zeros(len(channels), *self._taken_shape, device=self.device, requires_grad=True)
-        output = self._by_channel(module(taken))
-        offset = self.objective(self._scene(images, channels, {self.layer: output}))
-        (slope,) = torch.autograd.grad(offset.sum(), taken)
+        with torch.enable_grad():  # also where a climb begins anew, amid steps without a graph
+            output = self._by_channel(module(taken))
+            offset = self.objective(self._scene(images, channels, {self.layer: output}))
+            (slope,) = torch.autograd.grad(offset.sum(), taken)
         if slope.ndim == 4:
             slope = slope.contiguous(memory_format=self._layout)
         return Sensitivity(offset.detach(), slope)

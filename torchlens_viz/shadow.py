@@ -20,6 +20,7 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 # Their weights are what autocast would convert anew at every step; all else stays as autocast wants it.
 _CAST: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
+_ROWS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # a row of their weights makes one channel
 
 
 def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -63,7 +64,25 @@ def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Mod
             f"`model` must be a module that can be copied, got {type(original).__name__}, of which "
             f"copy.deepcopy says: {' '.join(str(error).split())}; give the nn.Module alone"
         ) from error
+    _confine_nonfinite(twin)
     return twin.eval()
+
+
+def _confine_nonfinite(twin: nn.Module) -> None:
+    """Let a channel with NaN or Inf among its weights put out NaN, and keep that from the other gradients.
+
+    Its output is lost either way, but zero times NaN would be NaN in every gradient that passes the layer.
+    """
+    for module in twin.modules():
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+        if type(module) not in _ROWS or weight is None or weight.is_meta or weight.sum().isfinite():
+            continue
+        is_spoilt = ~weight.isfinite().flatten(1).all(1)
+        clean = weight.masked_fill(is_spoilt.view(-1, *[1] * (weight.ndim - 1)), 0)
+        added = weight.new_zeros(len(weight)) if bias is None else bias
+        told = added.masked_fill(is_spoilt, torch.nan)
+        for name, values in (("weight", clean), ("bias", told)):
+            module.register_parameter(name, nn.Parameter(values, requires_grad=False))
 
 
 class _CopyingValues(TorchFunctionMode):

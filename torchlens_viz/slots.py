@@ -19,7 +19,7 @@ class Run:
         request: What it is for.
         attempt: From which start it climbs, from 0.
         noise: The stream of the noise that is added to its image.
-        step: How many steps it has made.
+        step: How many steps it has made. Those until there is a gradient do not count.
         redirected_until: The first step without redirected ReLUs; 0 where they were not needed.
         looks: For how many steps on end there may yet be no gradient, until something is done about it; 0
             once there was one.
@@ -35,6 +35,11 @@ class Run:
     looks: int = 1
     ending: Literal["", "dead"] = ""
     frames: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def is_waking(self) -> bool:
+        """Whether it has yet to be seen that there is a gradient without redirected ReLUs."""
+        return self.redirected_until > 0
 
     @property
     def is_redirected(self) -> bool:
