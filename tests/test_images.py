@@ -122,7 +122,7 @@ def test_a_fixed_spectrum_keeps_its_magnitudes_one_over_the_frequency_whatever_t
         assert waves.mean() == pytest.approx(0.0, abs=1e-5)
         spectrum = np.abs(np.fft.rfft2(waves))
         rows, columns = np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None]
-        ratio = (spectrum * np.hypot(rows, columns))[:, 1 : (size[1] + 1) // 2]  # columns with a mirror image
+        ratio = (spectrum * np.hypot(rows, columns)).flatten()[1:]  # all but the mean
         np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-4)
 
 
@@ -132,7 +132,9 @@ def test_a_fixed_spectrum_takes_the_phases_of_an_image():
     made = by.decode(by.start(1, (8, 8), generator(), image)[None], (8, 8))[0]
     logits, phases = torch.logit(image).double().numpy(), np.angle
     given, found = np.fft.rfft2(logits[0]), np.fft.rfft2(torch.logit(made)[0].double().numpy())
-    np.testing.assert_allclose(phases(given)[:, 1:4], phases(found)[:, 1:4], atol=1e-3)
+    own_mirror = np.zeros((8, 5), bool)  # real, for which the phase of an image has no say but its sign
+    own_mirror[[0, 0, 4, 4], [0, 4, 0, 4]] = True
+    np.testing.assert_allclose(phases(given)[~own_mirror], phases(found)[~own_mirror], atol=1e-3)
 
 
 @pytest.mark.parametrize("by", [Fourier(), FixedSpectrum()], ids=lambda by: type(by).__name__)

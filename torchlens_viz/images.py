@@ -254,9 +254,8 @@ class FixedSpectrum(_Spectrum):
         """Return the images: inverse transform, fixed contrast, colours, sigmoid."""
         magnitude = 1 / _frequencies(size, parameters.device)
         magnitude[0, 0] = 0.0  # the mean is not a pattern
-        colours = torch.fft.irfft2(
-            torch.polar(magnitude.expand_as(parameters), parameters), s=size, norm="ortho"
-        )
+        waves = torch.polar(magnitude.expand_as(parameters), _odd(parameters, size))
+        colours = torch.fft.irfft2(waves, s=size, norm="ortho")
         deviation = colours.std((-3, -2, -1), keepdim=True).clamp_min(1e-12)
         return self._to_pixels(colours * (self.contrast / deviation))
 
@@ -279,6 +278,17 @@ def _frequencies(size: Size, device: torch.device) -> torch.Tensor:
     rows = torch.fft.fftfreq(size[0], device=device)[:, None]
     columns = torch.fft.rfftfreq(size[1], device=device)[None]
     return torch.hypot(rows, columns).clamp_min(1.0 / max(size))
+
+
+def _odd(phases: torch.Tensor, size: Size) -> torch.Tensor:
+    """Make phases (..., H, W // 2 + 1) opposite where both halves of a wave are in the spectrum of an image.
+
+    That is so in the first column and, of an even width, in the last. Phases that disagree there cancel.
+    """
+    both = torch.tensor([0] if size[1] % 2 else [0, size[1] // 2], device=phases.device)
+    here = phases.index_select(-1, both)
+    opposite = here.flip(-2).roll(1, -2)
+    return phases.index_copy(-1, both, (here - opposite) / 2)
 
 
 def _mixed(matrix: torch.Tensor, colours: torch.Tensor) -> torch.Tensor:
