@@ -82,7 +82,7 @@ FLOORS = [
         "slots",
         "spatial",
     },
-    {"activations", "canvas", "dependence", "logbooks", "readings", "starts"},
+    {"activations", "canvas", "dependence", "logbooks", "readings", "starts", "waking"},
     {"maximization", "receptive", "regression", "scoring", "sheets", "testing", "topsheets"},
     {"climbing", "folders", "overlays", "pairs", "patches", "planning", "portraits", "pytest_plugin"},
     {"ascent", "monitor", "surveys", "zoo"},

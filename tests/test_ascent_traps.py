@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 from torchlens_viz import capture, objectives
 from torchlens_viz.ascent import maximize
+from torchlens_viz.demo_net import load_demo_net, normalize
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 
 
@@ -470,6 +471,17 @@ def test_few_steps_do_not_make_a_living_unit_dead(steps):
     assert [status == "dead" for status in result.status] == dead
     assert result.history.shape == (8, steps)
     assert result.history[[2, 6]].isfinite().all()
+
+
+def test_what_falls_asleep_on_the_way_is_woken():
+    # Channels that a step too far switches off, all of which photographs and other climbs drive.
+    demo, channels = load_demo_net(), [4, 11, 23, 29, 36]
+    result = maximize(
+        demo, "features.4", channels, size=48, steps=32, preprocess=normalize, parametrization="fourier"
+    )
+    assert (result.scores > 1).all()
+    assert set(result.status) <= {"steps", "stalled"}
+    assert result.history.isfinite().all()
 
 
 def test_a_channel_with_nan_among_its_weights_is_stopped_and_the_others_climb():

@@ -17,10 +17,9 @@ from torchlens_viz.scoring import Scorer, Sensitivity
 from torchlens_viz.slots import Rows, Run
 from torchlens_viz.starts import Starts
 from torchlens_viz.updates import Adam, as_it_is, normalised
+from torchlens_viz.waking import Action, is_watched, next_action
 
-_REDIRECTED_STEPS: Final = 16
 _HURRY: Final = 3.0
-_PATIENCE: Final = 4  # steps without a gradient, where images are moved at random
 _LOOK_EVERY: Final = 8  # steps between two looks at the flags on a GPU, which must come to a halt for it
 
 
@@ -142,9 +141,8 @@ class _Slots:
         rows.parameters = parameters.detach()
         with torch.no_grad():
             self._film(images)
-            is_flat = self._move(rows, scores.detach(), gradient)
+            self._judge(*self._move(rows, scores.detach(), gradient))
             self._count += 1
-            self._judge(is_flat)
 
     def finished(self) -> list[Climb]:
         """Take the images that have come to their end."""
@@ -171,14 +169,16 @@ class _Slots:
             images = images + plan.transforms.noise * plan.parametrization.width * noise
         return images
 
-    def _move(self, rows: Rows, scores: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Change what still climbs; return which images have no gradient, (N,) bool."""
+    def _move(
+        self, rows: Rows, scores: torch.Tensor, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Change what still climbs; return which images have a gradient, and which climb, both (N,) bool."""
         plan = self._plan
         slope = as_it_is(gradient) if plan.is_classic else normalised(gradient)
         is_fine = scores.isfinite() & slope.peak.isfinite()
         moving = rows.active & is_fine
         rows.history.scatter_(1, rows.step[:, None], scores.where(rows.active, torch.nan)[:, None])
-        change = self._adam.change(slope.gradient, rows.step, rows.mean, rows.square)
+        change = self._adam.change(slope.gradient, rows.age, rows.mean, rows.square)
         if not plan.is_classic:  # what has no gradient yet must go far
             change *= torch.where(rows.redirected, _HURRY, 1.0).view(-1, *[1] * (change.ndim - 1))
         rows.parameters += change.where(moving.view(-1, *[1] * (change.ndim - 1)), 0)
@@ -188,57 +188,31 @@ class _Slots:
         if plan.threshold is not None:
             rows.over |= moving & (scores > plan.threshold)
         rows.active &= is_fine & ~rows.over
-        rows.step.add_(1).clamp_(
-            max=plan.steps - 1
-        )  # what is still waking may take longer than all its steps
-        return moving & (slope.peak == 0)
+        rows.age += 1
+        rows.step.add_(1).clamp_(max=plan.steps - 1)  # waking may take longer than all steps
+        return slope.peak > 0, moving
 
-    def _judge(self, is_flat: torch.Tensor) -> None:
+    def _judge(self, has_gradient: torch.Tensor, moving: torch.Tensor) -> None:
         """Redirect, restart or give up those that have no gradient where it is time to look."""
-        rows = self._rows
+        rows, plan = self._rows, self._plan
         assert rows is not None
-        flat = is_flat.tolist() if any(run.looks for run in self.runs) else []
-        # Where the image is moved at random, a single step may miss what the unit sees.
-        patience = _PATIENCE if self._plan.transforms.moves else 1
+        watched = [is_watched(run, plan) for run in self.runs]
+        seen = torch.stack((has_gradient, moving)).tolist() if any(watched) else None
         for place, run in enumerate(self.runs):
-            run.step += 1
-            if run.looks and flat[place]:
-                run.looks -= 1
-                if not run.looks:
-                    self._help(place, run, patience)
-                    continue
-            elif run.looks:
-                run.looks = 0
-                if run.is_waking and not run.is_redirected and run.step > run.redirected_until:
-                    self._begin_here(place, run)
-            if run.redirected_until and run.step == run.redirected_until:
-                rows.redirected[place] = False
-                run.looks = patience
-
-    def _help(self, place: int, run: Run, patience: int) -> None:
-        """Redirect what has no gradient; where that was in vain, begin anew elsewhere, or give up."""
-        assert self._rows is not None
-        has_time = run.step + _REDIRECTED_STEPS <= self._plan.steps // 2 and not run.is_redirected
-        if self._plan.is_classic:
-            run.ending = "dead"
-        elif not run.redirected_until or has_time:
-            run.redirected_until = run.step + _REDIRECTED_STEPS
-            run.looks = patience
-            self._rows.redirected[place] = True
-        elif run.attempt < self._plan.attempts - 1:
-            self._put([place], [self._starts.run(run.request, attempt=run.attempt + 1)])
-        else:
-            run.ending = "dead"
-
-    def _begin_here(self, place: int, run: Run) -> None:
-        """Let what has a gradient at last make all of its steps, from where it is."""
-        rows = self._rows
-        assert rows is not None
-        run.step = run.redirected_until = 0
-        run.frames.clear()
-        for state in (rows.step, rows.mean, rows.square):
-            state[place] = 0
-        rows.history[place] = torch.nan
+            is_flat = not seen[0][place] if seen and watched[place] and seen[1][place] else None
+            match next_action(run, is_flat, plan):
+                case Action.REDIRECT:
+                    rows.redirected[place] = True
+                case Action.RELEASE:
+                    rows.redirected[place] = False
+                case Action.CLIMB:  # let it make all of its steps, from where it is
+                    run.frames.clear()
+                    rows.step[place] = 0
+                    rows.history[place] = torch.nan
+                case Action.RESTART:
+                    anew = self._starts.run(run.request, attempt=run.attempt + 1)
+                    anew.has_climbed = run.has_climbed
+                    self._put([place], [anew])
 
     def _put(self, places: list[int], runs: list[Run]) -> None:
         assert self._rows is not None

@@ -21,8 +21,10 @@ class Run:
         noise: The stream of the noise that is added to its image.
         step: How many steps it has made. Those until there is a gradient do not count.
         redirected_until: The first step without redirected ReLUs; 0 where they were not needed.
-        looks: For how many steps on end there may yet be no gradient, until something is done about it; 0
-            once there was one.
+        flat: How many of the latest steps had no gradient.
+        redirections: How often on end ReLUs were redirected.
+        wakings: How often it had to be woken.
+        has_climbed: Whether there ever was a gradient without redirected ReLUs, from this start or another.
         ending: What the host has found.
         frames: Its image on the way.
     """
@@ -32,8 +34,11 @@ class Run:
     noise: torch.Generator
     step: int = 0
     redirected_until: int = 0
-    looks: int = 1
-    ending: Literal["", "dead"] = ""
+    flat: int = 0
+    redirections: int = 0
+    wakings: int = 0
+    has_climbed: bool = False
+    ending: Literal["", "dead", "asleep"] = ""
     frames: list[torch.Tensor] = field(default_factory=list)
 
     @property
@@ -50,12 +55,16 @@ class Run:
 @final
 @dataclass(slots=True)
 class Rows:
-    """The state of all slots; row i of every tensor belongs to slot i."""
+    """The state of all slots; row i of every tensor belongs to slot i.
+
+    `age` is of all steps, for the optimiser; `step` of those that count, for history and random numbers.
+    """
 
     channels: torch.Tensor
     parameters: torch.Tensor
     mean: torch.Tensor
     square: torch.Tensor
+    age: torch.Tensor
     step: torch.Tensor
     active: torch.Tensor
     over: torch.Tensor

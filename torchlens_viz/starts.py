@@ -55,6 +55,7 @@ class Starts:
             parameters=parameters,
             mean=torch.zeros_like(parameters),
             square=torch.zeros_like(parameters),
+            age=torch.zeros_like(channels),
             step=torch.zeros_like(channels),
             active=torch.ones_like(channels, dtype=torch.bool),
             over=torch.zeros_like(channels, dtype=torch.bool),
