@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     DistributedSampler,
     IterableDataset,
     RandomSampler,
@@ -122,6 +123,7 @@ class Numbering:
     """
 
     def __init__(self, loader: Any, indices: Indices, input_of: InputOf, *, shared: bool) -> None:
+        _refuse_what_is_no_loader(loader)
         sampler = _sampler_of(loader)
         self._rule = input_of
         self._function = indices if callable(indices) else None
@@ -131,6 +133,8 @@ class Numbering:
         self._following: Iterator[int] | None = None
         self.place = 0
         self._last = -1
+        if self._function is None:
+            _refuse_loss_of_order(loader)
         if indices is None:
             _refuse_shuffling(loader, sampler, shared=shared)
             if isinstance(sampler, DistributedSampler | Sequence):
@@ -193,6 +197,11 @@ class Numbering:
                 f"`indices` must name each input of the loader, got {len(self._known)} for "
                 f"{self.place} inputs"
             )
+        if self._following is not None and not self._is_partial and next(self._following, None) is not None:
+            raise InvalidArgumentError(
+                f"`loader` must yield every input that its sampler names, got {self.place} inputs and no "
+                "more: does its `collate_fn` leave some out? Pass `indices`, a function of a batch"
+            )
 
     def _next(self, batch: Any, count: int) -> torch.Tensor:
         if self._function is not None:
@@ -248,6 +257,26 @@ def _padding(sampler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda places: torch.ones_like(places, dtype=torch.bool)
     count, rank, processes = len(sampler.dataset), sampler.rank, sampler.num_replicas  # type: ignore[arg-type]
     return lambda places: places * processes + rank < count
+
+
+def _refuse_what_is_no_loader(loader: Any) -> None:
+    is_dataset = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    if isinstance(loader, torch.Tensor) or is_dataset:
+        remedy = (
+            "`x.split(64)`" if isinstance(loader, torch.Tensor) else "`DataLoader(dataset, batch_size=64)`"
+        )
+        raise InvalidTypeError(
+            f"`loader` must yield batches, got a {type(loader).__name__}, which yields single inputs; pass "
+            f"{remedy}"
+        )
+
+
+def _refuse_loss_of_order(loader: Any) -> None:
+    if isinstance(loader, DataLoader) and loader.num_workers and not getattr(loader, "in_order", True):
+        raise InvalidArgumentError(
+            "`loader` must keep the order of its batches, got a DataLoader with `in_order=False`; leave that "
+            "out, or pass `indices`, a function of a batch"
+        )
 
 
 def _refuse_shuffling(loader: Any, sampler: Any, *, shared: bool) -> None:

@@ -41,11 +41,16 @@ def together(ours: Comoments, theirs: Comoments) -> Comoments:
 
 
 def correlation(sums: Comoments) -> torch.Tensor:
-    """Return Pearson's correlation of every pair of channels, (C, C); NaN for one that does not vary."""
+    """Return Pearson's correlation of every pair of channels, (C, C); NaN where one does not vary.
+
+    Nor is there one of fewer than three inputs: two points always lie on a line. A channel whose spread is
+    less than a millionth of its size does not vary.
+    """
     count = sums.inputs.clamp(min=1)
     mean = sums.sums / count
     spread = (sums.squares / count - mean.square()).clamp(min=0)
     # What is left of a constant after its square is taken from itself.
     spread = spread.masked_fill(spread <= 1e-12 * sums.squares / count, 0)
     shared = sums.products / count - mean * mean.T
-    return (shared / (spread * spread.T).sqrt()).masked_fill(spread * spread.T == 0, torch.nan).clamp(-1, 1)
+    is_unknown = (spread * spread.T == 0) | (sums.inputs < 3)
+    return (shared / (spread * spread.T).sqrt()).masked_fill(is_unknown, torch.nan).clamp(-1, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, final
 
@@ -111,7 +111,7 @@ def survey(
         ([1], 6)
     """
     names = [layer.name for layer in select(model, layers)]
-    _check(top_k, checkpoint_seconds)
+    top_k = _checked(top_k, checkpoint_seconds)
     rank, processes = world() if distributed else (0, 1)
     first = next(model.parameters(), None)
     place = torch.device(device) if device is not None else None if first is None else first.device
@@ -119,7 +119,7 @@ def survey(
         "layers": names,
         "top_k": top_k,
         "channel_dim": channel_dim,
-        "bins": list(bins) if isinstance(bins, Sequence) and not isinstance(bins, str) else bins,
+        "bins": bins if bins is None or isinstance(bins, str) else [float(edge) for edge in bins],
         "correlations": correlations,
         "processes": processes,
     }
@@ -174,6 +174,7 @@ class _Pass:
         """Survey all batches, or those before Ctrl-C."""
         before = None if self._book is None else self._book.read()
         if before is not None and before.is_complete:
+            self._require_same_beginning(loader, before)
             self.progress = before
             count(before.inputs)
             return
@@ -191,6 +192,7 @@ class _Pass:
                         self._survey(batch, watched)
                     count(len(batch.samples))
             self._numbering.finish()
+            _refuse_repeated(self.progress.tallies)
             self.progress = self.progress._replace(is_complete=True)
             if before is not None and self.progress.batches < before.batches:
                 assert self._book is not None
@@ -202,6 +204,13 @@ class _Pass:
                 raise
         if self._book is not None and self.progress.inputs:
             self._book.write(self.progress)
+
+    def _require_same_beginning(self, loader: Iterable[Any], before: Progress) -> None:
+        """Hold the first batch of a loader, if it yields one at all, to that of a finished run."""
+        assert self._book is not None
+        for raw in loader:
+            self._book.require_same_data(before, fingerprint(self._numbering.read(raw)))
+            break
 
     def _hook(self, stack: ExitStack) -> dict[str, Any]:
         """Make every layer's calls reach the observation of the batch that is under way."""
@@ -229,7 +238,8 @@ class _Pass:
 
     def _pass_over(self, batch: Batch, before: Progress) -> None:
         assert self._book is not None
-        self._numbering.are_in_order(batch.samples)
+        if len(batch.samples):
+            self._numbering.are_in_order(batch.samples)
         now = self.progress
         self.progress = now._replace(batches=now.batches + 1, inputs=now.inputs + len(batch.samples))
         if self.progress.batches == before.batches:
@@ -318,12 +328,27 @@ def _united(
     return merged
 
 
-def _check(top_k: int, seconds: float) -> None:
+def _refuse_repeated(tallies: Mapping[str, Tally]) -> None:
+    """Refuse indices of which one was given to two inputs, so far as the top inputs show it."""
+    for tally in tallies.values():
+        samples = None if tally.top is None or not tally.inputs else tally.top.compute().samples
+        if samples is None or samples.shape[1] < 2:
+            continue
+        ordered = samples.sort(dim=1).values
+        repeated = ordered[:, 1:][(ordered.diff(dim=1) == 0) & (ordered[:, 1:] >= 0)]
+        if len(repeated):
+            raise InvalidArgumentError(
+                f"`indices` must name each input once, got {int(repeated[0])} in two batches"
+            )
+
+
+def _checked(top_k: int, seconds: float) -> int:
     try:
-        is_negative = operator.index(top_k) < 0 or isinstance(top_k, bool)
+        count = operator.index(top_k)
     except TypeError:
         raise InvalidTypeError(f"`top_k` must be an int, got {top_k!r}") from None
-    if is_negative:
+    if count < 0 or isinstance(top_k, bool):
         raise InvalidArgumentError(f"`top_k` must be 0 or more, got {top_k}")
     if not seconds >= 0:
         raise InvalidArgumentError(f"`checkpoint_seconds` must be 0 or more, got {seconds}")
+    return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -49,11 +50,13 @@ class Logbook:
 
     Raises:
         MissingDependencyError: safetensors is not installed.
+        ArchiveError: Nothing can be written there.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, seconds: float) -> None:
         require_safetensors()
         self._path = Path(path)
+        _require_writable(self._path)  # now, and not when there is something to lose
         self._settings = json.loads(json.dumps(settings))
         self._seconds = seconds
         self._written = time.monotonic()
@@ -123,6 +126,17 @@ class Logbook:
         tallies = told.pop("tallies")
         write_ledger(self._path, tallies, {"settings": self._settings, "progress": told})
         self._written = time.monotonic()
+
+
+def _require_writable(path: Path) -> None:
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ArchiveError(
+            f"`checkpoint` must name a file that can be written, got {str(path)!r}: {error.strerror}"
+        ) from error
 
 
 def fingerprint(batch: Batch) -> int:

@@ -169,7 +169,7 @@ def _as_matrix(values: torch.Tensor, channel_dim: int) -> _Layout:
         side_by_side = 1
         while len(rows) % (2 * side_by_side) == 0 and side_by_side * channels < _WIDE_ENOUGH:
             side_by_side *= 2
-        return _Layout(rows.view(-1, side_by_side * channels), 0, channels)
+        return _Layout(rows.reshape(-1, side_by_side * channels), 0, channels)
     inner = values.shape[channel_dim % values.ndim + 1 :].numel()
     return _Layout(values.reshape(-1, inner), 1, channels)
 
@@ -239,7 +239,7 @@ def _histogram(layout: _Layout, edges: torch.Tensor) -> torch.Tensor:
     counts = torch.zeros(channels * bins, dtype=torch.int64, device=matrix.device)
     for block, row in _blocks(layout):
         wide = block.double()
-        place = torch.bucketize(wide, edges, right=True).masked_fill_(~wide.isfinite(), bins - 1)
+        place = torch.bucketize(wide.contiguous(), edges, right=True).masked_fill_(~wide.isfinite(), bins - 1)
         numbers = torch.arange(block.shape[1 - dim], device=matrix.device)
         numbers = (numbers if dim == 0 else (numbers + row).unsqueeze(1)) % channels * bins
         place = (place + numbers).view(-1)

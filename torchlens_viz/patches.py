@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from torchlens_viz.batches import InputOf, input_of
 from torchlens_viz.errors import InvalidArgumentError
@@ -118,7 +118,7 @@ def pick(source: Any, samples: Iterable[int], rule: InputOf) -> Mapping[int, Any
     """
     wanted = sorted(set(samples))
     source = source.dataset if isinstance(source, DataLoader) else source
-    if hasattr(source, "__getitem__"):
+    if hasattr(source, "__getitem__") and not isinstance(source, IterableDataset):
         return _Lookup(source, wanted, rule)
     found: dict[int, Any] = {}
     for index, item in enumerate(source):

@@ -48,7 +48,7 @@ class ActivationRegression:
 
         Args:
             acts: Activations, a tensor, statistics or a survey; see `torchlens_viz.testing`.
-            name: The name of the baseline, where a test has several; the test's own by default.
+            name: What to add to the name of the baseline, which is the test's, where a test has several.
             rtol: How far a number may be off, as a share of what is expected.
             atol: How far it may be off besides.
             layers: Names or globs of the layers that count.
@@ -59,7 +59,8 @@ class ActivationRegression:
             ArchiveError: The baseline cannot be read or written.
         """
         __tracebackhide__ = True
-        path = self._folder / f"{_file_name(self._test if name is None else name)}.json"
+        full = self._test if name is None else f"{self._test}.{name}"
+        path = self._folder / f"{_file_name(full)}.json"
         if path.name in self._used:
             raise InvalidArgumentError(
                 f"`name` must differ from that of the other checks in this test, got {name!r} once more"
@@ -103,7 +104,8 @@ def _file_name(test: str) -> str:
     """Return the name of a test as that of a file; names that had to be changed differ by a hash."""
     plain = test.replace("::", ".").replace("[", "-").removesuffix("]")
     safe = safe_name(plain)
-    return safe if safe == plain else f"{safe}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
+    is_plain = safe == plain and not {"[", "]"} & set(plain)
+    return safe if is_plain else f"{safe}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
 
 
 def _write(path: Path, test: str, found: dict[str, ChannelStats]) -> None:

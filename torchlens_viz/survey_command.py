@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isnan
@@ -39,6 +40,7 @@ from torchlens_viz.zoo import LoadedModel, load_model
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
 _MOST_PAIRS: Final = 100  # of duplicates in a layer
+_NO_PICTURES: Final = {"BUFR", "GRIB", "HDF5", "MPEG"}  # what Pillow knows by name and cannot read by itself
 
 
 class Finding(NamedTuple):
@@ -94,7 +96,7 @@ def survey_folder(
             raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
     if out.exists() and not out.is_dir():
         raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
-    files = pictures_in(folder)
+    files = pictures_in(folder, but_not_in=out / "top")  # an earlier run's sheets
     loaded = load_model(model, weights=weights)
     selected: Any = nn.Conv2d if layers is None else list(layers)
     names = [layer.name for layer in select(loaded.model, selected)]
@@ -118,6 +120,10 @@ def survey_folder(
             if own.bad and len(own.bad) == own.seen:
                 raise PictureError(f"no picture in {str(folder)!r} can be read; {own.bad[0][1]}") from error
             raise
+        if not found.is_complete:
+            raise KeyboardInterrupt  # what was seen stays where the next run finds it
+        if own.seen < len(own.dataset):  # all of it was in the file of an earlier run, but for the bad ones
+            deque(own, maxlen=0)
         bad = sorted(gathered(lambda: own.bad))
         own_file = Path(f"{unfinished}.{rank}") if processes > 1 else unfinished
         if rank != 0:
@@ -128,25 +134,56 @@ def survey_folder(
     return Outcome(paths=paths, notes=[f"{loaded.name}: {loaded.weights_note}", *notes])
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def pictures_in(folder: Path, *, but_not_in: Path) -> list[Path]:
     """List the files with the ending of a picture in a folder and all below it, in the order of their paths.
 
+    Links to folders are followed, each folder once.
+
+    Args:
+        folder: The folder.
+        but_not_in: A folder whose pictures do not count.
+
     Raises:
-        PictureError: There is no such folder, or no picture in it.
+        PictureError: There is no such folder, one cannot be read, or no picture is in it.
     """
     if not folder.is_dir():
         raise PictureError(
             f"IMAGE_FOLDER must name a folder of pictures, got {str(folder)!r}; check the spelling"
         )
-    endings = Image.registered_extensions()
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    found = sorted(files, key=lambda path: path.relative_to(folder).parts)
+    endings = {
+        ending
+        for ending, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _NO_PICTURES
+    }
+    found = sorted(
+        (
+            path
+            for path in _files_below(folder, but_not_in.resolve())
+            if path.suffix.lower() in endings and not path.name.startswith("._") and path.is_file()
+        ),
+        key=lambda path: path.relative_to(folder).parts,
+    )
     if not found:
         raise PictureError(
             f"IMAGE_FOLDER must hold pictures, but there is none in {str(folder)!r} or below it; name "
             "another folder"
         )
     return found
+
+
+def _files_below(folder: Path, but_not_in: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise PictureError(f"cannot read the folder {error.filename!r}: {error.strerror}") from error
+
+    visited = {but_not_in}
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        real = Path(place).resolve()
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        yield from (Path(place) / name for name in names)
 
 
 @final
@@ -238,8 +275,6 @@ def _write(
     write_whole(out / "statistics.json", whole.encode(), ArchiveError)
     paths += [out / "statistics.json", found.save(out / "survey.safetensors")]
     notes = [f"{found.samples_seen:,} pictures surveyed, {len(bad):,} bad ones skipped"] if bad else []
-    if not found.is_complete:
-        notes.append(f"broken off after {found.samples_seen:,} pictures")
     if found.not_called:
         notes.append(f"did not run: {', '.join(found.not_called)}")
     invert = _inverse(loaded)
@@ -325,7 +360,8 @@ def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode(), ArchiveError)
+    # A file's name may hold bytes that are no text.
+    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"), ArchiveError)
     return path
 
 

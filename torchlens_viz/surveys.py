@@ -235,9 +235,11 @@ class Survey:
             raise InvalidArgumentError(f"`tile` must be at least 1, got {tile}")
         top = self._top(layer)
         chosen = list(indices_of(channels, len(top.values), "channels"))
-        columns = top.values.shape[1]
+        columns = int((top.samples[chosen] >= 0).sum(1).amax()) if chosen and top.samples.shape[1] else 0
         if columns == 0:
-            raise InvalidArgumentError(f"`{layer}` has no top inputs, because it put out nothing but NaN")
+            raise InvalidArgumentError(
+                f"these channels of `{layer}` have no top inputs, because they put out nothing but NaN"
+            )
         style = Style(
             normalize=False, nrow=columns, upscale=upscale, padding=padding, labels=labels, title=title
         )

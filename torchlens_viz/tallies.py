@@ -41,6 +41,8 @@ class Tally:
         Raises:
             InvalidArgumentError: They are of other channels, or of other options.
         """
+        if self.inputs and other.inputs and (self.alike is None) != (other.alike is None):
+            raise InvalidArgumentError("both must have `correlations`, or neither")
         alike = self.alike or other.alike
         if self.alike is not None and other.alike is not None:
             alike = together(self.alike, other.alike)

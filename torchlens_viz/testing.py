@@ -56,6 +56,8 @@ def assert_no_dead_channels(
     __tracebackhide__ = True
     if max_dead < 0:
         raise InvalidArgumentError(f"`max_dead` must be 0 or more, got {max_dead}")
+    if eps != eps:
+        raise InvalidArgumentError("`eps` must be a number, got NaN")
 
     def failure(label: str, stats: ChannelStats) -> str | None:
         dead = stats.dead(eps).tolist()

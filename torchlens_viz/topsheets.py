@@ -33,7 +33,7 @@ def draw_rows(
     planes = [[patch[:, None] if patch.ndim == 2 else patch for patch in row] for row in rows]
     columns = max(map(len, rows))
     extents = [patch.shape[1:] for row in planes for patch in row]
-    height, width = (max(1, *(extent[axis] for extent in extents)) for axis in (0, 1))
+    height, width = (max([1, *(extent[axis] for extent in extents)]) for axis in (0, 1))
     shrink = max(1.0, max(height, width) / tile)
     height, width = ceil(height / shrink), ceil(width / shrink)
     check_size((len(rows) * columns, 3, height, width), style)
