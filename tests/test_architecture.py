@@ -36,6 +36,7 @@ FLOORS = [
         "ranges",
         "redirection",
         "regions",
+        "schedule",
         "sharing",
         "stance",
         "statistics",

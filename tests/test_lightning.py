@@ -131,6 +131,18 @@ def test_an_error_in_training_takes_the_hooks_off(lightning, tmp_path):
     assert counts == [1, 0]
 
 
+def test_an_epoch_that_is_skipped_leaves_no_hook(lightning, tmp_path):
+    from torchlens_viz.lightning_callback import MonitorCallback
+
+    class Skip(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            return -1
+
+    callback = MonitorCallback(tmp_path / "logs", every=1)
+    _, module = fit(lightning, tmp_path, [callback, Skip()], max_epochs=1)
+    assert hooks(module) == 0
+
+
 def test_no_writer_is_said_with_what_to_pass(lightning, tmp_path):
     from torchlens_viz.lightning_callback import MonitorCallback
 

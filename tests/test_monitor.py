@@ -5,12 +5,14 @@ from __future__ import annotations
 import doctest
 import io
 import json
+import random
 import subprocess
 import sys
 import time
 import urllib.parse
 import urllib.request
 import warnings
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import numpy as np
@@ -603,7 +605,7 @@ def test_a_std_out_of_bounds_raises_the_alarm_with_its_figures(probe):
     monitor.step(0)
     for factor in (1e3, 1.0, 1e-3):  # the second changes nothing: it was said
         net[3].weight.data *= factor
-        monitor.step(monitor._seen + 1)
+        monitor.step(monitor._schedule.heard + 1)
     net[3].bias.data.zero_()
     net[3].weight.data *= 1e-4
     monitor.step(9)
@@ -756,6 +758,231 @@ def test_a_step_that_is_no_number_is_refused():
 def test_figures_are_of_the_finite_values():
     stats = RunningStats()
     stats.update(torch.tensor([[[1.0, torch.nan]], [[3.0, 0.0]]]))
-    figures = Figures.of(stats.compute())
+    figures = Figures.of([stats.compute()])
     assert (figures.mean, figures.nonfinite, figures.dead) == (pytest.approx(4 / 3), 1, 0)
     assert figures.zero_fraction == pytest.approx(1 / 3)
+
+
+class Merging(nn.Conv2d):
+    """Adds its adapter to its weight when it is put into eval mode, and takes it off again for training."""
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+        self.adapter = nn.Parameter(torch.ones_like(self.weight))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += -self.adapter.data if mode else self.adapter.data
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight if self.merged else self.weight + self.adapter, self.bias)
+
+
+@pytest.mark.parametrize("source", ["step", "watch"])
+def test_modules_with_a_mode_of_their_own_are_left_in_it(probe, source):
+    net = nn.Sequential(Merging(), nn.ReLU())
+    weight = net[0].weight.clone()
+    monitor = Monitor(net, Recorder(), probe=probe if source == "step" else None)
+    if source == "step":
+        monitor.step(0)
+    else:
+        with monitor.watch(0):
+            net(probe)
+    assert not net[0].merged
+    assert torch.equal(net[0].weight, weight)
+
+
+def test_one_relu_for_layers_of_several_widths_is_counted_in_full(probe):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.relu = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.ReLU()
+            self.two.bias.data.fill_(-1e3)
+
+        def forward(self, x):
+            return self.relu(self.two(self.relu(self.one(x))))
+
+    net, board = Shared(), Recorder()
+    Monitor(net, board, layers=nn.ReLU, probe=probe, alarm=None).step(0)
+    with capture(net, "relu") as acts:
+        net(probe)
+    dead = sum(int((call.amax((0, 2, 3)) <= 0).sum()) for call in acts.calls("relu"))
+    assert board.last("health/relu/dead") == dead >= 6
+    assert board.last("health/relu/dead_fraction") == pytest.approx(dead / 10)
+    values = torch.cat([call.flatten() for call in acts.calls("relu")]).double()
+    assert board.last("health/relu/mean") == pytest.approx(values.mean().item())
+    assert board.last("health/relu/std") == pytest.approx(values.std(unbiased=False).item())
+
+
+def test_tokens_have_their_channels_in_the_last_dimension():
+    net, board = nn.Sequential(nn.Linear(5, 6), nn.ReLU()), Recorder()
+    net[0].bias.data = torch.tensor([-1e3, -1e3, -1e3, 1e3, 1e3, 1e3])
+    tokens = torch.randn(2, 4, 5)
+    Monitor(net, board, layers="*", probe=tokens, channel_dim=-1, alarm=None).step(0)
+    assert board.last("health/0/dead") == board.last("health/1/dead") == 3
+
+
+@pytest.mark.parametrize("source", ["step", "watch"])
+@pytest.mark.parametrize(("every", "stride"), [(1, 1), (4, 1), (10, 2)])
+def test_updates_are_measured_whatever_the_steps_are_called(probe, source, every, stride):
+    net, board = nn.Sequential(nn.Conv2d(3, 4, 3)), Recorder()
+    monitor = Monitor(net, board, probe=None, every=every, norms=True, alarm=None)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    expected = {}
+    for step in range(0, 8 * stride, stride):
+        before = torch.cat([p.detach().flatten() for p in net.parameters()])
+
+        def one():
+            optimiser.zero_grad()
+            net(probe).square().mean().backward()
+            optimiser.step()
+
+        if source == "watch":
+            with monitor.watch(step):
+                one()
+        else:
+            one()
+            monitor.step(step)
+        after = torch.cat([p.detach().flatten() for p in net.parameters()])
+        expected[step] = (after - before).double().norm().item()
+    found = {step: value for _, tag, value, step in board.entries if tag == "health/0/update_norm"}
+    due = [step for step in expected if step % every == 0 and (source == "watch" or step > 0)]
+    assert list(found) == due
+    assert found == pytest.approx({step: expected[step] for step in due}, rel=1e-4)
+
+
+def test_updates_are_those_of_the_optimiser_while_gradients_accumulate(probe):
+    net, board = nn.Sequential(nn.Conv2d(3, 4, 3)), Recorder()
+    monitor = Monitor(net, board, every=1, norms=True, alarm=None)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(3):
+        for part in range(2):
+            with monitor.watch(step):
+                net(probe).square().mean().backward()
+                if part == 1:
+                    optimiser.step()
+    found = [value for _, tag, value, _ in board.entries if tag == "health/0/update_norm"]
+    assert board.steps("health/0/update_norm") == [0, 1, 2]
+    assert min(found) > 0
+
+
+def test_lazy_layers_are_left_to_the_training(probe):
+    net = nn.Sequential(nn.LazyConv2d(4, 3))
+    with pytest.warns(MonitorWarning, match="lazy parameters"):
+        Monitor(net, Recorder(), layers="0", probe=probe).step(0)
+    assert isinstance(net[0], nn.LazyConv2d)
+
+
+def test_everything_a_forward_pass_draws_and_writes_is_given_back(probe):
+    class Restless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+            self.register_buffer("count", torch.zeros(1))
+            self.register_buffer("late", None)
+
+        def forward(self, x):
+            self.count.data += random.random() + np.random.rand()
+            self.late = torch.ones(1)
+            return self.conv(x)
+
+    net = Restless()
+    random.seed(0)
+    np.random.seed(0)
+    expected = random.Random(0).random(), np.random.RandomState(0).rand()
+    Monitor(net, Recorder(), probe=probe, strict=True).step(0)
+    assert net.count.item() == 0
+    assert net.late is None
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_outputs_of_every_kind_reach_the_network_as_they_are(probe):
+    class Pair(tuple):
+        def __new__(cls, one, two):
+            return super().__new__(cls, (one, two))
+
+    class Store(MutableMapping):
+        def __init__(self, held):
+            self.held = held
+
+        def __getitem__(self, key):
+            return self.held[key]
+
+        def __setitem__(self, key, value):
+            self.held[key] = value
+
+        def __delitem__(self, key):
+            del self.held[key]
+
+        def __iter__(self):
+            return iter(self.held)
+
+        def __len__(self):
+            return len(self.held)
+
+    class Back(nn.Module):
+        def forward(self, x):
+            return Store({"x": x, "pair": Pair(x, x + 1)})
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.back = Back()
+
+        def forward(self, x):
+            out = self.back(x)
+            return out["x"] + out["pair"][1]
+
+    net = Net()
+    with Monitor(net, Recorder(), layers="back", strict=True).watch(0):
+        assert torch.equal(net(probe), probe + (probe + 1))
+
+
+def test_a_step_that_was_broken_off_is_logged_when_it_is_tried_again(probe):
+    net, board = build(), Recorder()
+    monitor = Monitor(net, board, every=10)
+    with pytest.raises(MemoryError), monitor.watch(10):
+        raise MemoryError
+    with monitor.watch(10):
+        net(probe)
+    assert board.steps("maps/0") == [10]
+
+
+def test_an_alarm_that_raises_keeps_the_other_troubles_for_the_next_look(probe):
+    net, told = build(), []
+    for place in (0, 3):
+        net[place].bias.data.fill_(-1e3)
+
+    def alarm(trouble):
+        told.append(trouble.layer)
+        raise StopTrainingError
+
+    monitor = Monitor(net, Recorder(), probe=probe, every=1, alarm=alarm, std_range=(0, 1e9))
+    for step in range(2):
+        with pytest.raises(StopTrainingError):
+            monitor.step(step)
+    assert told == ["0", "3"]
+
+
+def test_values_beyond_all_bounds_do_not_take_the_maps_with_them(tmp_path, probe):
+    net = nn.Sequential(nn.Conv2d(3, 2, 3))
+    net[0].weight.data *= 1e22
+    with Monitor(net, tmp_path, probe=probe, alarm=None, strict=True) as monitor:
+        monitor.step(0)
+    assert set(events(tmp_path).Tags()["images"]) == {"kernels/0", "maps/0", "probe/inputs"}
+
+
+def test_a_channel_with_infinity_is_not_dead():
+    stats = RunningStats()
+    stats.update(torch.tensor([[-1.0, -1.0], [torch.inf, -1.0]]))
+    assert Figures.of([stats.compute()]).dead == 1
+
+
+def test_a_loader_that_makes_no_batches_is_refused(probe):
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(probe), batch_size=None)
+    with pytest.raises(InvalidArgumentError, match="`probe` must be a DataLoader that makes batches"):
+        Monitor(build(), Recorder(), probe=loader)

@@ -206,7 +206,14 @@ def test_a_name_serves_once_in_a_test(regression):
         checks.check(torch.ones(1, 1))
 
 
-@pytest.mark.parametrize("names", [("test_a[x/y]", "test_a[x_y]"), ("test_a[..]", "test_a[__]")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("test_a[x/y]", "test_a[x_y]"),
+        ("test_a[..]", "test_a[__]"),
+        ("test_d[b-c]", "test_d[b[c]"),
+    ],
+)
 def test_hostile_names_stay_in_the_folder_and_apart(regression, tmp_path, names):
     for name in names:
         regression(name, overwrite=True).check(torch.ones(1, 1))

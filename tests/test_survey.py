@@ -28,6 +28,7 @@ from torchlens_viz.errors import (
     MissingDependencyError,
     NoDataError,
 )
+from torchlens_viz.survey_command import pictures_in
 from torchlens_viz.topk import RunningTop
 
 
@@ -798,3 +799,137 @@ def test_the_examples_of_the_documentation_run():
     result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted >= 10
     assert result.failed == 0
+
+
+def test_a_view_across_rows_is_measured_like_its_copy():
+    values = torch.randn(8, 10)[:, :5]
+    stats = RunningStats()
+    stats.update(values)
+    np.testing.assert_allclose(stats.compute().mean, values.double().numpy().mean(0))
+    np.testing.assert_allclose(stats.compute().std, values.double().numpy().std(0))
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (torch.rand(4, 3, 8, 8), r"got a Tensor, .*`x.split\(64\)`"),
+        (TensorDataset(torch.rand(4, 3, 8, 8)), "got a TensorDataset, .*`DataLoader"),
+    ],
+)
+def test_single_inputs_are_not_taken_for_batches(net, loader, message):
+    with pytest.raises(InvalidTypeError, match=message):
+        survey(net, loader, "*", progress=False)
+
+
+def test_a_loader_that_loses_the_order_is_refused(net):
+    loader = DataLoader(TensorDataset(torch.rand(4, 3, 8, 8)), num_workers=2, in_order=False)
+    with pytest.raises(InvalidArgumentError, match="`loader` must keep the order"):
+        survey(net, loader, "*", progress=False)
+
+
+def test_inputs_that_a_sampler_names_and_the_loader_drops_are_refused(net):
+    loader = DataLoader(
+        TensorDataset(torch.rand(8, 3, 8, 8)),
+        batch_size=4,
+        sampler=[4, 5, 6, 7],
+        collate_fn=lambda rows: torch.stack([row[0] for row in rows[1:]]),
+    )
+    with pytest.raises(InvalidArgumentError, match="yield every input that its sampler names, got 3"):
+        survey(net, loader, "*", progress=False)
+
+
+def test_an_index_given_twice_is_refused(net):
+    batches = torch.rand(8, 3, 8, 8).split(4)
+    with pytest.raises(InvalidArgumentError, match="`indices` must name each input once"):
+        survey(net, batches, "*", indices=lambda batch: range(len(batch)), progress=False)
+
+
+def test_rows_of_channels_with_fewer_peaks_stay_rows():
+    class Gaps(nn.Module):
+        def forward(self, x):
+            y = x.clone()
+            y[3:, 0] = torch.nan
+            y[:, 2] = torch.nan
+            return y
+
+    images = torch.rand(8, 3, 10, 10)
+    found = survey(nn.Sequential(Gaps()), [images], "0", top_k=5, progress=False)
+    one = found.grid("0", images, channels=[0])
+    both = found.grid("0", images, channels=[0, 0])
+    assert (both.width, both.height) == (one.width, 2 * one.height - 2)
+    with pytest.raises(InvalidArgumentError, match="have no top inputs"):
+        found.grid("0", images, channels=[2])
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_pass(net):
+    with pytest.raises(ArchiveError, match="`checkpoint` must name a file that can be written"):
+        survey(net, [torch.rand(2, 3, 8, 8)], "*", checkpoint="/proc/nowhere/found", progress=False)
+
+
+def test_a_finished_checkpoint_of_other_data_is_refused(net, tmp_path):
+    images = torch.rand(8, 3, 8, 8)
+    options = {"checkpoint": tmp_path / "found", "progress": False}
+    survey(net, images.split(4), "*", **options)
+    with pytest.raises(ArchiveError, match="the first batch is not the one"):
+        survey(net, (5 * images).split(4), "*", **options)
+
+
+def test_options_may_be_numbers_of_numpy(net, tmp_path):
+    found = survey(
+        net,
+        [torch.rand(2, 3, 8, 8)],
+        "*",
+        top_k=np.int64(1),
+        bins=np.linspace(0, 1, 5),
+        checkpoint=tmp_path / "found",
+        progress=False,
+    )
+    assert Survey.load(found.save(tmp_path / "saved")).top_k == 1
+
+
+def test_correlations_of_a_part_are_not_taken_for_those_of_the_whole(net):
+    images = torch.rand(8, 3, 8, 8)
+    one = survey(net, [images[:4]], "*", correlations=True, progress=False)
+    other = survey(net, [images[4:]], "*", indices=[4, 5, 6, 7], progress=False)
+    with pytest.raises(InvalidArgumentError, match="both must have `correlations`"):
+        one.merge(other)
+
+
+def test_two_inputs_make_no_duplicates():
+    net = nn.Sequential(nn.Conv2d(3, 6, 3))
+    found = survey(net, [torch.rand(2, 3, 8, 8)], "0", correlations=True, progress=False)
+    assert found.duplicates("0") == []
+
+
+def test_pictures_behind_links_count_and_sheets_of_an_earlier_run_do_not(tmp_path):
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    (folder / "out" / "top").mkdir(parents=True)
+    elsewhere.mkdir()
+    for place in (folder / "a.png", elsewhere / "b.png", folder / "out" / "top" / "conv.png"):
+        Image.new("RGB", (4, 4)).save(place)
+    (folder / "._a.png").write_bytes(b"no picture")
+    (folder / "notes.pdf").write_bytes(b"no picture")
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    found = pictures_in(folder, but_not_in=folder / "out" / "top")
+    assert [path.relative_to(folder).as_posix() for path in found] == ["a.png", "link/b.png"]
+
+
+def test_ctrl_c_leaves_what_the_command_goes_on_from(folder, run, monkeypatch):
+    import torchlens_viz.survey_command as command
+
+    read, count = command.read_image, iter(range(100))
+
+    def interrupted(path):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return read(path)
+
+    arguments, unfinished = ("pictures", "-o", "out", "--batch-size", "1"), Path("out/unfinished.safetensors")
+    monkeypatch.setattr(command, "read_image", interrupted)
+    assert run(*arguments)[0] == 130
+    assert unfinished.exists()
+    monkeypatch.setattr(command, "read_image", read)
+    assert run(*arguments)[0] == 0
+    assert Survey.load("out/survey.safetensors").samples_seen == 5
+    assert not unfinished.exists()

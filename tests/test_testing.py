@@ -15,7 +15,7 @@ from torch import nn
 
 import torchlens_viz
 from torchlens_viz import LayerNotFoundError, RunningStats, capture, testing
-from torchlens_viz.errors import LayerNotCapturedError
+from torchlens_viz.errors import InvalidArgumentError, LayerNotCapturedError
 from torchlens_viz.testing import (
     assert_activations_close,
     assert_finite,
@@ -402,3 +402,8 @@ def test_examples_in_the_documentation_are_true():
 def test_the_module_is_there_without_importing_it():
     assert torchlens_viz.testing is testing
     assert "testing" in dir(torchlens_viz)
+
+
+def test_a_bound_that_is_no_number_is_refused():
+    with pytest.raises(InvalidArgumentError, match="`eps` must be a number"):
+        testing.assert_no_dead_channels(torch.zeros(2, 3), eps=float("nan"))

@@ -204,6 +204,10 @@ class Capture:
             return map_tensors(torch.clone, kept)  # the network goes on from what was kept
         return None
 
+    def excuse(self, error: Exception) -> None:
+        """Raise what went wrong, unless what keeps the tensors would rather go on."""
+        self._retention.excuse(error)
+
     def _place_of_taken(self, module: nn.Module, kwargs: dict[str, Any]) -> int | None:
         # Entries above a call's own belong to calls that failed and were caught inside the model, perhaps of
         # the same module. Each call has its own dict of keyword arguments, unless another hook replaced it.
@@ -309,7 +313,11 @@ class _AfterHook(_Hook):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
-        return self._capture.after(module, *kwargs_and_output) if self._applies(module) else None
+        try:
+            return self._capture.after(module, *kwargs_and_output) if self._applies(module) else None
+        except Exception as error:
+            self._capture.excuse(error)
+            return None
 
 
 def _inert(*args: object) -> None:

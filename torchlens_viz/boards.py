@@ -62,8 +62,9 @@ class Board:
         self._opened().add_scalar(tag, value, step)
 
     def values(self, tag: str, values: torch.Tensor, step: int) -> None:
-        """Write a histogram of values, which must be finite and at least one."""
-        self._opened().add_histogram(tag, values.double().cpu().numpy(), step)
+        """Write a histogram of values, which must be finite and at least one; its buckets end at 1e20."""
+        bounded = values.double().clamp(-1e20, 1e20)
+        self._opened().add_histogram(tag, bounded.cpu().numpy(), step)
 
     def close(self) -> None:
         """See that everything is on disk. A writer that was made here is closed, until the next entry."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, final
 
 import torch
 
@@ -27,8 +27,8 @@ class Figures:
         mean: Of all finite values; NaN where there is none.
         std: Of all finite values about that mean; NaN where there is none.
         zero_fraction: The share of finite values that are exactly zero, 0 to 1.
-        dead: How many channels never exceed zero.
-        dead_fraction: The share of channels that never exceed zero, 0 to 1.
+        dead: How many channels never exceed zero; those with NaN or Inf are not among them.
+        dead_fraction: Their share of the channels, 0 to 1.
         nonfinite: How many values are NaN or infinite.
     """
 
@@ -40,12 +40,22 @@ class Figures:
     nonfinite: int
 
     @classmethod
-    def of(cls, stats: ChannelStats) -> Figures:
-        """Read the figures from the statistics of a layer's channels; waits for their device once."""
+    def of(cls, parts: Sequence[ChannelStats]) -> Figures:
+        """Read the figures from the statistics of a layer's channels; waits for their device once.
+
+        Args:
+            parts: One or more; several where calls of the layer had other numbers of channels.
+        """
+        each: dict[str, Any] = {
+            field.name: torch.cat([getattr(part, field.name) for part in parts])
+            for field in fields(ChannelStats)
+            if field.name not in ("bins", "histogram")
+        }
+        stats = ChannelStats(**each)
         whole = stats.pooled()
-        is_dead = stats.max <= 0
-        parts = (whole.mean[0], whole.std[0], whole.zero_fraction[0], is_dead.sum(), whole.nonfinite[0])
-        mean, std, zeros, dead, nonfinite = torch.stack([part.double() for part in parts]).tolist()
+        is_dead = (stats.max <= 0) & (stats.nonfinite == 0)
+        figures = (whole.mean[0], whole.std[0], whole.zero_fraction[0], is_dead.sum(), whole.nonfinite[0])
+        mean, std, zeros, dead, nonfinite = torch.stack([figure.double() for figure in figures]).tolist()
         return cls(
             mean=mean,
             std=std,
@@ -131,6 +141,16 @@ class Watchman:
                 )
                 found.append(Trouble(kind="std", layer=layer, step=step, figures=figures, message=message))
         return found
+
+    def tell(self, alarm: Callable[[Trouble], object], found: Sequence[Trouble]) -> None:
+        """Call the alarm for each trouble; where it raises, those after it are news again."""
+        for place, trouble in enumerate(found):
+            try:
+                alarm(trouble)
+            except BaseException:
+                for untold in found[place + 1 :]:
+                    self._known.discard((untold.kind, untold.layer))
+                raise
 
     def _spoilt(self, health: Mapping[str, Figures], step: int) -> list[Trouble]:
         """Return the layer where NaN or Inf came up; those after it have it from there."""

@@ -62,14 +62,14 @@ class MonitorCallback(Callback):  # type: ignore[misc]
         self._options = options
         self._watching: AbstractContextManager[None] | None = None
         self._step = 0
+        self._should_stop = False
         self.monitor: Monitor | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Make the monitor, when the model is where it will train."""
 
         def alarm(trouble: Trouble) -> None:
-            if self._stop:
-                trainer.should_stop = True
+            self._should_stop = self._stop
             if self._alarm is not None:
                 self._alarm(trouble)
 
@@ -80,6 +80,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin to watch, where the training batch is what is logged."""
+        self._drop()
         self._step = trainer.global_step
         if self.monitor is not None and self._options.get("probe") is None:
             self._watching = self.monitor.watch(self._step)
@@ -93,6 +94,13 @@ class MonitorCallback(Callback):  # type: ignore[misc]
             self._end()
         elif self.monitor is not None:
             self.monitor.step(self._step)
+        # Only rank 0 hears the alarm, and all must leave the loop together.
+        if self._stop and trainer.strategy.reduce_boolean_decision(self._should_stop, all=False):
+            trainer.should_stop = True
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the hooks off where the last batch of the epoch was skipped."""
+        self._drop()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Take the hooks off and write to disk what there is."""
@@ -101,6 +109,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write to disk what there is."""
+        self._drop()
         self._close()
 
     def _end(
@@ -117,6 +126,10 @@ class MonitorCallback(Callback):  # type: ignore[misc]
         except BaseException as raised:
             if raised is not error:
                 raise
+
+    def _drop(self) -> None:
+        """Leave a step that was begun and not ended, without logging it."""
+        self._end(GeneratorExit, GeneratorExit(), None)
 
     def _close(self) -> None:
         if self.monitor is not None:

@@ -17,7 +17,8 @@ def inference(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     devices = {parameter.get_device() for parameter in model.parameters() if parameter.is_cuda}
-    model.eval()
+    for module in flags:  # `eval()` may be overridden, to merge weights for one, and could not be undone
+        module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,8 +24,10 @@ from torchlens_viz.observation import Observation, Observed, finite
 from torchlens_viz.probes import Probe, ProbeBatch
 from torchlens_viz.remarks import Remarks
 from torchlens_viz.scales import Scales
+from torchlens_viz.schedule import Schedule, number
 from torchlens_viz.sharing import world
 
+_LAST: Final = (nn.Linear, nn.LayerNorm, nn.Embedding)  # what they put out has its channels last
 _IDLE: Final[AbstractContextManager[None]] = nullcontext()
 
 
@@ -62,6 +63,8 @@ class Monitor:
         max_dead: The share of dead channels above which there is an alarm, 0 to 1.
         std_range: (low, high); a std outside it raises the alarm.
         norms: Log the norm of each layer's parameters and of what the last step added to them.
+        channel_dim: The dimension of the channels in what layers put out; -1 for the activations of a
+            transformer (N, L, C). Of Linear, LayerNorm and Embedding it is always the last.
         histograms: Log a histogram of at most 8,009 values per call, spread evenly.
         scales: The scale (low, high) by tag or glob of tags, as in `{"maps/features.*": (0, 4)}`. For other
             pictures it is taken from the first one.
@@ -76,7 +79,7 @@ class Monitor:
         MissingDependencyError: `writer` is a folder, and TensorBoard is not installed.
         InvalidArgumentError: An option is out of range or has no effect.
         InvalidTypeError: An argument has another type.
-        CaptureError: The model is TorchScript.
+        CaptureError: The model is TorchScript or fully sharded.
 
     Example:
         >>> import tempfile
@@ -105,6 +108,7 @@ class Monitor:
         max_dead: float = 0.9,
         std_range: tuple[float, float] = (1e-6, 1e4),
         norms: bool = False,
+        channel_dim: int = 1,
         histograms: bool = True,
         scales: Mapping[str, Sequence[float]] | None = None,
         headroom: float = 2.0,
@@ -113,7 +117,7 @@ class Monitor:
         map_channels: int = 16,
         strict: bool = False,
     ) -> None:
-        self._every = _positive("every", every)
+        self._schedule = Schedule(_positive("every", every))
         self._max_tiles = _positive("max_tiles", max_tiles)
         self._map_images = _positive("map_images", map_images)
         self._map_channels = _positive("map_channels", map_channels)
@@ -122,6 +126,15 @@ class Monitor:
         refuse_torchscript(model)
         self._model = model
         self._selected = select(model, layers)
+        self._channel_dim = channel_dim
+        # In every process, and before rank 0 could wait for the others in a pass of its own.
+        refuse_unhookable(model, self._selected, stop=False, compiled="eager")
+        inner = [name for name, module in unwrap(model).named_modules() if _is_distributed(module)]
+        if probe is not None and inner:
+            raise InvalidArgumentError(
+                f"`probe` cannot be shown to a model with DistributedDataParallel inside it (`{inner[0]}`), "
+                "which waits for the other processes; leave it out and use `watch`"
+            )
         self._modules: dict[nn.Module, str] = {}
         for name, module in self._selected:  # one that is reached by two names is shown under the first
             self._modules.setdefault(module, name)
@@ -136,8 +149,6 @@ class Monitor:
             Norms({_tag("health", name): module for module, name in self._modules.items()}) if norms else None
         )
         self._board = Board(writer)
-        self._seen: int | None = None  # the last step heard of
-        self._logged: int | None = None
         self._has_shown_inputs = False
 
     @property
@@ -154,19 +165,16 @@ class Monitor:
         Raises:
             Exception: What the alarm raises; with `strict`, what went wrong.
         """
-        number = self._number(global_step)
-        if not self._is_due(number):
-            if self._norms is not None and (number + 1) % self._every == 0 and world()[0] == 0:
-                self._norms.before(number + 1)
-            return
+        step = number(global_step)
+        is_due = self._schedule.is_due(step)
         if world()[0] != 0:
             return
-        observation = self._observation(number)
-        if self._probe is not None:
-            with self._remarks.attempt(number), self._capture(observation):
-                self._probe.show(unwrap(self._model))
-            self._remarks.missing(number, self._missing(observation), "`layers` can leave them out")
-        self._log(number, observation.layers)
+        if is_due:
+            self._look_and_log(step)
+        self._log_updates(step)
+        following = self._schedule.next_due()
+        if self._norms is not None and following is not None:
+            self._norms.before(following)
 
     def watch(self, global_step: int) -> AbstractContextManager[None]:
         """Return a context manager for a training step: what passes through the layers is logged at its end.
@@ -183,12 +191,18 @@ class Monitor:
                 "`watch` shows the training batch under the tags of the `probe`: call `step` instead, or "
                 "leave the probe out"
             )
-        number = self._number(global_step)
-        return self._watched(number) if self._is_due(number) and world()[0] == 0 else _IDLE
+        step = number(global_step)
+        is_due = self._schedule.is_due(step)
+        if world()[0] != 0:
+            return _IDLE
+        if is_due:
+            return self._watched(step)
+        is_again = self._norms is not None and step == self._schedule.logged
+        return self._watched_for_updates(step) if is_again else _IDLE
 
     def close(self) -> None:
         """Write everything to disk. A writer that was passed in stays open."""
-        with self._remarks.attempt(self._seen):
+        with self._remarks.attempt(self._schedule.heard):
             self._board.close()
 
     def __enter__(self) -> Monitor:
@@ -199,42 +213,56 @@ class Monitor:
     ) -> None:
         self.close()
 
+    def _look_and_log(self, step: int) -> None:
+        observation = self._observation(step)
+        if self._probe is not None:
+            with self._remarks.attempt(step), self._capture(observation):
+                self._probe.show(unwrap(self._model))
+            self._remarks.missing(step, self._missing(observation), "`layers` can leave them out")
+        self._log(step, observation.layers)
+
     @contextmanager
     def _watched(self, step: int) -> Iterator[None]:
         observation = self._observation(step)
         if self._norms is not None:
             with self._remarks.attempt(step):
                 self._norms.before(step)
-        with ExitStack() as hooks:
-            with self._remarks.attempt(step):
-                hooks.enter_context(self._capture(observation))
-                self._remarks.eager(self._model)
-            yield
+        try:
+            with ExitStack() as hooks:
+                with self._remarks.attempt(step):
+                    hooks.enter_context(self._capture(observation))
+                    self._remarks.eager(self._model)
+                yield
+        except BaseException:
+            self._schedule.try_again()
+            raise
         advice = "is the forward pass within `watch`? `layers` can leave them out"
         self._remarks.missing(step, self._missing(observation), advice)
         self._log(step, observation.layers)
+        self._log_updates(step)
 
-    def _number(self, global_step: int) -> int:
-        try:
-            return operator.index(global_step)
-        except TypeError:
-            raise InvalidTypeError(f"`global_step` must be an int, got {global_step!r}") from None
+    @contextmanager
+    def _watched_for_updates(self, step: int) -> Iterator[None]:
+        """While gradients accumulate, the optimiser steps in a later block of a number than the first."""
+        yield
+        self._log_updates(step)
 
-    def _is_due(self, step: int) -> bool:
-        seen, self._seen = self._seen, step
-        if step == self._logged:
-            return False
-        is_due = step % self._every == 0 or (seen is not None and step // self._every > seen // self._every)
-        if is_due:
-            self._logged = step
-        return is_due
+    def _log_updates(self, step: int) -> None:
+        if self._norms is not None:
+            with self._remarks.attempt(step):
+                for tag, value in self._norms.updates(step).items():
+                    self._board.number(tag, value, step)
 
     def _observation(self, step: int) -> Observation:
         return Observation(
             images=self._map_images,
             maps=self._map_channels,
             histograms=self._histograms,
-            excuse=partial(self._remarks.excuse, step),
+            on_error=partial(self._remarks.excuse, step),
+            channel_dims={
+                name: -1 if isinstance(module, _LAST) else self._channel_dim
+                for module, name in self._modules.items()
+            },
         )
 
     def _missing(self, observation: Observation) -> list[str]:
@@ -265,19 +293,19 @@ class Monitor:
                 self._log_layer(name, observed, step, health)
         if self._norms is not None:
             with self._remarks.attempt(step):
-                for tag, value in self._norms.after(step).items():
+                for tag, value in self._norms.weights().items():
                     self._board.number(tag, value, step)
         if self._alarm is not None:
-            for trouble in self._watchman.look(health, step):
-                self._alarm(trouble)
+            self._watchman.tell(self._alarm, self._watchman.look(health, step))
 
     def _log_layer(self, name: str, observed: Observed, step: int, health: dict[str, Figures]) -> None:
-        figures = health[name] = Figures.of(observed.stats.compute())
+        figures = health[name] = Figures.of([stats.compute() for stats in observed.stats.values()])
         for what in ("mean", "std", "zero_fraction", "dead", "dead_fraction", "nonfinite"):
             self._board.number(f"{_tag('health', name)}/{what}", getattr(figures, what), step)
-        values = finite(observed.sample)
-        if len(values):
-            self._board.values(f"{_tag('health', name)}/values", values, step)
+        with self._remarks.attempt(step):
+            values = finite(observed.sample)
+            if len(values):
+                self._board.values(f"{_tag('health', name)}/values", values, step)
         if observed.maps is not None:
             tag = _tag("maps", name)
             self._board.picture(tag, portraits.maps(tag, observed.maps, self._scales, step), step)
@@ -285,6 +313,10 @@ class Monitor:
 
 def _tag(kind: str, layer: str) -> str:
     return f"{kind}/{layer or 'model'}"  # a model that is one layer has no name in itself
+
+
+def _is_distributed(module: nn.Module) -> bool:
+    return isinstance(module, nn.parallel.DistributedDataParallel)
 
 
 def _positive(name: str, value: int) -> int:

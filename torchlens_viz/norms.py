@@ -29,26 +29,35 @@ class Norms:
         }
         self._step = step
 
-    def after(self, step: int) -> dict[str, float]:
-        """Measure, after a step: `<layer>/weight_norm`, and where `before` was called for it, the change.
+    def weights(self) -> dict[str, float]:
+        """Return the Euclidean norm of all parameters of each layer, as `<layer>/weight_norm`."""
+        return {f"{name}/weight_norm": _norm(own) for name, own in self._now().items()}
+
+    def updates(self, step: int) -> dict[str, float]:
+        """Measure, after a step for which `before` was called, what it added to the parameters.
 
         Returns:
-            The Euclidean norm of all parameters of each layer; that of what the step added to them, as
-            `<layer>/update_norm`; and the second over the first, as `<layer>/update_ratio`.
+            The Euclidean norm of what was added to each layer, as `<layer>/update_norm`, and its share of the
+            norm of the parameters, as `<layer>/update_ratio`. Nothing where no parameter changed: the
+            optimiser is yet to step, as it is while gradients accumulate, and the next call may know.
         """
+        if self._step != step:
+            return {}
         found: dict[str, float] = {}
-        is_known, before = self._step == step, self._before
+        for name, now in self._now().items():
+            update = _norm(new - old for new, old in zip(now, self._before[name], strict=True))
+            found[f"{name}/update_norm"] = update
+            weight = _norm(now)
+            if weight > 0:
+                found[f"{name}/update_ratio"] = update / weight
+        if not any(found.values()):
+            return {}
         self._before = {}  # a copy of all weights should not be held for longer than a step
         self._step = None
-        for name, module in self._layers.items():
-            now = [parameter.detach() for parameter in module.parameters()]
-            weight = found[f"{name}/weight_norm"] = _norm(now)
-            if is_known:
-                update = _norm(new - old for new, old in zip(now, before[name], strict=True))
-                found[f"{name}/update_norm"] = update
-                if weight > 0:
-                    found[f"{name}/update_ratio"] = update / weight
         return found
+
+    def _now(self) -> dict[str, list[torch.Tensor]]:
+        return {name: [p.detach() for p in module.parameters()] for name, module in self._layers.items()}
 
 
 def _norm(parts: Iterable[torch.Tensor]) -> float:

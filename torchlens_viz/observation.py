@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -22,7 +22,7 @@ class Observed:
     """One layer in one logged pass, over all of its calls.
 
     Attributes:
-        stats: Statistics of all values.
+        stats: Statistics of all values; one for each number of channels, since a ReLU may serve many layers.
         maps: (S, K, H, W), the first maps of the first inputs in the first call; None for other outputs.
         sample: (V,), values spread evenly over each call; empty unless histograms were asked for.
     """
@@ -30,7 +30,7 @@ class Observed:
     __slots__ = ("maps", "sample", "stats")
 
     def __init__(self) -> None:
-        self.stats = RunningStats()
+        self.stats: dict[int, RunningStats] = {}
         self.maps: torch.Tensor | None = None
         self.sample: list[torch.Tensor] = []
 
@@ -44,14 +44,16 @@ class Observation(Retention):
         images: How many inputs to keep maps of.
         maps: How many maps to keep of each.
         histograms: Whether to keep a sample of values.
-        excuse: Called with what went wrong; it may raise, and then the network's forward pass fails.
+        on_error: Called with what went wrong; it may raise, and then the network's forward pass fails.
+        channel_dims: The dimension of the channels, by layer, where it is not 1.
         layers: What was seen, by layer, in the order in which the layers first ran.
     """
 
     images: int
     maps: int
     histograms: bool
-    excuse: Callable[[Exception], None]
+    on_error: Callable[[Exception], None]
+    channel_dims: Mapping[str, int]
     layers: dict[str, Observed] = field(default_factory=dict)
 
     def keep(
@@ -65,7 +67,11 @@ class Observation(Retention):
         try:
             self._take(tensor, layer)
         except Exception as error:
-            self.excuse(error)
+            self.on_error(error)
+
+    def excuse(self, error: Exception) -> None:
+        """Let the network go on."""
+        self.on_error(error)
 
     def duplicate(self, kept: Any, layer: str, held: int) -> None:
         """Leave a second name of the same layer out: it would show the same under another tag."""
@@ -75,7 +81,11 @@ class Observation(Retention):
         if not is_tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise CaptureError(f"`{layer}` ran inside a transform or a trace, where it has no values to log")
         seen = self.layers.get(layer) or Observed()
-        seen.stats.update(tensor)
+        dim = self.channel_dims.get(layer, 1)
+        channels = tensor.shape[dim] if -tensor.ndim <= dim < tensor.ndim else 0
+        stats = seen.stats.get(channels) or RunningStats(channel_dim=dim)
+        stats.update(tensor)
+        seen.stats[channels] = stats
         self.layers[layer] = seen
         values = tensor.detach()
         if values.is_quantized:

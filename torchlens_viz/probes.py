@@ -10,6 +10,8 @@ from typing import Any, Final, TypeAlias, final
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
@@ -68,7 +70,17 @@ class ProbeBatch:
         def placed(tensor: torch.Tensor) -> torch.Tensor:
             return like_parameters(tensor, model)
 
-        with inference(model), _same_buffers(model), _no_autocast_cache():
+        if any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+            raise InvalidArgumentError(
+                "the model has lazy parameters, which the probe would give values: train a step before"
+            )
+        with (
+            inference(model),
+            _same_random_numbers(),
+            _same_buffers(model),
+            _no_autocast_cache(),
+            _no_cached_parametrizations(),
+        ):
             model(*map_tensors(placed, self._args), **map_tensors(placed, self._kwargs))
 
     def picture(self) -> torch.Tensor | None:
@@ -87,6 +99,10 @@ def _first(loader: DataLoader[Any]) -> Any:
         raise InvalidTypeError(
             "`probe` must be a DataLoader over a dataset with a length and indices, got one over "
             f"{type(loader.dataset).__name__}; pass a batch, as in `probe=next(iter(loader))[0]`"
+        )
+    if loader.batch_sampler is None:
+        raise InvalidArgumentError(
+            "`probe` must be a DataLoader that makes batches, got one with `batch_size=None`; pass a batch"
         )
     count = len(loader.dataset)
     if count == 0:
@@ -113,21 +129,28 @@ def _same_random_numbers() -> Iterator[None]:
 @contextmanager
 def _same_buffers(model: nn.Module) -> Iterator[None]:
     """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
-    before = [
-        (module, name, buffer, None if buffer.is_inference() else buffer._version, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for _, own in before for buffer in own.values() if buffer is not None]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, version, values in before:
-                if version is None or buffer._version != version:
-                    with torch.inference_mode(buffer.is_inference()):
-                        buffer.copy_(values)
-                module._buffers[name] = buffer
+        for buffer, value in values:
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.data.copy_(value)  # `data`, so that what was saved for a backward pass stays valid
+        for buffers, own in before:
+            buffers.clear()
+            buffers.update(own)
+
+
+@contextmanager
+def _no_cached_parametrizations() -> Iterator[None]:
+    """Keep weights that are computed without a graph from the cache of `parametrize.cached()`."""
+    was_enabled = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = was_enabled
 
 
 @contextmanager

@@ -59,8 +59,8 @@ class ActivationRegression:
             ArchiveError: The baseline cannot be read or written.
         """
         __tracebackhide__ = True
-        full = self._test if name is None else f"{self._test}.{name}"
-        path = self._folder / f"{_file_name(full)}.json"
+        names = [self._test] if name is None else [self._test, name]
+        path = self._folder / f"{'.'.join(map(_file_name, names))}.json"
         if path.name in self._used:
             raise InvalidArgumentError(
                 f"`name` must differ from that of the other checks in this test, got {name!r} once more"
@@ -104,7 +104,7 @@ def _file_name(test: str) -> str:
     """Return the name of a test as that of a file; names that had to be changed differ by a hash."""
     plain = test.replace("::", ".").replace("[", "-").removesuffix("]")
     safe = safe_name(plain)
-    is_plain = safe == plain and not {"[", "]"} & set(plain)
+    is_plain = safe == plain and test.count("[") <= 1 and "]" not in test[:-1]
     return safe if is_plain else f"{safe}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
 
 

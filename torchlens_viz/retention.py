@@ -69,6 +69,10 @@ class Retention:
         changes = (self.dtype, self.device, self.channels, self.reduce)
         return self.grad and self.copy is True and all(change is None for change in changes)
 
+    def excuse(self, error: Exception) -> None:
+        """Raise what went wrong in a hook."""
+        raise error
+
     def keep(
         self,
         tensor: torch.Tensor | torch.fx.Proxy,

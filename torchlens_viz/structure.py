@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import OrderedDict, UserDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -88,7 +88,12 @@ def _map_sequence(kinds: _Kinds, function: Callable[[Any], Any], value: Any, see
         (rebuilt.update if isinstance(rebuilt, set) else rebuilt.extend)(items)
         return rebuilt, holds
     make = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-    return make(items), holds
+    try:
+        return make(items), holds
+    except TypeError:  # its constructor wants something else
+        if not isinstance(value, tuple):
+            raise
+        return tuple.__new__(type(value), items), holds
 
 
 def _map_mapping(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
@@ -98,8 +103,11 @@ def _map_mapping(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen
         return value, False
     if type(value) is dict:
         return items, holds
-    if not isinstance(value, MutableMapping):
-        return type(value)(items), holds  # such as types.MappingProxyType
+    if not isinstance(value, dict | UserDict):  # a copy of another kind may share what it holds
+        try:
+            return type(value)(items), holds  # such as types.MappingProxyType
+        except TypeError:
+            return items, holds
     rebuilt = copy.copy(value)
     for key, item in items.items():
         rebuilt[key] = item
