@@ -143,6 +143,15 @@ def test_parametrised_weights_are_those_the_layer_computes_with():
     assert torch.equal(kernels_of(nn.Sequential(layer)).weight, plain * 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_old_style_weight_norm_is_that_of_the_parameters_as_they_are():
+    layer = torch.nn.utils.weight_norm(nn.Conv2d(2, 3, 3))
+    stale = layer.weight
+    layer.weight_g.data *= 3
+    assert torch.allclose(kernels_of(layer).weight, 3 * stale)
+    assert layer.weight is stale
+
+
 def test_weight_norm_is_applied():
     layer = parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.weight_norm import WeightNorm
 
 from torchlens_viz.dense import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
@@ -86,6 +87,11 @@ def _stored_weight(module: nn.Module) -> torch.Tensor | None:
         weight = getattr(module, "weight", None)
         if callable(weight) and not isinstance(weight, torch.Tensor):
             weight = weight()  # quantised layers
+        for (
+            hook
+        ) in module._forward_pre_hooks.values():  # old-style; the attribute is of the last forward pass
+            if isinstance(hook, WeightNorm) and hook.name == "weight":
+                weight = hook.compute_weight(module)
     if isinstance(weight, UninitializedParameter):
         return weight
     return weight if isinstance(weight, torch.Tensor) and weight.ndim >= 3 else None
