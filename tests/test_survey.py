@@ -28,7 +28,7 @@ from torchlens_viz.errors import (
     MissingDependencyError,
     NoDataError,
 )
-from torchlens_viz.survey_command import pictures_in
+from torchlens_viz.picture_folders import pictures_in
 from torchlens_viz.topk import RunningTop
 
 

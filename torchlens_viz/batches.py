@@ -7,32 +7,23 @@ from itertools import islice
 from typing import Any, Final, NamedTuple, TypeAlias, final
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.samplers import (
+    UnknownOrder,
+    padding,
+    refuse_loss_of_order,
+    refuse_unknown_order,
+    refuse_what_is_no_loader,
+    sampler_of,
+)
 from torchlens_viz.structure import map_tensors, tensors
 
 InputOf: TypeAlias = str | int | Callable[[Any], Any] | None
 Indices: TypeAlias = Sequence[int] | torch.Tensor | Callable[[Any], Any] | None
 
 _USUAL_KEYS: Final = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
-_SHUFFLING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-
-class _Unknown(NamedTuple):
-    """A sampler of whole batches, whatever it does."""
-
-    sampler: Any
 
 
 class Batch(NamedTuple):
@@ -123,20 +114,20 @@ class Numbering:
     """
 
     def __init__(self, loader: Any, indices: Indices, input_of: InputOf, *, shared: bool) -> None:
-        _refuse_what_is_no_loader(loader)
-        sampler = _sampler_of(loader)
+        refuse_what_is_no_loader(loader)
+        sampler = sampler_of(loader)
         self._rule = input_of
         self._function = indices if callable(indices) else None
-        self._padding = _padding(sampler)
+        self._padding = padding(sampler)
         self._known: torch.Tensor | None = None
         self._is_partial = isinstance(loader, DataLoader) and loader.drop_last
         self._following: Iterator[int] | None = None
         self.place = 0
         self._last = -1
         if self._function is None:
-            _refuse_loss_of_order(loader)
+            refuse_loss_of_order(loader)
         if indices is None:
-            _refuse_shuffling(loader, sampler, shared=shared)
+            refuse_unknown_order(sampler, shared=shared)
             if isinstance(sampler, DistributedSampler | Sequence):
                 # Of a list, or of a sampler whose order follows from its seed and epoch alone.
                 self._following = iter(sampler)
@@ -227,8 +218,8 @@ class Numbering:
 
 def inputs_in(loader: Any) -> int | None:
     """Return how many inputs a loader will yield, as far as can be told."""
-    sampler = _sampler_of(loader)
-    if isinstance(sampler, _Unknown):
+    sampler = sampler_of(loader)
+    if isinstance(sampler, UnknownOrder):
         return None
     try:
         if isinstance(loader, list | tuple):
@@ -236,66 +227,6 @@ def inputs_in(loader: Any) -> int | None:
         return len(loader.dataset if sampler is None else sampler)
     except (AttributeError, TypeError):
         return None
-
-
-def _sampler_of(loader: Any) -> Any:
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return None
-    if loader.batch_sampler is None:
-        return loader.sampler
-    if type(loader.batch_sampler) is BatchSampler:
-        return loader.batch_sampler.sampler
-    return _Unknown(loader.batch_sampler)
-
-
-def _padding(sampler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that tells of places in the order of iteration whether they count here.
-
-    A `DistributedSampler` makes the shares equal by giving some inputs to a second process.
-    """
-    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
-        return lambda places: torch.ones_like(places, dtype=torch.bool)
-    count, rank, processes = len(sampler.dataset), sampler.rank, sampler.num_replicas  # type: ignore[arg-type]
-    return lambda places: places * processes + rank < count
-
-
-def _refuse_what_is_no_loader(loader: Any) -> None:
-    is_dataset = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
-    if isinstance(loader, torch.Tensor) or is_dataset:
-        remedy = (
-            "`x.split(64)`" if isinstance(loader, torch.Tensor) else "`DataLoader(dataset, batch_size=64)`"
-        )
-        raise InvalidTypeError(
-            f"`loader` must yield batches, got a {type(loader).__name__}, which yields single inputs; pass "
-            f"{remedy}"
-        )
-
-
-def _refuse_loss_of_order(loader: Any) -> None:
-    if isinstance(loader, DataLoader) and loader.num_workers and not getattr(loader, "in_order", True):
-        raise InvalidArgumentError(
-            "`loader` must keep the order of its batches, got a DataLoader with `in_order=False`; leave that "
-            "out, or pass `indices`, a function of a batch"
-        )
-
-
-def _refuse_shuffling(loader: Any, sampler: Any, *, shared: bool) -> None:
-    if shared and not isinstance(sampler, DistributedSampler):
-        raise InvalidArgumentError(
-            "`loader` must have a DistributedSampler where several processes survey together, or `indices` "
-            "must say which inputs are this one's, or else each input would count once per process"
-        )
-    if isinstance(sampler, _SHUFFLING):
-        raise InvalidArgumentError(
-            f"`loader` must not shuffle, got one with a {type(sampler).__name__}: the index of an input "
-            "would be lost; build it with `shuffle=False`, or pass `indices`"
-        )
-    is_known = sampler is None or isinstance(sampler, SequentialSampler | DistributedSampler | Sequence)
-    if isinstance(sampler, _Unknown) or not is_known:
-        kind = type(sampler.sampler if isinstance(sampler, _Unknown) else sampler).__name__
-        raise InvalidArgumentError(
-            f"`indices` must say which input comes when, for a loader with a {kind}, whose order is not known"
-        )
 
 
 def _checked(indices: Any) -> torch.Tensor:
