@@ -43,6 +43,21 @@ def resnet() -> tuple[nn.Module, Callable[[], None], torch.Tensor]:
     return net, training(net, 32, 112, 1000), torch.randn(16, 3, 112, 112)
 
 
+def with_monitor(step: Callable[[], None], monitor: Monitor, source: str) -> Callable[[], None]:
+    """Return a training step that the monitor hears of, by the name of one of its methods."""
+    number = count()
+
+    def by_step() -> None:
+        step()
+        monitor.step(next(number))
+
+    def by_watch() -> None:
+        with monitor.watch(next(number)):
+            step()
+
+    return by_step if source == "step" else by_watch
+
+
 def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -51,16 +66,11 @@ def bytes_of(folder: Path) -> int:
 def test_a_hundred_steps_of_which_one_is_logged(source, versus, tmp_path):
     net, step, probe = demo()
     monitor = Monitor(net, tmp_path, probe=probe if source == "step" else None, every=EVERY, alarm=None)
-    number = count()
+    monitored = with_monitor(step, monitor, source)
 
     def ours() -> None:
         for _ in range(EVERY):
-            if source == "step":
-                step()
-                monitor.step(next(number))
-            else:
-                with monitor.watch(next(number)):
-                    step()
+            monitored()
 
     def theirs() -> None:
         for _ in range(EVERY):
@@ -76,16 +86,7 @@ def test_a_logged_step(source, build, versus, tmp_path):
     """Theirs is a training step that is logged, so that the ratio less one is the cost in training steps."""
     net, step, probe = build()
     monitor = Monitor(net, tmp_path, probe=probe if source == "step" else None, every=1, alarm=None)
-    number = count()
-
-    def logged() -> None:
-        if source == "step":
-            step()
-            monitor.step(next(number))
-        else:
-            with monitor.watch(next(number)):
-                step()
-
+    logged = with_monitor(step, monitor, source)
     logged()
     monitor.close()
     first = bytes_of(tmp_path)
