@@ -35,7 +35,7 @@ from torchlens_viz import (
     feature_grid,
     kernel_grid,
 )
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError
+from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError, MissingDependencyError
 from torchlens_viz.health import Figures, MonitorWarning, Trouble
 
 WHAT = ("mean", "std", "zero_fraction", "dead", "dead_fraction", "nonfinite")
@@ -515,10 +515,15 @@ def test_a_transform_within_a_watched_step_does_not_stop_it():
 
 def test_a_model_that_cannot_be_hooked_does_not_stop_the_training():
     net = nn.Sequential(nn.Conv2d(3, 2, 3))
-    monitor = Monitor(net, Recorder())
+    board = Recorder()
+    monitor = Monitor(net, board)
     net[0].__class__ = type("FSDPModule", (nn.Conv2d,), {})
     with pytest.warns(MonitorWarning, match="fully sharded"), monitor.watch(0):
         net(torch.randn(2, 3, 5, 5))
+    monitor.step(100)
+    assert not board.entries  # to read a weight would wait for the other processes
+    with pytest.raises(CaptureError, match="fully sharded"):
+        Monitor(net, board)
 
 
 @pytest.mark.parametrize("source", ["step", "watch"])

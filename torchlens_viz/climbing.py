@@ -17,10 +17,9 @@ from torchlens_viz.scoring import Scorer, Sensitivity
 from torchlens_viz.slots import Rows, Run
 from torchlens_viz.starts import Starts
 from torchlens_viz.updates import Adam, as_it_is, normalised
-from torchlens_viz.waking import Action, is_watched, next_action
+from torchlens_viz.waking import LOOK_EVERY, Action, is_watched, next_action
 
 _HURRY: Final = 3.0
-_LOOK_EVERY: Final = 8  # steps between two looks at the flags on a GPU, which must come to a halt for it
 
 
 def climb(
@@ -99,7 +98,7 @@ class _Slots:
         self._rows: Rows | None = None
         self._done: list[int] = []
         self._adam = Adam(plan.rate, like_keras=plan.is_classic)
-        self._look_every = 1 if scorer.device.type == "cpu" else _LOOK_EVERY
+        self._look_every = 1 if scorer.device.type == "cpu" else LOOK_EVERY
         self._count = 0
 
     def progress(self) -> float:

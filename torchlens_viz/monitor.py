@@ -14,7 +14,7 @@ from torch import nn
 from torchlens_viz import portraits
 from torchlens_viz.activations import Capture
 from torchlens_viz.boards import Board
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 from torchlens_viz.health import Figures, Trouble, Watchman, warn
 from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
 from torchlens_viz.kernels import has_kernels
@@ -127,8 +127,7 @@ class Monitor:
         self._model = model
         self._selected = select(model, layers)
         self._channel_dim = channel_dim
-        # In every process, and before rank 0 could wait for the others in a pass of its own.
-        refuse_unhookable(model, self._selected, stop=False, compiled="eager")
+        self._check()  # in every process, and before rank 0 could wait for the others
         inner = [name for name, module in unwrap(model).named_modules() if _is_distributed(module)]
         if probe is not None and inner:
             raise InvalidArgumentError(
@@ -138,6 +137,7 @@ class Monitor:
         self._modules: dict[nn.Module, str] = {}
         for name, module in self._selected:  # one that is reached by two names is shown under the first
             self._modules.setdefault(module, name)
+        self._with_kernels = [module for module in self._modules if has_kernels(module)]
         tags = [_tag(kind, name) for kind in ("kernels", "maps") for name in self._modules.values()]
         self._scales = Scales(scales, headroom=headroom, tags=tags)
         self._watchman = Watchman(max_dead=max_dead, std_range=std_range)
@@ -167,7 +167,7 @@ class Monitor:
         """
         step = number(global_step)
         is_due = self._schedule.is_due(step)
-        if world()[0] != 0:
+        if world()[0] != 0 or (is_due and not self._may_look(step)):
             return
         if is_due:
             self._look_and_log(step)
@@ -196,7 +196,7 @@ class Monitor:
         if world()[0] != 0:
             return _IDLE
         if is_due:
-            return self._watched(step)
+            return self._watched(step) if self._may_look(step) else _IDLE
         is_again = self._norms is not None and step == self._schedule.logged
         return self._watched_for_updates(step) if is_again else _IDLE
 
@@ -212,6 +212,19 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check(self) -> None:
+        # On rank 0 alone the wrapper must not run, but its layers may be looked at.
+        refuse_unhookable(self._model, self._selected, stop=False, compiled="eager")
+
+    def _may_look(self, step: int) -> bool:
+        """Tell whether the model may be looked at; to read sharded weights would wait for all ranks."""
+        try:
+            self._check()
+        except CaptureError as error:
+            self._remarks.excuse(step, error)
+            return False
+        return True
 
     def _look_and_log(self, step: int) -> None:
         observation = self._observation(step)
@@ -270,9 +283,7 @@ class Monitor:
 
     def _capture(self, observation: Observation) -> Capture:
         root, selected = unwrap(self._model), self._selected
-        # On rank 0 alone the wrapper must not run, but its layers may be looked at.
-        check = partial(refuse_unhookable, self._model, selected, stop=False, compiled="eager")
-        return Capture(root, selected, check, io="output", retention=observation, stop=False)
+        return Capture(root, selected, self._check, io="output", retention=observation, stop=False)
 
     def _log(self, step: int, seen: Mapping[str, Observed]) -> None:
         if self._probe is not None and not self._has_shown_inputs:
@@ -281,12 +292,11 @@ class Monitor:
                 batch = self._probe.picture()
                 if batch is not None:
                     self._board.picture("probe/inputs", portraits.inputs(batch[: self._map_images]), step)
-        for module, name in self._modules.items():
+        for module in self._with_kernels:
             with self._remarks.attempt(step):
-                if has_kernels(module):
-                    tag = _tag("kernels", name)
-                    image = portraits.kernels(tag, module, self._scales, step, max_tiles=self._max_tiles)
-                    self._board.picture(tag, image, step)
+                tag = _tag("kernels", self._modules[module])
+                image = portraits.kernels(tag, module, self._scales, step, max_tiles=self._max_tiles)
+                self._board.picture(tag, image, step)
         health: dict[str, Figures] = {}
         for name, observed in seen.items():
             with self._remarks.attempt(step):

@@ -12,7 +12,7 @@ _REDIRECTED_STEPS: Final = 16
 _REDIRECTIONS: Final = 4  # on end, from one start
 _WAKINGS: Final = 3  # from one start: what falls asleep again and again should begin elsewhere
 _PATIENCE: Final = 4  # steps without a gradient, where images are moved at random
-_LOOK_EVERY: Final = 8  # steps between two looks at what climbs: a GPU must come to a halt for each
+LOOK_EVERY: Final = 8  # steps between two looks at what climbs: a GPU must come to a halt for each
 
 
 class Action(Enum):
@@ -32,7 +32,7 @@ def is_watched(run: Run, plan: Plan) -> bool:
     """
     if plan.is_classic or run.ending:
         return run.step == 0
-    return run.is_waking or run.flat > 0 or run.step % _LOOK_EVERY == 0
+    return run.is_waking or run.flat > 0 or run.step % LOOK_EVERY == 0
 
 
 def next_action(run: Run, is_flat: bool | None, plan: Plan) -> Action:
