@@ -10,9 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torchvision.models import vgg16
+from torchvision.models import get_model, vgg16
 
 from torchlens_viz import maximize
+from torchlens_viz.cutting import Cut
+from torchlens_viz.shadow import autocasting, isolated, resolve_precision, shadow_of
 
 LAYER = 14
 CHANNELS = range(8)
@@ -103,6 +105,33 @@ def test_maximize_against_the_rate_of_matrix_products(versus, network, ours):
 
     note = f"{needed / len(CHANNELS) / STEPS / 1e9:.1f} GFLOP per channel and step"
     versus(ours, theirs, target=">= 0.6", rounds=ROUNDS, share=products / needed, note=note)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("vgg16", "features.14"), ("resnet18", "layer3.0.conv1"), ("mobilenet_v2", "features.10.conv.0.0")],
+)
+def test_maximize_compiled(versus, name, layer):
+    """Ours is the network's share of a step as it is, theirs the same through `torch.compile`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_precision("auto", device)
+    with isolated(device):
+        torch.manual_seed(0)
+        model = get_model(name, weights=None).eval().to(device)
+        images = torch.rand(len(CHANNELS), 3, SIZE, SIZE, device=device, requires_grad=True)
+        given = images.clone(memory_format=torch.channels_last)
+
+        def stepping(is_compiled):
+            cut = Cut(shadow_of(model, dtype=dtype), [layer], io="input", is_compiled=is_compiled)
+
+            def step():
+                with autocasting(device, dtype):
+                    taken = cut(given)[layer]
+                return torch.autograd.grad(taken.float().sum(), images, retain_graph=True)
+
+            return step
+
+        versus(stepping(False), stepping(True), target="-", note="theirs is ours, compiled")
 
 
 def arithmetic(layers: nn.Sequential) -> float:

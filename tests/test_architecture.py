@@ -66,6 +66,7 @@ FLOORS = [
         "retention",
         "scales",
         "scaling",
+        "cutting",
         "shadow",
         "style",
         "tables",

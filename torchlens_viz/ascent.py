@@ -67,6 +67,7 @@ def maximize(
     batch_size: int | Literal["auto"] = "auto",
     seed: int = 0,
     precision: Precision = "auto",
+    compile: bool = False,
     method: Method = "normalized",
     restarts: int = _RESTARTS,
     decay: float = 0.0,
@@ -111,6 +112,8 @@ def maximize(
         seed: What all random numbers follow from.
         precision: What the network computes gradients in: `"auto"` is bfloat16 where the hardware has it,
             else float32. Images, optimiser and scores are float32 in any case.
+        compile: Run the network's share of each step through `torch.compile`, which takes its time at the
+            first step. On a CPU this has been slower than without wherever it was measured.
         method: `"normalized"` scales the gradient of each image to unit root mean square, so that one
             learning rate serves all layers. `"classic"` is the plain recipe of Keras: every channel begins
             from the same image, uniform in [128, 148] (with `seed=42`, the well-known one), Adam with
@@ -133,7 +136,7 @@ def maximize(
 
     Raises:
         LayerNotFoundError: There is no such layer.
-        CaptureError: The layer does not run, or the model cannot be hooked.
+        CaptureError: The layer does not run, the model cannot be hooked, or cannot be compiled.
         CaptureMemoryError: There is no room for a single image.
         InvalidArgumentError: An argument has a value that cannot be used, a channel is out of range, the
             network cannot take such images, or the objective has no gradient path to them.
@@ -158,6 +161,7 @@ def maximize(
         restarts=restarts,
         frames=frames,
         seed=seed,
+        compile=compile,
         is_classic=method == "classic",
     )
     if not isinstance(model, nn.Module):
@@ -185,7 +189,15 @@ def maximize(
         raise InvalidArgumentError('`restarts` has no effect with `method="classic"`; leave it out')
     with isolated(device := device_of(model)):
         dtype = resolve_precision(precision, device)
-        scorer = Scorer(model, layer, goal, preprocess=preprocess, dtype=dtype, channel_dim=channel_dim)
+        scorer = Scorer(
+            model,
+            layer,
+            goal,
+            preprocess=preprocess,
+            dtype=dtype,
+            channel_dim=channel_dim,
+            is_compiled=compile,
+        )
         depth = image_channels(model) if start is None else len(start)
         seen = scorer.look(torch.full((1, depth, height, width), climbs_by.middle, device=device))
         chosen = chosen_channels(channels, goal, seen[1])
@@ -245,7 +257,7 @@ def _share(
         incomplete = {request.channel for request in missing}
         missing = [request for request in mine if request.channel in incomplete]
         climbs = [one for one in climbs if one.request.channel not in incomplete]
-    with Bar(shown=progress and rank == 0, total=len(mine), unit="channels") as bar, scorer:
+    with Bar(shown=progress and rank == 0, total=len(mine), unit="channels") as bar:
         if not missing:
             return climbs
 

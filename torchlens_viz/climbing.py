@@ -38,7 +38,7 @@ def climb(
     Args:
         requests: The images to make.
         plan: How.
-        scorer: What they are to maximise, entered.
+        scorer: What they are to maximise, after it has looked.
         batch_size: How many to make at a time.
         show: Called after every step with how many images the work on those under way amounts to.
     """
@@ -135,7 +135,8 @@ class _Slots:
         with Redirection(rows.redirected) if is_redirecting else nullcontext():
             images = plan.parametrization.decode(parameters, plan.size)
             sensitivity = Sensitivity(rows.offset, rows.slope) if self._scorer.is_affine else None
-            scores = self._scorer.scores(images, self._transformed(images), rows.channels, sensitivity)
+            seen = self._transformed(images)
+            scores = self._scorer.scores(images, seen, rows.channels, sensitivity, eagerly=is_redirecting)
         gradient = _gradient(scores, parameters, self._scorer)
         rows.parameters = parameters.detach()
         with torch.no_grad():

@@ -184,6 +184,7 @@ def settings_of(
         "preprocess": None if preprocess is None else _named(preprocess),
         "channel_dim": channel_dim,
         "precision": str(scorer.dtype),
+        "compile": scorer.is_compiled,
         "start": checksum(plan.start),
         "references": checksum(plan.references),
         "compared": sorted(channels) if scorer.objective.couples else None,
@@ -200,7 +201,7 @@ def _named(function: object) -> str:
 
 
 def check_numbers(**given: Any) -> None:
-    """Refuse options of `maximize` that are numbers and cannot be used, by name."""
+    """Refuse plain options of `maximize` that cannot be used, by name."""
     for name, least in (("steps", 1), ("restarts", 0), ("frames", 1), ("batch_size", 1)):
         value = given[name]
         if value is None or (name == "batch_size" and value == "auto"):
@@ -217,6 +218,8 @@ def check_numbers(**given: Any) -> None:
         raise InvalidArgumentError(f"`lr` must be positive and finite, got {given['lr']!r}")
     if given["threshold"] is not None and not isfinite(given["threshold"]):
         raise InvalidArgumentError(f"`threshold` must be finite, got {given['threshold']!r}")
+    if not isinstance(given["compile"], bool):
+        raise InvalidTypeError(f"`compile` must be True or False, got {given['compile']!r}")
     if isinstance(given["seed"], bool) or not isinstance(given["seed"], int):
         raise InvalidTypeError(f"`seed` must be an int, got {given['seed']!r}")
     if given["is_classic"] and not 0 <= given["seed"] < 2**32:

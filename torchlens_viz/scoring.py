@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, Literal, NamedTuple, final
 
 import torch
 from torch import nn
 
 from torchlens_viz.activations import capture
 from torchlens_viz.algebra import Objective, Scene
+from torchlens_viz.cutting import Cut
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.layers import Selector, select_one
 from torchlens_viz.memory import is_out_of_memory
-from torchlens_viz.records import Activations
 from torchlens_viz.shadow import autocasting, shadow_of
 
 _LINEAR: Final = (
@@ -50,8 +49,6 @@ class Evaluation(NamedTuple):
 class Scorer:
     """Scores images by an objective; the model that it is made of is not touched, only copied.
 
-    Within its `with` block the hooks stand that cut the network at the layer.
-
     Args:
         model: The network.
         layer: Which of its layers, by a selector that finds exactly one.
@@ -59,6 +56,7 @@ class Scorer:
         preprocess: Makes of images what the model takes; None takes them as they are.
         dtype: What the network computes gradients in.
         channel_dim: Which dimension of the layer's output counts its channels.
+        is_compiled: Whether `torch.compile` is to be used for the gradients.
     """
 
     def __init__(
@@ -70,11 +68,13 @@ class Scorer:
         preprocess: Callable[[torch.Tensor], torch.Tensor] | None,
         dtype: torch.dtype,
         channel_dim: int,
+        is_compiled: bool,
     ) -> None:
         self.objective = objective
         self.layer = select_one(model, layer).name
         self.device = device_of(model)
         self.dtype = dtype
+        self.is_compiled = is_compiled
         self._channel_dim = channel_dim
         self._preprocess = preprocess
         self._others = {
@@ -82,30 +82,10 @@ class Scorer:
         }
         self._layers = [self.layer, *sorted({*self._others.values()} - {self.layer})]
         self._exact = shadow_of(model)
-        self._fast = shadow_of(model, dtype=dtype)  # another one in any case: it is hooked all the time
+        self._fast = shadow_of(model, dtype=dtype)  # another one in any case: it is cut for good
         self._taken_shape: torch.Size | None = None
         self._layout = torch.channels_last
-        self._hooks = ExitStack()
-        self._acts: Activations | None = None
-
-    def __enter__(self) -> Scorer:
-        with ExitStack() as hooks:
-            self._acts = hooks.enter_context(
-                capture(
-                    self._fast,
-                    self._layers,
-                    io="input" if self.is_affine else "output",
-                    grad=True,
-                    copy=len(self._layers) > 1,  # nothing runs after the only layer that could write to it
-                    stop=True,
-                )
-            )
-            self._hooks = hooks.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.close()
-        self._acts = None
+        self._cut: Cut | None = None
 
     @property
     def is_affine(self) -> bool:
@@ -156,18 +136,9 @@ class Scorer:
                 f"`{acts.not_called[0]}` does not run on this input, so that nothing can drive it: choose a "
                 "layer that runs in eval mode"
             )
+        for name in self._layers:
+            _check_output(name, acts.calls(name)[0].output, len(images))
         taken, output = acts.calls(self.layer)[0]
-        if not isinstance(output, torch.Tensor) or output.ndim < 2 or not output.is_floating_point():
-            raise InvalidArgumentError(
-                f"`layer` must put out one tensor (N, C, ...), got {_kind(output)} from `{self.layer}`; "
-                "choose a layer inside it"
-            )
-        if len(output) != len(images):
-            raise InvalidArgumentError(
-                f"`layer` must put out one row per image, (N, C, ...), got {_kind(output)} from "
-                f"`{self.layer}` for one image: it folds windows into the batch, or counts the batch in "
-                "another dimension; choose a layer around it"
-            )
         if not -output.ndim <= self._channel_dim < output.ndim or self._channel_dim in (0, -output.ndim):
             raise InvalidArgumentError(
                 f"`channel_dim` must be a dimension after the first of {tuple(output.shape)}, "
@@ -179,6 +150,8 @@ class Scorer:
         is_plain = type(module) in _LINEAR and not has_hooks and isinstance(taken, torch.Tensor)
         if self.objective.is_linear and runs_once and is_plain:
             self._taken_shape = taken.shape[1:]
+        io: Literal["input", "output"] = "input" if self.is_affine else "output"
+        self._cut = Cut(self._fast, self._layers, io=io, is_compiled=self.is_compiled)
         return self._by_channel(output).shape
 
     def sensitivity(self, images: torch.Tensor, channels: torch.Tensor) -> Sensitivity:
@@ -200,6 +173,8 @@ class Scorer:
         seen: torch.Tensor,
         channels: torch.Tensor,
         sensitivity: Sensitivity | None,
+        *,
+        eagerly: bool = False,
     ) -> torch.Tensor:
         """Return the score of every image, (N,) float32, on the graph of `images`.
 
@@ -208,13 +183,12 @@ class Scorer:
             seen: (N, C, H, W), the images as the network is to see them.
             channels: (N,) int64, what each is to maximise.
             sensitivity: For an affine objective, that of these channels.
+            eagerly: Run in plain Python even if it is compiled.
         """
-        assert self._acts is not None
-        self._acts.clear()
+        assert self._cut is not None
         prepared = self._prepared(seen)
         with autocasting(self.device, self.dtype):
-            self._fast(prepared)
-        values = {name: self._acts.calls(name)[0] for name in self._layers}
+            values = self._cut(prepared, eagerly=eagerly)
         if sensitivity is None:
             activations = {name: self._by_channel(value) for name, value in values.items()}
             return self.objective(self._scene(images, channels, activations))
@@ -234,7 +208,7 @@ class Scorer:
         channels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
         sensitivity = self.sensitivity(images, channels) if self.is_affine else None
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            scores = self.scores(images, images, channels, sensitivity)
+            scores = self.scores(images, images, channels, sensitivity, eagerly=True)
         del scores
         weights = {weight.untyped_storage().data_ptr() for weight in self._fast.parameters()}
         return sum(size for place, size in held.items() if place not in weights)
@@ -268,6 +242,20 @@ class Scorer:
 
     def _by_channel(self, values: torch.Tensor) -> torch.Tensor:
         return values.movedim(self._channel_dim, 1)
+
+
+def _check_output(layer: str, output: object, images: int) -> None:
+    if not isinstance(output, torch.Tensor) or output.ndim < 2 or not output.is_floating_point():
+        raise InvalidArgumentError(
+            f"`layer` must put out one tensor (N, C, ...), got {_kind(output)} from `{layer}`; "
+            "choose a layer inside it"
+        )
+    if len(output) != images:
+        raise InvalidArgumentError(
+            f"`layer` must put out one row per image, (N, C, ...), got {_kind(output)} from "
+            f"`{layer}` for one image: it folds windows into the batch, or counts the batch in "
+            "another dimension; choose a layer around it"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:
