@@ -45,7 +45,7 @@ from torchlens_viz.transforms import Transforms, TransformsName, transforms_of
 
 Method: TypeAlias = Literal["normalized", "classic"]
 
-_RESTARTS: Final = 2
+_RESTARTS: Final = 4
 _CLASSIC_RATE: Final = 2.5
 _CLASSIC_RANGE: Final = (128.0, 148.0)
 

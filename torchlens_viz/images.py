@@ -19,6 +19,7 @@ ParametrizationName: TypeAlias = Literal["pixels", "fourier", "maco"]
 # for "Feature Visualization" (Olah et al., Distill 2017); to be divided by its largest column norm.
 _COLOUR_ROOT: Final = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 _BOLDER: Final = 5.0  # how much stronger the noise of each further start is
+_BOLDEST: Final = 25.0
 _NEAR_LIMIT: Final = 1e-3  # a sigmoid never reaches its limits, and its slope is gone long before
 
 
@@ -92,12 +93,13 @@ class Pixels(Parametrization):
     """The pixels themselves, clipped to the limits after every step.
 
     Attributes:
-        sd: Standard deviation of the noise to begin from, about the middle, as a share of the width.
+        sd: Standard deviation of the noise to begin from, about the middle, as a share of the width. Noise
+            above the first step would leave its own pattern in the image.
         uniform: Begin from noise that is uniform between these two, the same for every channel, as
             `numpy.random.seed(seed); numpy.random.random((1, H, W, C))` gives it.
     """
 
-    sd: float = 0.05
+    sd: float = 0.02
     uniform: tuple[float, float] | None = None
 
     @property
@@ -121,7 +123,7 @@ class Pixels(Parametrization):
             uniform = np.random.RandomState(generator.initial_seed()).random_sample((*size, channels))
             return torch.from_numpy(uniform * (high - low) + low).float().permute(2, 0, 1).contiguous()
         noise = torch.randn(channels, *size, generator=generator, dtype=torch.float32, device="cpu")
-        pixels = self.middle + min(self.sd * _BOLDER**attempt, 1.0) * self.width * noise
+        pixels = self.middle + min(self.sd * _bolder(attempt), 1.0) * self.width * noise
         self.confine_(pixels)
         return pixels
 
@@ -202,7 +204,7 @@ class Fourier(_Spectrum):
         if image is None:
             shape = (channels, size[0], size[1] // 2 + 1, 2)
             noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-            return noise.mul(self.sd * _BOLDER**attempt)
+            return noise.mul(self.sd * _bolder(attempt))
         spectrum = torch.fft.rfft2(self._from_pixels(image), norm="ortho")
         return torch.view_as_real(spectrum / self._scale(size, image.device))
 
@@ -258,6 +260,10 @@ class FixedSpectrum(_Spectrum):
         colours = torch.fft.irfft2(waves, s=size, norm="ortho")
         deviation = colours.std((-3, -2, -1), keepdim=True).clamp_min(1e-12)
         return self._to_pixels(colours * (self.contrast / deviation))
+
+
+def _bolder(attempt: int) -> float:
+    return min(_BOLDER**attempt, _BOLDEST)  # beyond that, most pixels are at their limits
 
 
 def parametrization_of(chosen: ParametrizationName | Parametrization) -> Parametrization:
