@@ -13,7 +13,7 @@ from torchvision import models
 
 from torchlens_viz import survey
 
-IMAGES, BATCH = 128, 16
+IMAGES, BATCH = 512, 16  # the first few hundred cost more, while most of them get among the top 9
 
 
 @pytest.fixture(scope="module")

@@ -114,15 +114,26 @@ def test_nan_and_inf_are_counted_and_touch_nothing_else(name):
     assert stats.max[2].isnan()
 
 
+def test_zeros_are_counted_wherever_they_are_and_nothing_else():
+    values = torch.full((3, 2, 1, 2**19 + 5), 1e-200, dtype=torch.float64)  # whose squares are zero
+    values[1, 0, 0, -3:] = 0
+    values[2, 1, 0, 0] = -0.0
+    assert stats_of(values).zero_fraction.mul(3 * (2**19 + 5)).tolist() == pytest.approx([3, 1])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        late = torch.ones(40, 2, 2**15, dtype=dtype)
+        late[-1, 1, -7:] = 0
+        assert stats_of(late).zero_fraction.mul(40 * 2**15).tolist() == pytest.approx([0, 7])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
     from torchlens_viz import moments
 
     values = (1e3 + seeded(9, 5, 70, 31)).to(dtype)
     values[0, 1, 3] = torch.nan
-    expected = moments.measure(values[1:], 1, None)
+    expected = moments.measure(values[1:], 1, None).moments
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda sums: sums != sums)  # no sum is found clean
-    found = moments.measure(values[1:], 1, None)
+    found = moments.measure(values[1:], 1, None).moments
     for name in ("total", "finite", "zeros", "low", "high"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
     torch.testing.assert_close(found.mean, expected.mean, rtol=1e-13, atol=0)

@@ -122,6 +122,27 @@ def test_top_inputs_are_those_of_brute_force(seed, count, k, size, levels, with_
         assert (found.positions[channel, there:] == -1).all()
 
 
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_top_inputs_of_many_batches_are_those_of_brute_force(levels):
+    generator = torch.Generator().manual_seed(levels)
+    maps = torch.randint(0, levels, (301, 3, 2, 3), generator=generator).float()
+    maps[100:140] = torch.nan
+    maps[290, 1, 1, 2] = levels
+    survey_of_all = survey(Given(), maps.split(2), "layer", top_k=4, **quiet)
+    found = survey_of_all.top["layer"]
+    values, indices, positions = brute_force(maps, 4, list(range(301)))
+    assert (found.values.tolist(), found.samples.tolist(), found.positions.tolist()) == (
+        values,
+        indices,
+        positions,
+    )
+    running = RunningTop(4)
+    whole = running.with_peaks(running.peaks(maps, 1), torch.arange(301), in_order=True)
+    batched = survey_of_all._tallies["layer"].top
+    assert torch.equal(whole.best()[0], batched.best()[0])
+    assert torch.equal(whole.best()[1], batched.best()[1])
+
+
 @given(seed=st.integers(0, 10**6), cut=st.integers(1, 9), k=st.integers(1, 5))
 def test_the_union_of_two_parts_is_the_top_of_the_whole(seed, cut, k):
     generator = torch.Generator().manual_seed(seed)

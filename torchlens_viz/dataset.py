@@ -331,7 +331,8 @@ def _united(
 def _refuse_repeated(tallies: Mapping[str, Tally]) -> None:
     """Refuse indices of which one was given to two inputs, so far as the top inputs show it."""
     for tally in tallies.values():
-        samples = None if tally.top is None or not tally.inputs else tally.top.compute().samples
+        top = tally.settled().top
+        samples = None if top is None or not tally.inputs else top.compute().samples
         if samples is None or samples.shape[1] < 2:
             continue
         ordered = samples.sort(dim=1).values

@@ -31,6 +31,19 @@ class Moments(NamedTuple):
     histogram: torch.Tensor | None
 
 
+class Measured(NamedTuple):
+    """The moments of a tensor, and what the passes came upon besides.
+
+    Attributes:
+        moments: The moments.
+        peaks: The largest value of each map, for (N, C, ...) values of which none is NaN or Inf; None where
+            they were not found on the way.
+    """
+
+    moments: Moments
+    peaks: torch.Tensor | None
+
+
 class _Sums(NamedTuple):
     finite: torch.Tensor
     zeros: torch.Tensor
@@ -38,6 +51,7 @@ class _Sums(NamedTuple):
     high: torch.Tensor
     first: torch.Tensor
     second: torch.Tensor
+    peaks: torch.Tensor | None = None
 
 
 class _Layout(NamedTuple):
@@ -48,7 +62,7 @@ class _Layout(NamedTuple):
     channels: int
 
 
-def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) -> Moments:
+def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) -> Measured:
     """Measure one tensor.
 
     On a CPU in two passes over memory, a few more where NaN, Inf or a mean far from zero is found. On other
@@ -64,7 +78,7 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
     """
     channels = values.shape[channel_dim]
     if values.numel() == 0:
-        return _nothing(channels, values.device, edges)
+        return Measured(_nothing(channels, values.device, edges), None)
     layout = _as_matrix(values, channel_dim)
     each = values.numel() // channels
     total = torch.full((channels,), each, dtype=torch.int64, device=values.device)
@@ -79,13 +93,15 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
                 centred = _sweep(layout, is_clean=True, shift=mean)
                 squares = centred.second - centred.first.square() / each
                 mean = mean + centred.first / each
-            return _finish(total, sums._replace(finite=total), mean, squares, histogram)
+            found = _finish(total, sums._replace(finite=total), mean, squares, histogram)
+            has_maps = sums.peaks is not None and channel_dim % values.ndim == 1
+            return Measured(found, sums.peaks if has_maps else None)
     sums = _sweep(layout, is_clean=False)
     count = sums.finite.clamp(min=1)
     mean = sums.first / count
     centred = _sweep(layout, is_clean=False, shift=mean)
     squares = centred.second - centred.first.square() / count
-    return _finish(total, sums, mean + centred.first / count, squares, histogram)
+    return Measured(_finish(total, sums, mean + centred.first / count, squares, histogram), None)
 
 
 def union(ours: Moments, theirs: Moments) -> Moments:
@@ -197,39 +213,45 @@ def _sweep(layout: _Layout, *, is_clean: bool, shift: torch.Tensor | None = None
     if shift is not None:
         about = shift.repeat(matrix.shape[1 - dim] // channels)
         about = about if dim == 0 else about.unsqueeze(1)
-    room = max(block.numel() for block, _ in _blocks(layout))
+    blocks = list(_blocks(layout))
+    room = max(block.numel() for block, _ in blocks)
     wide_room = torch.empty(room, dtype=torch.float64, device=matrix.device)
     # Comparing floats into floats of the same type is vectorised; into bool it is not.
     kind = matrix.dtype if matrix.dtype == torch.float32 else torch.float64
     narrow_room = torch.empty(room, dtype=kind, device=matrix.device)
     found: list[tuple[torch.Tensor, ...]] = []
-    for block, row in _blocks(layout):
+    has_zeros = False
+    for block, row in blocks:
         wide = wide_room[: block.numel()].view(block.shape).copy_(block)
         narrow = narrow_room[: block.numel()].view(block.shape)
         values = block if block.dtype == torch.float32 else wide
         others: list[torch.Tensor] = []
-        if about is None:
+        if about is None and is_clean:
+            others += [values.amin(dim), values.amax(dim)]
+        elif about is None:
+            others.append(torch.nan_to_num(values, inf, inf, inf, out=narrow).amin(dim))
+            others.append(torch.nan_to_num(values, -inf, -inf, -inf, out=narrow).amax(dim))
             others.append(torch.eq(values, 0, out=narrow).sum(dim))
-            if is_clean:
-                others += [values.amin(dim), values.amax(dim)]
-            else:
-                others.append(torch.nan_to_num(values, inf, inf, inf, out=narrow).amin(dim))
-                others.append(torch.nan_to_num(values, -inf, -inf, -inf, out=narrow).amax(dim))
-                others.append(torch.mul(values, 0, out=narrow).eq_(0).sum(dim))
+            others.append(torch.mul(values, 0, out=narrow).eq_(0).sum(dim))
         else:
             wide.sub_(about if dim == 0 else about[row : row + len(block)])
         if not is_clean:
             wide.nan_to_num_(0, 0, 0)
         first = wide.sum(dim)
         second = first if about is None and not is_clean else wide.mul_(wide).sum(dim)
+        if about is None and is_clean:
+            # Most layers have no zero at all, which the squares tell sooner than counting does.
+            has_zeros = has_zeros or not wide.amin() > 0
+            others.append(torch.eq(block, 0, out=narrow).sum(dim) if has_zeros else torch.zeros_like(first))
         found.append((first, second, *others))
     columns = [torch.cat(parts).view(-1, channels).double() for parts in zip(*found, strict=True)]
     first, second = columns[0].sum(0), columns[1].sum(0)
     if about is not None:
         return _Sums(first, first, first, first, first, second)
-    zeros, low, high = columns[2].sum(0).long(), columns[3].amin(0), columns[4].amax(0)
+    low, high, zeros = columns[2].amin(0), columns[3].amax(0), columns[4].sum(0).long()
     finite = zeros if is_clean else columns[5].sum(0).long()
-    return _Sums(finite, zeros, low, high, first, second)
+    is_by_map = dim == 1 and is_clean and len(columns[3]) * channels == len(matrix)
+    return _Sums(finite, zeros, low, high, first, second, columns[3] if is_by_map else None)
 
 
 def _histogram(layout: _Layout, edges: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,18 @@ class RunningStats:
             InvalidArgumentError: It has no dimension `channel_dim`, or other channels than those before.
             InvalidTypeError: It is no tensor, or complex, nested or without values.
         """
+        self.update_with_peaks(values)
+
+    def update_with_peaks(self, values: torch.Tensor) -> torch.Tensor | None:
+        """Do as `update`, and return the peaks of the maps where these were found on the way.
+
+        Args:
+            values: As for `update`.
+
+        Returns:
+            (N, C) float64, the largest value of every map of (N, C, ...) values; None for other values, on
+            other devices than a CPU, and where a value is NaN or Inf.
+        """
         if not isinstance(values, torch.Tensor):
             raise InvalidTypeError(f"`values` must be a tensor, got {type(values).__name__}")
         if values.is_complex() or values.is_nested or values.is_meta:
@@ -169,7 +181,9 @@ class RunningStats:
             dense = values.detach()
             dense = dense.dequantize() if dense.is_quantized else dense
             dense = dense if dense.layout is torch.strided else dense.to_dense()
-            self._take(measure(dense, self.channel_dim, self._edges_on(dense.device)))
+            found = measure(dense, self.channel_dim, self._edges_on(dense.device))
+            self._take(found.moments)
+            return found.peaks
 
     def merge(self, other: RunningStats) -> RunningStats:
         """Take in everything that another gathering has seen, on whatever device that is.

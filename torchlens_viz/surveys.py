@@ -59,7 +59,7 @@ class Survey:
     def __init__(
         self, tallies: Mapping[str, Tally], about: Mapping[str, Any], model: nn.Module | None
     ) -> None:
-        self._tallies = dict(tallies)
+        self._tallies = {name: tally.settled() for name, tally in tallies.items()}
         self._model = model
         self.samples_seen: int = about["samples_seen"]
         self.top_k: int = about["top_k"]

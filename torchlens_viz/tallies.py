@@ -14,6 +14,8 @@ from torchlens_viz.statistics import Bins, RunningStats
 from torchlens_viz.topk import Peaks, RunningTop, united
 
 _PARTS: Final = ("stats", "top", "alike")
+_MOST_PENDING: Final = 8
+_PENDING_SHARE: Final = 1 / 8  # of the inputs: few of those to come would not have passed the newest bar
 
 
 @final
@@ -27,6 +29,8 @@ class Tally:
         alike: How alike its channels respond; None where that was not asked for, or nothing was seen.
         inputs: How many inputs went through the layer.
         most_calls: The most calls that one batch took.
+        pending: Peaks of later batches with their samples, which `top` does not know yet: to sort them in
+            takes as long for several batches as for one.
     """
 
     stats: RunningStats
@@ -34,6 +38,18 @@ class Tally:
     alike: Comoments | None = None
     inputs: int = 0
     most_calls: int = 0
+    pending: tuple[tuple[Peaks, torch.Tensor], ...] = ()
+
+    def settled(self) -> Tally:
+        """Return the same with nothing pending."""
+        if not self.pending or self.top is None:
+            return self
+        values, positions = (
+            torch.cat(parts) for parts in zip(*(peaks for peaks, _ in self.pending), strict=True)
+        )
+        samples = torch.cat([samples for _, samples in self.pending])
+        top = self.top.with_peaks(Peaks(values, positions), samples, in_order=True)
+        return replace(self, top=top, pending=())
 
     def union(self, other: Tally) -> Tally:
         """Return what both know together, on the device of this one.
@@ -41,6 +57,8 @@ class Tally:
         Raises:
             InvalidArgumentError: They are of other channels, or of other options.
         """
+        if self.pending or other.pending:
+            return self.settled().union(other.settled())
         if self.inputs and other.inputs and (self.alike is None) != (other.alike is None):
             raise InvalidArgumentError("both must have `correlations`, or neither")
         alike = self.alike or other.alike
@@ -58,6 +76,8 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as a flat dict of numbers and tensors on the CPU, for `from_dict`."""
+        if self.pending:
+            return self.settled().to_dict()
         found: dict[str, Any] = {"inputs": self.inputs, "most_calls": self.most_calls}
         parts: dict[str, dict[str, Any]] = {"stats": self.stats.to_dict()}
         if self.top is not None:
@@ -129,9 +149,9 @@ class Observation:
         """
         self.calls += 1
         try:
-            self._stats.update(values)
+            highest = self._stats.update_with_peaks(values)
             if self._tally.top is not None or self._alike:
-                self._find_peaks(values)
+                self._find_peaks(values, highest)
         except TorchlensVizError as error:
             raise type(error)(f"`{self._name}` cannot be surveyed: {error}") from error
 
@@ -154,8 +174,7 @@ class Observation:
             if self._peaks is None:
                 return after
             if before.top is not None:
-                there = self._samples.to(self._peaks.values.device, non_blocking=True)
-                after = replace(after, top=before.top.with_peaks(self._peaks, there, in_order=self._in_order))
+                after = self._with_peaks(after, self._peaks)
             if self._alike:
                 alike = comoments(self._peaks.values)
                 after = replace(after, alike=alike if before.alike is None else together(before.alike, alike))
@@ -165,7 +184,19 @@ class Observation:
             ) from error
         return after
 
-    def _find_peaks(self, values: torch.Tensor) -> None:
+    def _with_peaks(self, tally: Tally, peaks: Peaks) -> Tally:
+        samples = self._samples.to(peaks.values.device, non_blocking=True)
+        is_alike = all(other.positions.shape[1:] == peaks.positions.shape[1:] for other, _ in tally.pending)
+        if self._in_order and is_alike and tally.top is not None and tally.top.bar() is not None:
+            tally = replace(tally, pending=(*tally.pending, (peaks, samples)))
+            waiting = sum(len(numbers) for _, numbers in tally.pending)
+            is_due = len(tally.pending) == _MOST_PENDING or waiting > _PENDING_SHARE * tally.inputs
+            return tally.settled() if is_due else tally
+        tally = tally.settled()
+        assert tally.top is not None
+        return replace(tally, top=tally.top.with_peaks(peaks, samples, in_order=self._in_order))
+
+    def _find_peaks(self, values: torch.Tensor, highest: torch.Tensor | None) -> None:
         plain = values.dequantize() if values.is_quantized else values
         plain = plain if plain.layout is torch.strided else plain.to_dense()
         if plain.ndim < 2 or len(plain) != self._inputs or self._tally.stats.channel_dim % plain.ndim == 0:
@@ -175,5 +206,5 @@ class Observation:
                 "`top_k=0` for statistics alone"
             )
         top = self._tally.top or RunningTop(1)
-        peaks = top.peaks(plain, self._tally.stats.channel_dim, in_order=self._in_order)
+        peaks = top.peaks(plain, self._tally.stats.channel_dim, in_order=self._in_order, highest=highest)
         self._peaks = peaks if self._peaks is None else united(self._peaks, peaks)

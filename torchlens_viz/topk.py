@@ -66,7 +66,14 @@ class RunningTop:
         self._positions = torch.empty(0)
         self._best = torch.empty(0)  # (C,), how many inputs have the highest value
 
-    def peaks(self, values: torch.Tensor, channel_dim: int, *, in_order: bool = False) -> Peaks:
+    def peaks(
+        self,
+        values: torch.Tensor,
+        channel_dim: int,
+        *,
+        in_order: bool = False,
+        highest: torch.Tensor | None = None,
+    ) -> Peaks:
         """Find the peaks of one batch.
 
         A CPU looks for the position of those alone that may get among the top k, which are few after the
@@ -76,6 +83,7 @@ class RunningTop:
             values: (N, C, ...) real numbers, dense.
             channel_dim: The dimension that runs through the channels.
             in_order: As for `with_peaks`: equal values of later inputs do not count then.
+            highest: (N, C), the largest value of each map, where that is known and none is NaN.
         """
         axes = values.movedim(channel_dim, 1)
         shape = axes.shape[2:]
@@ -87,7 +95,7 @@ class RunningTop:
                 f"a layer must put out maps with values, got shape {tuple(axes.shape)}"
             )
         if maps.device.type == "cpu":
-            highest, positions = self._found_on_cpu(maps, shape, in_order)
+            highest, positions = self._found_on_cpu(maps, shape, in_order, highest)
         else:
             highest, flat = _without_nan(maps).max(2)
             positions = _unravelled(flat, shape)
@@ -172,9 +180,9 @@ class RunningTop:
         return top
 
     def _found_on_cpu(
-        self, maps: torch.Tensor, shape: torch.Size, in_order: bool
+        self, maps: torch.Tensor, shape: torch.Size, in_order: bool, highest: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        highest = maps.amax(2)
+        highest = maps.amax(2) if highest is None else highest.to(maps.dtype)
         is_spoilt = highest.isnan()
         if bool(is_spoilt.any()):
             highest[is_spoilt] = _without_nan(maps[is_spoilt]).amax(1)
