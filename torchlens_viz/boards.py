@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from pathlib import Path
@@ -11,10 +10,12 @@ from typing import Any, Final, final
 import torch
 from PIL import Image
 
+from torchlens_viz import png
 from torchlens_viz.errors import InvalidTypeError, MissingDependencyError
 from torchlens_viz.pictures import as_chw
 
 _METHODS: Final = ("add_image", "add_scalar", "add_histogram")
+_BUCKETS: Final = 60
 
 
 @final
@@ -63,8 +64,12 @@ class Board:
 
     def values(self, tag: str, values: torch.Tensor, step: int) -> None:
         """Write a histogram of values, which must be finite and at least one; its buckets end at 1e20."""
-        bounded = values.double().clamp(-1e20, 1e20)
-        self._opened().add_histogram(tag, bounded.cpu().numpy(), step)
+        bounded = values.double().clamp(-1e20, 1e20).cpu().numpy()
+        writer = self._opened()
+        if _is_torchs(writer):  # TensorBoard shows 30 buckets; by default there would be hundreds
+            writer.add_histogram(tag, bounded, step, bins=_BUCKETS)
+        else:
+            writer.add_histogram(tag, bounded, step)
 
     def close(self) -> None:
         """See that everything is on disk. A writer that was made here is closed, until the next entry."""
@@ -95,13 +100,11 @@ def _is_torchs(writer: Any) -> bool:
 def _encoded(tag: str, image: Image.Image) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    png = io.BytesIO()
-    image.save(png, "PNG", compress_level=1)
     picture = Summary.Image(
         width=image.width,
         height=image.height,
         colorspace=1 if image.mode == "L" else 3,
-        encoded_image_string=png.getvalue(),
+        encoded_image_string=png.encode(image),
     )
     return Summary(value=[Summary.Value(tag=tag, image=picture)])
 

@@ -83,6 +83,9 @@ def convolutions(model: nn.Module) -> list[Layer]:
 
 
 def _stored_weight(module: nn.Module) -> torch.Tensor | None:
+    stored = module._parameters.get("weight")
+    if stored is not None and not module._forward_pre_hooks:  # nothing computes it anew
+        return stored if isinstance(stored, UninitializedParameter) or stored.ndim >= 3 else None
     with inference(module):  # a spectral norm in training mode changes with every look at the weight
         weight = getattr(module, "weight", None)
         if callable(weight) and not isinstance(weight, torch.Tensor):

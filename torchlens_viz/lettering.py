@@ -67,8 +67,25 @@ def write_line(
     size: int = SIZES[0],
 ) -> None:
     """Write one line of text with its upper left corner at `at`, (x, y)."""
+    draw = ImageDraw.Draw(image)
+    (left, top), stencil = _stencil(text, size, draw.fontmode)
+    draw.bitmap((at[0] + left, at[1] + top), stencil, fill=fill)
+
+
+@lru_cache(maxsize=512)
+def _stencil(text: str, size: int, mode: str) -> tuple[tuple[int, int], Image.Image]:
+    """Return a line of text as a mask, and where its upper left corner stands; most lines come again."""
     text, font = _lettered(text, size)
-    ImageDraw.Draw(image).text(at, text, fill=fill, font=font)
+    draw = ImageDraw.Draw(Image.new("L", (1, 1)))
+    draw.fontmode = mode
+    left, top, right, bottom = (round(side) for side in draw.textbbox((0, 0), text, font=font))
+    right = max(right, text_width(text, size))
+    left, top = left - size, top - size  # letters may reach beyond the box that is told
+    stencil = Image.new("L", (right + size - left, bottom + size - top))
+    draw = ImageDraw.Draw(stencil)
+    draw.fontmode = mode
+    draw.text((-left, -top), text, fill=255, font=font)
+    return (left, top), stencil
 
 
 def _lettered(text: str, size: int) -> tuple[str, Font]:
