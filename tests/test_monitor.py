@@ -184,6 +184,8 @@ def test_every_picture_and_number_is_read_back_at_its_step(tmp_path, probe):
             histogram = read.Histograms(f"health/{layer}/values")[place].histogram_value
             places = torch.arange(8009) * values.numel() // 8009
             sample = values.flatten()[places]
+            assert len(histogram.bucket) <= 62
+            assert sum(histogram.bucket) == histogram.num
             assert (histogram.num, histogram.sum) == (8009, pytest.approx(sample.sum().item(), rel=1e-5))
         for layer, weight in (("0", at["kernels"]), ("3", at["deep"])):
             image = decoded(read.Images(f"kernels/{layer}")[place])

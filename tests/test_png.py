@@ -43,6 +43,18 @@ def test_large_picture_is_compressed_in_two_parts_without_loss(height):
     assert np.array_equal(np.asarray(read_back(png.encode(Image.fromarray(pixels)))), pixels)
 
 
+@pytest.mark.parametrize("times", [3, 40])
+def test_enlarged_colours_are_small_and_without_loss(times):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    enlarged = pixels.repeat(times, 0).repeat(times, 1)
+    data = png.encode(Image.fromarray(enlarged))
+    assert np.array_equal(np.asarray(read_back(data)), enlarged)
+    with io.BytesIO() as stream:
+        Image.fromarray(enlarged).save(stream, "PNG", compress_level=1)
+        assert len(data) < 1.1 * stream.tell()
+
+
 def test_short_palette_is_kept():
     image = Image.fromarray(np.array([[0, 1]], np.uint8))
     image.putpalette([1, 2, 3, 4, 5, 6])
