@@ -67,21 +67,21 @@ def write_line(
     size: int = SIZES[0],
 ) -> None:
     """Write one line of text with its upper left corner at `at`, (x, y)."""
+    text, font = _lettered(text, size)
     draw = ImageDraw.Draw(image)
-    (left, top), stencil = _stencil(text, size, draw.fontmode)
+    (left, top), stencil = _stencil(text, font, draw.fontmode)
     draw.bitmap((at[0] + left, at[1] + top), stencil, fill=fill)
 
 
 @lru_cache(maxsize=512)
-def _stencil(text: str, size: int, mode: str) -> tuple[tuple[int, int], Image.Image]:
+def _stencil(text: str, font: Font, mode: str) -> tuple[tuple[int, int], Image.Image]:
     """Return a line of text as a mask, and where its upper left corner stands; most lines come again."""
-    text, font = _lettered(text, size)
     draw = ImageDraw.Draw(Image.new("L", (1, 1)))
     draw.fontmode = mode
     left, top, right, bottom = (round(side) for side in draw.textbbox((0, 0), text, font=font))
-    right = max(right, text_width(text, size))
-    left, top = left - size, top - size  # letters may reach beyond the box that is told
-    stencil = Image.new("L", (right + size - left, bottom + size - top))
+    right = max(right, ceil(font.getlength(text, mode)))
+    left, top = left - LINE_HEIGHT, top - LINE_HEIGHT  # letters may reach beyond the box that is told
+    stencil = Image.new("L", (right + LINE_HEIGHT - left, bottom + LINE_HEIGHT - top))
     draw = ImageDraw.Draw(stencil)
     draw.fontmode = mode
     draw.text((-left, -top), text, fill=255, font=font)
