@@ -112,6 +112,103 @@ def test_hooks_of_the_caller_on_the_layer_have_their_say(net, graphs):
     assert run(net, compile=True).scores.min() > 0
 
 
+class Keeping(nn.Module):
+    """A block that keeps what the rest of the network takes from it, past its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.kept = nn.Conv2d(3, 4, 3, padding=1), None
+
+    def forward(self, x):
+        self.kept = self.conv(x)
+        return self.kept.relu()
+
+
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block, self.last = Keeping(), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.block(x)
+        return self.last(y + self.block.kept)
+
+
+class Direct(nn.Module):
+    """Runs a layer's forward by itself before it calls the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(self.conv.forward(x).relu())
+
+
+class Catching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x):
+        try:
+            y = self.conv(x)
+        except BaseException:
+            y = torch.zeros(len(x), 4, 10, 10)
+        return self.last(y)
+
+
+BOTH = objectives.channel() + objectives.channel(layer="block")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("build", "layer", "objective", "truth"),
+    [
+        (Reading, "last", BOTH, lambda net, x: net(x).mean((2, 3)) + net.block(x).mean((2, 3))),
+        (Direct, "conv", "mean", lambda net, x: net(x).mean((2, 3))),
+        (Direct, "conv", "max", lambda net, x: net(x).amax((2, 3))),
+        (Catching, "conv", "mean", lambda net, x: net.conv(x).mean((2, 3))),
+    ],
+)
+def test_the_score_that_is_climbed_is_that_of_the_network(build, layer, objective, truth, compiled, graphs):
+    torch.manual_seed(0)
+    model = build().eval()
+    image = torch.rand(3, 12, 12)
+    result = run(model, layer, range(2), objective=objective, image=image, steps=1, compile=compiled)
+    with torch.no_grad():
+        expected = truth(model, image[None])[0, :2]
+    torch.testing.assert_close(result.history[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_of_all_modules_run_once_at_the_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    image = torch.rand(3, 12, 12)
+    doubling = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: (args[0] * 2,) if isinstance(module, nn.ReLU) else None
+    )
+    with doubling:
+        result = run(model, "1", [0], image=image, steps=1)
+        expected = model[:2](image[None])[0, 0].mean()
+    torch.testing.assert_close(result.history[0, 0], expected)
+
+
+def test_parts_that_the_caller_has_compiled_run_as_they_are():
+    def fails(graph, inputs):
+        raise AssertionError("it was compiled")
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3)).eval()
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    expected = run(model, "1", range(4))
+    inner = run(model, "0", objective="max", channels=range(4))
+    model[0] = torch.compile(model[0], backend=fails)
+    same(run(model, "1", range(4)), expected)
+    same(run(model, "0", objective="max", channels=range(4)), inner)
+    torch.compiler.reset()
+
+
 def test_a_network_that_decides_by_values_is_followed_or_refused_by_name(graphs):
     class Fickle(nn.Module):
         def __init__(self):
@@ -123,7 +220,9 @@ def test_a_network_that_decides_by_values_is_followed_or_refused_by_name(graphs)
 
     torch.manual_seed(0)
     for compiled in (False, True):
-        with pytest.raises(CaptureError, match="`conv` did not run in this pass, though it did in the first"):
+        with pytest.raises(
+            CaptureError, match="`conv` did not run in this pass, though it did in the first one"
+        ):
             run(Fickle(), "conv", range(3), compile=compiled, batch_size=3)
 
 

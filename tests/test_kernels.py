@@ -297,3 +297,25 @@ def test_unknown_layer_names_the_nearest():
 def test_slice_of_a_3d_kernel_is_drawn():
     weight = nn.Conv3d(2, 3, (5, 3, 4)).weight
     assert torch.equal(kernels_of(weight[:, :, 1]).weight, weight[:, :, 1])
+
+
+def test_a_weight_that_a_class_computes_is_what_it_computes():
+    class Scaled(nn.Conv2d):
+        @property
+        def weight(self):
+            return 7 * self._parameters["weight"]
+
+        @weight.setter
+        def weight(self, value):
+            self._parameters["weight"] = value
+
+    plain = nn.Conv2d(3, 4, 3)
+    scaled = Scaled.__new__(Scaled)
+    scaled.__dict__.update(plain.__dict__)
+    assert torch.equal(kernels_of(scaled).weight, 7 * plain.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_kernels_are_taken_from_a_scripted_part():
+    conv = nn.Conv2d(3, 4, 3)
+    assert torch.equal(kernels_of(nn.Sequential(torch.jit.script(conv)), "0").weight, conv.weight)

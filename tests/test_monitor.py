@@ -35,6 +35,7 @@ from torchlens_viz import (
     feature_grid,
     kernel_grid,
 )
+from torchlens_viz.boards import Board
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError, MissingDependencyError
 from torchlens_viz.health import Figures, MonitorWarning, Trouble
 
@@ -993,3 +994,15 @@ def test_a_loader_that_makes_no_batches_is_refused(probe):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(probe), batch_size=None)
     with pytest.raises(InvalidArgumentError, match="`probe` must be a DataLoader that makes batches"):
         Monitor(build(), Recorder(), probe=loader)
+
+
+def test_values_too_close_for_buckets_and_pictures_of_every_mode_are_written(tmp_path):
+    board = Board(tmp_path)
+    for step, values in enumerate(([1, 1 + 2.3e-16], [5e-324, 0], [3, 3], [-1e30, 1e30])):
+        board.values("values", torch.tensor(values, dtype=torch.float64), step)
+    for step, mode in enumerate(("1", "L", "LA", "P", "RGB", "RGBA")):
+        board.picture("picture", Image.new(mode, (3, 2)), step)
+    board.close()
+    read = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "histograms": 0}).Reload()
+    assert [entry.histogram_value.num for entry in read.Histograms("values")] == [2, 2, 2, 2]
+    assert len(read.Images("picture")) == 6

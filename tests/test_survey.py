@@ -412,6 +412,19 @@ def test_maps_may_change_their_size_but_not_their_channels():
         survey(Given(), [small, torch.rand(2, 2, 3, 3, 3)], "layer", **quiet)
 
 
+@pytest.mark.parametrize("batch", [2, 9, 14, 30])
+def test_a_change_of_axes_is_refused_by_name_in_any_batch(batch):
+    class Odd(Given):
+        count = 0
+
+        def forward(self, x):
+            self.count += 1
+            return self.layer(x[:, :, None] if self.count == batch else x)
+
+    with pytest.raises(InvalidArgumentError, match="`layer` cannot be surveyed, because its shape changed"):
+        survey(Odd(), torch.rand(60, 3, 2, 3).split(2), "layer", top_k=4, **quiet)
+
+
 def test_layers_without_a_row_per_input_are_refused():
     class Pair(nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

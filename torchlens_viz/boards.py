@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final, final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -15,7 +17,7 @@ from torchlens_viz.errors import InvalidTypeError, MissingDependencyError
 from torchlens_viz.pictures import as_chw
 
 _METHODS: Final = ("add_image", "add_scalar", "add_histogram")
-_BUCKETS: Final = 60
+_BUCKETS: Final = 60  # TensorBoard shows 30; by default there would be hundreds
 
 
 @final
@@ -63,10 +65,10 @@ class Board:
         self._opened().add_scalar(tag, value, step)
 
     def values(self, tag: str, values: torch.Tensor, step: int) -> None:
-        """Write a histogram of values, which must be finite and at least one; its buckets end at 1e20."""
+        """Write a histogram of values, finite and at least one; those beyond 1e20 count as 1e20."""
         bounded = values.double().clamp(-1e20, 1e20).cpu().numpy()
         writer = self._opened()
-        if _is_torchs(writer):  # TensorBoard shows 30 buckets; by default there would be hundreds
+        if _is_torchs(writer) and _can_be_parted(bounded):
             writer.add_histogram(tag, bounded, step, bins=_BUCKETS)
         else:
             writer.add_histogram(tag, bounded, step)
@@ -97,9 +99,16 @@ def _is_torchs(writer: Any) -> bool:
     return torchs is not None and getattr(type(writer), "add_image", None) is torchs.add_image
 
 
+def _can_be_parted(values: npt.NDArray[np.float64]) -> bool:
+    """Tell whether there are enough numbers between the lowest and the highest value for all buckets."""
+    low, high = values.min(), values.max()
+    return bool(low == high or (high - low) / _BUCKETS > np.spacing(max(abs(low), abs(high))))
+
+
 def _encoded(tag: str, image: Image.Image) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
+    image = image if png.can_encode(image) else image.convert("RGB")
     picture = Summary.Image(
         width=image.width,
         height=image.height,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Any, Final, Literal, TypeAlias, final
@@ -13,13 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz.errors import CaptureError
+from torchlens_viz.layers import select_one
+from torchlens_viz.stance import eager_stance
 
 Values: TypeAlias = dict[str, torch.Tensor]
-
-_HOOKS: Final = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
-)  # fmt: skip
 
 
 class _ReachedError(BaseException):
@@ -30,8 +26,8 @@ class _ReachedError(BaseException):
 class Cut:
     """What chosen layers put out or take, without what comes after the last of them.
 
-    In the place of each layer stands a shell, for good, so that the model must be a copy that nobody else
-    uses. Nothing here but plain Python that Dynamo can follow: the whole network compiles as one graph.
+    The layers become instances of a class of their own, for good, so that the model must be a copy that
+    nobody else uses. That is plain Python which Dynamo can follow: it compiles a pass and its end together.
 
     Args:
         model: The copy.
@@ -50,8 +46,7 @@ class Cut:
         self._found: Values = {}
         self._most_rows = 0
         for name in layers:
-            shell = model.get_submodule(name)
-            shell.forward = self._ending(name, _moved_out_of(shell))
+            self._end_at(name, select_one(model, name).module)
         self._compiled = _compiled(self) if is_compiled else None
 
     def __call__(self, images: torch.Tensor, *, eagerly: bool = False) -> Values:
@@ -65,10 +60,11 @@ class Cut:
             A value per layer, by name.
 
         Raises:
-            CaptureError: The network cannot be compiled.
+            CaptureError: The network cannot be compiled, or a layer did not run.
         """
         if self._compiled is None or eagerly:
-            return self._run(images)
+            with eager_stance():  # the pass could not end within a part that is compiled
+                return self._run(images)
         rows = len(images)
         self._most_rows = max(self._most_rows, rows)
         # To compile for a smaller batch takes longer than to run one that was filled up.
@@ -86,20 +82,28 @@ class Cut:
 
     def _run(self, images: torch.Tensor) -> Values:
         self._found = {}
-        try:
+        try:  # noqa: SIM105  (Dynamo follows this, and not `suppress`)
             self._model(images)
         except _ReachedError:
-            found, self._found = self._found, {}
+            pass
+        found, self._found = self._found, {}
+        missing = [name for name in self._layers if name not in found]
+        if not missing:  # also where the model caught what ended the pass, and went on
             return found
-        missing = next(name for name in self._layers if name not in self._found)
         raise CaptureError(
-            f"`{missing}` did not run in this pass, though it did in the first one: the model decides by the "
-            "values it sees; choose a layer that always runs"
+            f"`{missing[0]}` did not run in this pass, though it did in the first one, of a single image; "
+            "choose a layer that always runs"
         )
 
-    def _ending(self, name: str, layer: nn.Module) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            value = args[0] if self._io == "input" else layer(*args, **kwargs)
+    def _end_at(self, name: str, layer: nn.Module) -> None:
+        """Let a pass end with a call of this layer, if it is the last that is missing."""
+        kind = type(layer)
+        call: Callable[..., Any] = (
+            kind._call_impl
+        )  # with all hooks, the caller's own as well as those of all modules
+
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            value = args[0] if self._io == "input" else call(module, *args, **kwargs)
             if name not in self._found:
                 # What runs between the layers may work in place; after the last of them, nothing runs.
                 self._found[name] = value if len(self._layers) == 1 else value.clone()
@@ -107,16 +111,7 @@ class Cut:
                     raise _ReachedError
             return value
 
-        return run
-
-
-def _moved_out_of(shell: nn.Module) -> nn.Module:
-    """Return the layer that a module was, and leave of the module what others may read, without hooks."""
-    layer = object.__new__(type(shell))
-    layer.__dict__ = dict(shell.__dict__)
-    for hooks in _HOOKS:
-        setattr(shell, hooks, OrderedDict())
-    return layer
+        object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"_call_impl": run}))
 
 
 def _compiled(cut: Cut) -> Callable[[torch.Tensor], Values]:

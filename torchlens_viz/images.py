@@ -18,8 +18,8 @@ ParametrizationName: TypeAlias = Literal["pixels", "fourier", "maco"]
 # Square root of the covariance of the colours of natural images, rows for red, green and blue, as measured
 # for "Feature Visualization" (Olah et al., Distill 2017); to be divided by its largest column norm.
 _COLOUR_ROOT: Final = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
-_BOLDER: Final = 5.0  # how much stronger the noise of each further start is
-_BOLDEST: Final = 25.0
+_BOLDER: Final = 5.0  # how much stronger the noise of the second start is, and that of the third again
+_BOLDEST: Final = 25.0  # louder noise finds no more: most pixels, or their sigmoids, are at their limits
 _NEAR_LIMIT: Final = 1e-3  # a sigmoid never reaches its limits, and its slope is gone long before
 
 
@@ -59,7 +59,7 @@ class Parametrization(ABC):
             size: (H, W).
             generator: The stream of random numbers, on the CPU.
             image: (C, H, W) to begin from; None begins from noise.
-            attempt: How many starts were in vain: noise grows with it, so that others see something new.
+            attempt: How many starts were in vain: the noise is another one, and louder after the first two.
 
         Returns:
             Its parameters, float32 on the CPU.
@@ -93,8 +93,8 @@ class Pixels(Parametrization):
     """The pixels themselves, clipped to the limits after every step.
 
     Attributes:
-        sd: Standard deviation of the noise to begin from, about the middle, as a share of the width. Noise
-            above the first step would leave its own pattern in the image.
+        sd: Standard deviation of the noise to begin from, about the middle, as a share of the width. The
+            first step takes 0.05; noise above that would leave its own pattern in the image.
         uniform: Begin from noise that is uniform between these two, the same for every channel, as
             `numpy.random.seed(seed); numpy.random.random((1, H, W, C))` gives it.
     """
@@ -263,7 +263,7 @@ class FixedSpectrum(_Spectrum):
 
 
 def _bolder(attempt: int) -> float:
-    return min(_BOLDER**attempt, _BOLDEST)  # beyond that, most pixels are at their limits
+    return min(_BOLDER**attempt, _BOLDEST)
 
 
 def parametrization_of(chosen: ParametrizationName | Parametrization) -> Parametrization:

@@ -83,9 +83,9 @@ def convolutions(model: nn.Module) -> list[Layer]:
 
 
 def _stored_weight(module: nn.Module) -> torch.Tensor | None:
-    stored = module._parameters.get("weight")
-    if stored is not None and not module._forward_pre_hooks:  # nothing computes it anew
-        return stored if isinstance(stored, UninitializedParameter) or stored.ndim >= 3 else None
+    is_plain = "weight" in module._parameters and not hasattr(type(module), "weight")
+    if is_plain and not module._forward_pre_hooks:  # nothing computes it anew
+        return _if_kernels(module.weight)
     with inference(module):  # a spectral norm in training mode changes with every look at the weight
         weight = getattr(module, "weight", None)
         if callable(weight) and not isinstance(weight, torch.Tensor):
@@ -95,6 +95,10 @@ def _stored_weight(module: nn.Module) -> torch.Tensor | None:
         ) in module._forward_pre_hooks.values():  # old-style; the attribute is of the last forward pass
             if isinstance(hook, WeightNorm) and hook.name == "weight":
                 weight = hook.compute_weight(module)
+    return _if_kernels(weight)
+
+
+def _if_kernels(weight: object) -> torch.Tensor | None:
     if isinstance(weight, UninitializedParameter):
         return weight
     return weight if isinstance(weight, torch.Tensor) and weight.ndim >= 3 else None

@@ -74,7 +74,7 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
         edges: (E,) increasing float64 edges of a histogram, on the device of `values`, or None.
 
     Returns:
-        The moments, in float64 and int64, on the device of `values`.
+        The moments, in float64 and int64, and the peaks, on the device of `values`.
     """
     channels = values.shape[channel_dim]
     if values.numel() == 0:

@@ -14,8 +14,9 @@ from torchlens_viz.statistics import Bins, RunningStats
 from torchlens_viz.topk import Peaks, RunningTop, united
 
 _PARTS: Final = ("stats", "top", "alike")
-_MOST_PENDING: Final = 8
-_PENDING_SHARE: Final = 1 / 8  # of the inputs: few of those to come would not have passed the newest bar
+# How many inputs may be pending: more would take memory, or let much pass that is below the newest bar.
+_MOST_PENDING: Final = 128
+_PENDING_SHARE: Final = 1 / 8
 
 
 @final
@@ -186,11 +187,11 @@ class Observation:
 
     def _with_peaks(self, tally: Tally, peaks: Peaks) -> Tally:
         samples = self._samples.to(peaks.values.device, non_blocking=True)
-        is_alike = all(other.positions.shape[1:] == peaks.positions.shape[1:] for other, _ in tally.pending)
-        if self._in_order and is_alike and tally.top is not None and tally.top.bar() is not None:
+        assert tally.top is not None
+        if self._in_order and tally.top.bar() is not None and tally.top.fits(peaks):
             tally = replace(tally, pending=(*tally.pending, (peaks, samples)))
             waiting = sum(len(numbers) for _, numbers in tally.pending)
-            is_due = len(tally.pending) == _MOST_PENDING or waiting > _PENDING_SHARE * tally.inputs
+            is_due = waiting > min(_MOST_PENDING, _PENDING_SHARE * tally.inputs)
             return tally.settled() if is_due else tally
         tally = tally.settled()
         assert tally.top is not None

@@ -140,6 +140,11 @@ class RunningTop:
             return None
         return self._values[:, -1]
 
+    def fits(self, peaks: Peaks) -> bool:
+        """Tell whether peaks have the channels and axes of those before, if there were any."""
+        shape = (len(self._values), self._positions.shape[2]) if self._values is not None else None
+        return shape in (None, (peaks.values.shape[1], peaks.positions.shape[2]))
+
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the highest value of each channel, -inf for none, and how many inputs reached it."""
         if self._values is None:
