@@ -82,6 +82,13 @@ def test_the_last_images_of_a_layer_are_not_compiled_for_anew(net, graphs):
     same(run(net, compile=True, batch_size=2), run(net))
     same(run(net, compile=True, batch_size=4, threshold=-1.0), run(net, threshold=-1.0))
     assert len(graphs) == 2
+    torch.manual_seed(0)
+    folding = Folding()
+    options = {"objective": FOLDED, "threshold": -1.0}
+    same(
+        run(folding, "last", [0, 1, 0], compile=True, batch_size=2, **options),
+        run(folding, "last", [0, 1, 0], **options),
+    )
 
 
 def test_every_layer_of_a_network_is_compiled_however_many_there_are(graphs):
@@ -158,6 +165,21 @@ class Catching(nn.Module):
         return self.last(y)
 
 
+class Folding(nn.Module):
+    """Folds the halves of an image into the batch, as windows of attention are."""
+
+    def __init__(self):
+        super().__init__()
+        self.halves, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x):
+        parts = self.halves(torch.stack(x.chunk(2, dim=3), dim=1).flatten(0, 1))
+        return self.last(torch.cat(parts.unflatten(0, (-1, 2)).unbind(1), dim=3))
+
+
+FOLDED = objectives.score(
+    lambda scene: scene.activations["halves"].unflatten(0, (-1, 2))[:, 0, 0].mean((1, 2)), layers=["halves"]
+)
 BOTH = objectives.channel() + objectives.channel(layer="block")
 
 
@@ -168,6 +190,7 @@ BOTH = objectives.channel() + objectives.channel(layer="block")
         (Reading, "last", BOTH, lambda net, x: net(x).mean((2, 3)) + net.block(x).mean((2, 3))),
         (Direct, "conv", "mean", lambda net, x: net(x).mean((2, 3))),
         (Direct, "conv", "max", lambda net, x: net(x).amax((2, 3))),
+        (Folding, "last", FOLDED, lambda net, x: net.halves(x[..., :6])[:, [0, 0]].mean((2, 3))),
         (Catching, "conv", "mean", lambda net, x: net.conv(x).mean((2, 3))),
     ],
 )

@@ -31,8 +31,8 @@ class Cut:
 
     Args:
         model: The copy.
-        layers: Names of modules in it that take or put out a tensor with a row per image. Of a layer that
-            runs several times, the first call counts.
+        layers: Names of modules in it that take or put out a tensor with a row per image, or several. Of a
+            layer that runs several times, the first call counts.
         io: Whether to return what the layers put out, or what they take, in which case they do not run.
         is_compiled: Whether `torch.compile` is to be used.
     """
@@ -78,7 +78,8 @@ class Cut:
             raise CaptureError(
                 f"`torch.compile` failed on this model; leave `compile` out ({reason})"
             ) from error
-        return {name: value[:rows] for name, value in values.items()}
+        # Windows and heads are often folded into the batch, several rows in a row for each image.
+        return {name: value[: len(value) // self._most_rows * rows] for name, value in values.items()}
 
     def _run(self, images: torch.Tensor) -> Values:
         self._found = {}

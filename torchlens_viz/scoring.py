@@ -137,8 +137,14 @@ class Scorer:
                 "layer that runs in eval mode"
             )
         for name in self._layers:
-            _check_output(name, acts.calls(name)[0].output, len(images))
+            _check_output(name, acts.calls(name)[0].output)
         taken, output = acts.calls(self.layer)[0]
+        if len(output) != len(images):
+            raise InvalidArgumentError(
+                f"`layer` must put out one row per image, (N, C, ...), got {_kind(output)} from "
+                f"`{self.layer}` for one image: it folds windows into the batch, or counts the batch in "
+                "another dimension; choose a layer around it"
+            )
         if not -output.ndim <= self._channel_dim < output.ndim or self._channel_dim in (0, -output.ndim):
             raise InvalidArgumentError(
                 f"`channel_dim` must be a dimension after the first of {tuple(output.shape)}, "
@@ -244,17 +250,11 @@ class Scorer:
         return values.movedim(self._channel_dim, 1)
 
 
-def _check_output(layer: str, output: object, images: int) -> None:
+def _check_output(layer: str, output: object) -> None:
     if not isinstance(output, torch.Tensor) or output.ndim < 2 or not output.is_floating_point():
         raise InvalidArgumentError(
             f"`layer` must put out one tensor (N, C, ...), got {_kind(output)} from `{layer}`; "
             "choose a layer inside it"
-        )
-    if len(output) != images:
-        raise InvalidArgumentError(
-            f"`layer` must put out one row per image, (N, C, ...), got {_kind(output)} from "
-            f"`{layer}` for one image: it folds windows into the batch, or counts the batch in "
-            "another dimension; choose a layer around it"
         )
 
 
