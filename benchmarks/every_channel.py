@@ -1,6 +1,6 @@
 """Every channel of every convolution of VGG16: how long `maximize` takes, layer by layer.
 
-    python benchmarks/every_channel.py [--steps 50] [--size 224] [--first N]
+    python benchmarks/every_channel.py [--steps 50] [--size 224] [--first N] [--compile]
 
 4,224 channels, seeded random weights. Prints a table; `--first` takes only so many channels of each layer.
 """
@@ -23,12 +23,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--first", type=int)
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     net = vgg16(weights=None).eval().to(device)
     convolutions = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
-    maximize(net, convolutions[-1], [0], size=arguments.size, steps=2)  # warm-up
+    options = {"size": arguments.size, "compile": arguments.compile}
+    maximize(net, convolutions[-1], [0], steps=2, **options)  # warm-up
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}")
     print("| layer | channels | seconds | ms per channel and step | median score | status |")
     print("|---|--:|--:|--:|--:|---|")
@@ -36,7 +38,7 @@ def main() -> None:
     for name in convolutions:
         channels = range(net.get_submodule(name).out_channels)[: arguments.first]
         start = perf_counter()
-        found = maximize(net, name, channels, size=arguments.size, steps=arguments.steps)
+        found = maximize(net, name, channels, steps=arguments.steps, **options)
         seconds = perf_counter() - start
         total, count = total + seconds, count + len(channels)
         each = seconds / len(channels) / arguments.steps * 1e3
