@@ -90,9 +90,7 @@ def _stored_weight(module: nn.Module) -> torch.Tensor | None:
         weight = getattr(module, "weight", None)
         if callable(weight) and not isinstance(weight, torch.Tensor):
             weight = weight()  # quantised layers
-        for (
-            hook
-        ) in module._forward_pre_hooks.values():  # old-style; the attribute is of the last forward pass
+        for hook in module._forward_pre_hooks.values():  # the attribute is of the last forward pass
             if isinstance(hook, WeightNorm) and hook.name == "weight":
                 weight = hook.compute_weight(module)
     return _if_kernels(weight)
