@@ -30,8 +30,8 @@ class Tally:
         alike: How alike its channels respond; None where that was not asked for, or nothing was seen.
         inputs: How many inputs went through the layer.
         most_calls: The most calls that one batch took.
-        pending: Peaks of later batches with their samples, which `top` does not know yet: to sort them in
-            takes as long for several batches as for one.
+        pending: Peaks of later batches with their samples, which `top` does not know yet: to sort in several
+            batches at once takes less time than one after the other.
     """
 
     stats: RunningStats
