@@ -28,6 +28,7 @@ from torchlens_viz.errors import (
     MissingDependencyError,
     NoDataError,
 )
+from torchlens_viz.peaks import find_peaks
 from torchlens_viz.picture_folders import pictures_in
 from torchlens_viz.topk import RunningTop
 
@@ -137,7 +138,7 @@ def test_top_inputs_of_many_batches_are_those_of_brute_force(levels):
         positions,
     )
     running = RunningTop(4)
-    whole = running.with_peaks(running.peaks(maps, 1), torch.arange(301), in_order=True)
+    whole = running.with_peaks(find_peaks(maps, 1, k=4), torch.arange(301), in_order=True)
     batched = survey_of_all._tallies["layer"].top
     assert torch.equal(whole.best()[0], batched.best()[0])
     assert torch.equal(whole.best()[1], batched.best()[1])
@@ -151,7 +152,7 @@ def test_the_union_of_two_parts_is_the_top_of_the_whole(seed, cut, k):
 
     def top(rows: torch.Tensor) -> RunningTop:
         running = RunningTop(k)
-        return running.with_peaks(running.peaks(maps[rows], 1), rows, in_order=False)
+        return running.with_peaks(find_peaks(maps[rows], 1, k=k), rows, in_order=False)
 
     whole, parts = top(torch.arange(10)), top(order[:cut]).union(top(order[cut:]))
     for part in ("values", "samples", "positions"):

@@ -10,9 +10,10 @@ from typing import Any, Final, NamedTuple, final
 import torch
 
 from torchlens_viz import archive
+from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCallsError, TorchlensVizError
 from torchlens_viz.layers import nearest
-from torchlens_viz.statistics import ChannelStats, RunningStats
+from torchlens_viz.statistics import RunningStats
 from torchlens_viz.structure import leaves, map_leaves, tensors
 
 

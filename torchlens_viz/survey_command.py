@@ -1,57 +1,33 @@
-"""What `torchlens-viz survey` does: a folder of pictures through a model, and what became of its channels."""
+"""What `torchlens-viz survey` does: a folder of pictures through a model."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isnan
 from pathlib import Path
-from typing import Any, Final, NamedTuple, final
+from typing import Any, final
 
 import torch
-from PIL import Image
 from torch import nn
 
 from torchlens_viz.checkpoints import one_line
 from torchlens_viz.commands import Outcome, own_gpu
 from torchlens_viz.dataset import survey
 from torchlens_viz.errors import (
-    ArchiveError,
     InvalidArgumentError,
     ModelLoadError,
     PictureError,
     TorchlensVizError,
 )
-from torchlens_viz.filenames import safe_names
-from torchlens_viz.files import write_whole
-from torchlens_viz.inputs import colours_as_in
 from torchlens_viz.layers import select
 from torchlens_viz.picture_folders import pictures_in
-from torchlens_viz.pictures import read_image, save_picture
+from torchlens_viz.pictures import read_image
 from torchlens_viz.sharing import gathered, joined
-from torchlens_viz.surveys import Survey
+from torchlens_viz.survey_report import write_report
 from torchlens_viz.zoo import LoadedModel, load_model
-
-_MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
-_MOST_PAIRS: Final = 100  # of duplicates in a layer
-
-
-class Finding(NamedTuple):
-    """Something that is wrong with a layer, as a row of `findings.csv`."""
-
-    severity: float
-    kind: str
-    layer: str
-    channels: str
-    figure: float
-    meaning: str
 
 
 def survey_folder(
@@ -129,7 +105,7 @@ def survey_folder(
         if rank != 0:
             own_file.unlink(missing_ok=True)
             return Outcome(paths=[], notes=[])
-        paths, notes = _write(found, loaded, files, bad, out, channels)
+        paths, notes = write_report(found, loaded, files, bad, out, channels)
         own_file.unlink(missing_ok=True)  # all of it is in what was saved
     return Outcome(paths=paths, notes=[f"{loaded.name}: {loaded.weights_note}", *notes])
 
@@ -186,137 +162,3 @@ class _Pictures:
                 f"the preprocessing of {self.loaded.name} raised {one_line(error)} for "
                 f"{str(self.files[index])!r}"
             ) from error
-
-
-@final
-class _Source:
-    """All pictures by index, as `Survey.grid` takes them."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = files
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return read_image(self._files[index])
-
-
-def _write(
-    found: Survey,
-    loaded: LoadedModel,
-    files: Sequence[Path],
-    bad: list[tuple[int, str]],
-    out: Path,
-    channels: Sequence[int] | None,
-) -> tuple[list[Path], list[str]]:
-    findings = findings_of(found)
-    rows = found.rows()
-    spoilt = dict(bad)
-    tables: dict[str, list[dict[str, Any]]] = {
-        "findings.csv": [finding._asdict() for finding in findings],
-        "statistics.csv": rows,
-        "pictures.csv": [
-            {"index": index, "file": str(path), "problem": spoilt.get(index, "")}
-            for index, path in enumerate(files)
-        ],
-    }
-    paths = [_table(out / name, content) for name, content in tables.items()]
-    whole = json.dumps(_plain(found.to_dict()), allow_nan=False)
-    write_whole(out / "statistics.json", whole.encode(), ArchiveError)
-    paths += [out / "statistics.json", found.save(out / "survey.safetensors")]
-    notes = [f"{found.samples_seen:,} pictures surveyed, {len(bad):,} bad ones skipped"] if bad else []
-    if found.not_called:
-        notes.append(f"did not run: {', '.join(found.not_called)}")
-    invert = _inverse(loaded)
-    drawable = [name for name in found.top if found.top[name].values.shape[1]]
-    for name, file_name in zip(drawable, safe_names(drawable), strict=True):
-        count = found.stats[name].channels
-        drawn = [channel for channel in channels or range(_MOST_ROWS) if channel < count]
-        if not drawn:
-            notes.append(f"no sheet of {name}, which has {count} channels")
-            continue
-        try:
-            sheet = found.grid(
-                name,
-                _Source(files),
-                channels=drawn,
-                preprocess=loaded.preprocess,
-                invert=invert,
-                title=name,
-            )
-        except InvalidArgumentError as error:
-            notes.append(f"no sheet of {name}: {one_line(error)}")
-            continue
-        paths.append(save_picture(sheet, out / "top" / f"{file_name}.png"))
-        if len(drawn) < count:
-            notes.append(f"{name}: {len(drawn)} of {count} channels drawn")
-    notes += [f"{each.kind}: {each.layer}, {each.meaning}" for each in findings[:5]]
-    return paths, notes
-
-
-def _inverse(loaded: LoadedModel) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Return what undoes the preprocessing of colours; None where it cannot be told once for all pictures."""
-    try:
-        _, colours = colours_as_in(loaded.preprocess)
-    except Exception:  # it may well be made for other pictures than plain ones
-        return None
-    black, white = colours(torch.zeros(1, 3, 1, 1)), colours(torch.ones(1, 3, 1, 1))
-    return lambda batch: (batch.float().cpu() - black) / (white - black)
-
-
-def findings_of(found: Survey) -> list[Finding]:
-    """List what is wrong with the layers of a survey, the worst first.
-
-    NaN and Inf come first, then dead channels, saturated ones and duplicates; among each kind what concerns
-    the largest share of a layer.
-    """
-    listed: list[Finding] = []
-    for name, stats in found.stats.items():
-        spoilt = stats.nonfinite.nonzero().flatten().tolist()
-        if spoilt:
-            share = int(stats.nonfinite.sum()) / max(1, int(stats.count.sum()))
-            listed.append(
-                _shared(4, "nonfinite", name, spoilt, share, f"{share:.1%} of the values are NaN or Inf")
-            )
-        dead = found.dead(name).tolist()
-        if dead:
-            share = len(dead) / stats.channels
-            listed.append(
-                _shared(3, "dead", name, dead, share, f"{len(dead)} of {stats.channels} never exceed 0")
-            )
-        saturated = found.saturated(name).tolist() if found.top_k else []
-        if saturated:
-            share = len(saturated) / stats.channels
-            words = f"{len(saturated)} of {stats.channels} peak at their bound"
-            listed.append(_shared(2, "saturated", name, saturated, share, words))
-        for pair in found.duplicates(name)[:_MOST_PAIRS]:
-            one, other = pair.channels
-            figures = {"cosine of kernels": pair.cosine, "correlation of peaks": pair.correlation}
-            known = (f"{what} {figure:.4f}" for what, figure in figures.items() if not isnan(figure))
-            words = f"{one} and {other}: {', '.join(known)}"
-            listed.append(
-                Finding(1 + pair.likeness, "duplicate", name, f"{one} {other}", pair.likeness, words)
-            )
-    return sorted(listed, key=lambda each: -each.severity)
-
-
-def _shared(base: int, kind: str, name: str, channels: list[int], share: float, words: str) -> Finding:
-    return Finding(base + share, kind, name, " ".join(map(str, channels)), share, words)
-
-
-def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    text = io.StringIO()
-    columns = list(dict.fromkeys(name for row in rows for name in row)) or list(Finding._fields)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    # A file's name may hold bytes that are no text.
-    write_whole(path, text.getvalue().encode("utf-8", "backslashreplace"), ArchiveError)
-    return path
-
-
-def _plain(value: Any) -> Any:
-    """Replace what JSON has no number for by null."""
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.batches import InputOf
+from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.choices import indices_of
 from torchlens_viz.comoments import correlation
 from torchlens_viz.duplicates import Duplicate, kernel_cosine, near_duplicates
@@ -24,7 +25,6 @@ from torchlens_viz.errors import (
 from torchlens_viz.layers import nearest
 from torchlens_viz.ledgers import read_ledger, write_ledger
 from torchlens_viz.patches import Cutter, Patch, pick
-from torchlens_viz.statistics import ChannelStats
 from torchlens_viz.style import Style
 from torchlens_viz.tables import frame_of, lists_of, rows_of
 from torchlens_viz.tallies import Tally

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import MissingDependencyError
-from torchlens_viz.statistics import ChannelStats
 from torchlens_viz.topk import Top
 
 _FIGURES: Final = ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")

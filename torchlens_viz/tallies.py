@@ -10,13 +10,14 @@ import torch
 
 from torchlens_viz.comoments import Comoments, comoments, together
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
+from torchlens_viz.peaks import Peaks, find_peaks, united
 from torchlens_viz.statistics import Bins, RunningStats
-from torchlens_viz.topk import Peaks, RunningTop, united
+from torchlens_viz.topk import RunningTop
 
 _PARTS: Final = ("stats", "top", "alike")
 # How many inputs may be pending: more would take memory, or let much pass that is below the newest bar.
-_MOST_PENDING: Final = 128
-_PENDING_SHARE: Final = 1 / 8
+_MOST_PENDING: Final = 256
+_PENDING_SHARE: Final = 1 / 4
 
 
 @final
@@ -207,5 +208,12 @@ class Observation:
                 "`top_k=0` for statistics alone"
             )
         top = self._tally.top or RunningTop(1)
-        peaks = top.peaks(plain, self._tally.stats.channel_dim, in_order=self._in_order, highest=highest)
+        peaks = find_peaks(
+            plain,
+            self._tally.stats.channel_dim,
+            k=top.k,
+            bar=top.bar(),
+            in_order=self._in_order,
+            highest=highest,
+        )
         self._peaks = peaks if self._peaks is None else united(self._peaks, peaks)

@@ -5,27 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, final
 
-import numpy as np
 import torch
 
 from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.peaks import Peaks
 
 _NOBODY: Final = torch.iinfo(torch.int64).max  # the index of an empty place: it comes after every input
-
-
-class Peaks(NamedTuple):
-    """The peaks of one batch in one layer.
-
-    Attributes:
-        values: (N, C), the largest value of each map; -inf where there is none but NaN.
-        positions: (N, C, P) int64, where it stands: row and column, or as many as the map has axes. Those of
-            peaks that cannot get among the top k may be -1.
-    """
-
-    values: torch.Tensor
-    positions: torch.Tensor
 
 
 @final
@@ -66,53 +53,19 @@ class RunningTop:
         self._positions = torch.empty(0)
         self._best = torch.empty(0)  # (C,), how many inputs have the highest value
 
-    def peaks(
-        self,
-        values: torch.Tensor,
-        channel_dim: int,
-        *,
-        in_order: bool = False,
-        highest: torch.Tensor | None = None,
-    ) -> Peaks:
-        """Find the peaks of one batch.
-
-        A CPU looks for the position of those alone that may get among the top k, which are few after the
-        first batches. Other devices find all in one reduction, so that nothing waits for them.
-
-        Args:
-            values: (N, C, ...) real numbers, dense.
-            channel_dim: The dimension that runs through the channels.
-            in_order: As for `with_peaks`: equal values of later inputs do not count then.
-            highest: (N, C), the largest value of each map, where that is known and none is NaN.
-        """
-        axes = values.movedim(channel_dim, 1)
-        shape = axes.shape[2:]
-        maps = axes.reshape(*axes.shape[:2], -1)
-        maps = maps if maps.is_floating_point() else maps.double()
-        maps = maps.float() if maps.device.type != "cpu" and maps.dtype.itemsize < 4 else maps
-        if maps.shape[2] == 0:
-            raise InvalidArgumentError(
-                f"a layer must put out maps with values, got shape {tuple(axes.shape)}"
-            )
-        if maps.device.type == "cpu":
-            highest, positions = self._found_on_cpu(maps, shape, in_order, highest)
-        else:
-            highest, flat = _without_nan(maps).max(2)
-            positions = _unravelled(flat, shape)
-        highest = highest if highest.dtype == torch.float64 else highest.float()
-        return Peaks(highest, positions)
-
     def with_peaks(self, peaks: Peaks, samples: torch.Tensor, *, in_order: bool) -> RunningTop:
         """Return the top k of what was there and one more batch.
 
         Args:
-            peaks: From `peaks`, of this very object.
+            peaks: From `find_peaks`, with the `k` and the `bar` of this very object.
             samples: (N,) int64 on the device of the peaks, the index of each input of the batch.
             in_order: Whether they increase, and all of them are larger than those before.
 
         Raises:
             InvalidArgumentError: The batch has other channels or axes than those before.
         """
+        if in_order and self.bar() is not None and self.fits(peaks) and peaks.values.device.type == "cpu":
+            return self._with_later(peaks, samples)
         values, where = peaks.values.T, peaks.positions.transpose(0, 1)
         count = values.shape[0]
         highest = values.amax(1)
@@ -184,28 +137,6 @@ class RunningTop:
             top._positions, top._best = state["positions"], state["best"]
         return top
 
-    def _found_on_cpu(
-        self, maps: torch.Tensor, shape: torch.Size, in_order: bool, highest: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        highest = maps.amax(2) if highest is None else highest.to(maps.dtype)
-        is_spoilt = highest.isnan()
-        if bool(is_spoilt.any()):
-            highest[is_spoilt] = _without_nan(maps[is_spoilt]).amax(1)
-        bar = self.bar()
-        is_candidate = highest > -inf
-        if bar is not None:
-            is_candidate &= highest > bar if in_order else highest >= bar
-        elif len(maps) > self.k:
-            is_candidate &= highest >= highest.topk(self.k, dim=0).values[-1]
-        positions = torch.full((*highest.shape, max(2, len(shape))), -1, dtype=torch.int64)
-        images, channels = is_candidate.nonzero(as_tuple=True)
-        if len(images):
-            chosen = _rows(maps, images, channels)
-            if bool(is_spoilt.any()):
-                chosen = _without_nan(chosen)
-            positions[images, channels] = _unravelled(_argmax(chosen), shape)
-        return highest, positions
-
     def _joined(self, other: RunningTop, *, in_order: bool) -> RunningTop:
         theirs = other._values
         assert theirs is not None
@@ -221,8 +152,6 @@ class RunningTop:
                     f"positions must have {self._positions.shape[2]} axes, got {other._positions.shape[2]}"
                 )
             device = self._values.device
-            if device.type == "cpu" and in_order and self._values.shape[1] == self.k:
-                return self._joined_where_needed(other)
             parts = [
                 torch.cat([mine, their.to(device)], 1)
                 for mine, their in (
@@ -235,73 +164,49 @@ class RunningTop:
         ours._values, ours._samples, ours._positions = _highest(parts, self.k, in_order=in_order)
         return ours
 
-    def _joined_where_needed(self, other: RunningTop) -> RunningTop:
-        """Join where a later input, on a CPU, passes the bar of a channel; most do not after a while."""
+    def _with_later(self, peaks: Peaks, samples: torch.Tensor) -> RunningTop:
+        """Take in inputs that come after all before, on a CPU: after a while few channels change."""
         assert self._values is not None
-        assert other._values is not None
+        highest, best, bar = peaks.values.amax(0), self._values[:, 0], self._values[:, -1]
         ours = RunningTop(self.k)
-        ours._best = _united_counts(self, other)
-        old = (self._values, self._samples, self._positions)
-        rows = (other._values > self._values[:, -1:]).any(1).nonzero().flatten()
-        if len(rows) == 0:
-            ours._values, ours._samples, ours._positions = old
-            return ours
-        new = (other._values, other._samples, other._positions)
-        parts = [torch.cat([mine[rows], theirs[rows]], 1) for mine, theirs in zip(old, new, strict=True)]
-        changed = _highest(parts, self.k, in_order=True)
-        dtype = parts[0].dtype
-        ours._values, ours._samples, ours._positions = (
-            (mine.to(dtype) if mine.is_floating_point() else mine).index_copy(0, rows, part)
-            for mine, part in zip(old, changed, strict=True)
-        )
+        ours._values, ours._samples, ours._positions = self._values, self._samples, self._positions
+        ours._best = self._best
+        rows = ((highest >= best) & (highest > -inf)).nonzero().flatten()
+        if len(rows):
+            reached = (peaks.values[:, rows] == highest[rows]).sum(0)
+            before = self._best[rows] * (best[rows] == highest[rows])
+            ours._best = self._best.index_copy(0, rows, before + reached)
+        rows = (highest > bar).nonzero().flatten()
+        if len(rows):
+            old = (self._values, self._samples, self._positions)
+            new = _passing(peaks, samples, rows, bar[rows])
+            parts = [torch.cat([mine[rows], theirs], 1) for mine, theirs in zip(old, new, strict=True)]
+            ours._values, ours._samples, ours._positions = (
+                mine.to(part.dtype).index_copy(0, rows, part)
+                for mine, part in zip(old, _highest(parts, self.k, in_order=True), strict=True)
+            )
         return ours
 
 
-def united(first: Peaks, second: Peaks) -> Peaks:
-    """Return the peaks of inputs that went through a layer twice; of equal ones, the first.
-
-    Raises:
-        InvalidArgumentError: The calls had different shapes.
-    """
-    if first.values.shape != second.values.shape or first.positions.shape != second.positions.shape:
-        raise InvalidArgumentError(
-            "a layer that is called several times for one batch must put out the same inputs, channels and "
-            f"axes each time, got {tuple(first.values.shape)} and then {tuple(second.values.shape)}"
-        )
-    is_higher = second.values > first.values
-    return Peaks(
-        torch.where(is_higher, second.values, first.values),
-        torch.where(is_higher[..., None], second.positions, first.positions),
+def _passing(
+    peaks: Peaks, samples: torch.Tensor, rows: torch.Tensor, bar: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the peaks above the bar in R channels, side by side: values, samples (R, M), positions."""
+    values, positions = peaks.values.T[rows], peaks.positions.transpose(0, 1)
+    is_above = values > bar[:, None]
+    counts = is_above.sum(1)
+    channels, images = is_above.nonzero(as_tuple=True)
+    places = torch.arange(len(channels), device="cpu") - (counts.cumsum(0) - counts)[channels]
+    shape = (len(rows), int(counts.max()))
+    found = (
+        values.new_full(shape, -inf),
+        samples.new_full(shape, _NOBODY),
+        positions.new_full((*shape, positions.shape[2]), -1),
     )
-
-
-def _rows(maps: torch.Tensor, images: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-    """Return some maps as rows; those that lie one after the other are copied as blocks."""
-    if maps.is_contiguous():
-        return maps.flatten(0, 1).index_select(0, images * maps.shape[1] + channels)
-    return maps[images, channels]
-
-
-def _argmax(rows: torch.Tensor) -> torch.Tensor:
-    """Return the place of the first maximum in each row, on a CPU; numpy finds it several times as fast."""
-    if rows.dtype in (torch.float32, torch.float64):
-        return torch.from_numpy(np.argmax(rows.numpy(), axis=1))
-    return rows.argmax(1)
-
-
-def _without_nan(maps: torch.Tensor) -> torch.Tensor:
-    return maps.nan_to_num(-inf, inf, -inf)
-
-
-def _unravelled(flat: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return places along each axis, at least two, from places in row order."""
-    sizes = [1] * max(0, 2 - len(shape)) + list(shape)
-    places, rest = [], flat
-    for size in reversed(sizes[1:]):
-        places.append(rest.remainder(size))
-        rest = rest.div(size, rounding_mode="floor")
-    places.append(rest)
-    return torch.stack(places[::-1], -1)
+    there = (values[channels, images], samples[images], positions[rows[channels], images])
+    for part, content in zip(found, there, strict=True):
+        part[channels, places] = content
+    return found
 
 
 def _united_counts(ours: RunningTop, theirs: RunningTop) -> torch.Tensor:

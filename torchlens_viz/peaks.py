@@ -1,0 +1,133 @@
+"""The largest value of every map of a batch, and where it stands: `find_peaks` -> `Peaks`."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from torchlens_viz.errors import InvalidArgumentError
+
+
+class Peaks(NamedTuple):
+    """The peaks of one batch in one layer.
+
+    Attributes:
+        values: (N, C) float32 or float64, the largest value of each map; -inf where there is none but NaN.
+        positions: (N, C, P) int64, where it stands: row and column, or as many as the map has axes. Those of
+            peaks that cannot get among the top k may be -1.
+    """
+
+    values: torch.Tensor
+    positions: torch.Tensor
+
+
+def find_peaks(
+    values: torch.Tensor,
+    channel_dim: int,
+    *,
+    k: int,
+    bar: torch.Tensor | None = None,
+    in_order: bool = False,
+    highest: torch.Tensor | None = None,
+) -> Peaks:
+    """Find the peaks of one batch.
+
+    A CPU looks for the position of those alone that may get among the top k, which are few after the first
+    batches. Other devices find all in one reduction, so that nothing waits for them.
+
+    Args:
+        values: (N, C, ...) real numbers, dense.
+        channel_dim: The dimension that runs through the channels.
+        k: How many inputs are kept per channel.
+        bar: (C,), what a peak must reach to get among them; None if anything can.
+        in_order: Whether a peak that is equal to the bar comes too late.
+        highest: (N, C) on a CPU, the largest value of each map, where that is known and no value is NaN or
+            Inf.
+
+    Raises:
+        InvalidArgumentError: The maps are empty.
+    """
+    axes = values.movedim(channel_dim, 1)
+    maps = axes.reshape(*axes.shape[:2], -1)
+    if maps.shape[2] == 0:
+        raise InvalidArgumentError(f"a layer must put out maps with values, got shape {tuple(axes.shape)}")
+    shape = tuple(axes.shape[2:])
+    shape = (1,) * (2 - len(shape)) + shape
+    maps = maps if maps.is_floating_point() else maps.double()
+    if maps.device.type == "cpu":
+        return _found_on_cpu(maps, shape, k, bar, in_order=in_order, highest=highest)
+    maps = maps if maps.dtype.itemsize >= 4 else maps.float()
+    peaks, flat = _without_nan(maps).max(2)
+    return Peaks(peaks, torch.stack(torch.unravel_index(flat, shape), -1))
+
+
+def united(first: Peaks, second: Peaks) -> Peaks:
+    """Return the peaks of inputs that went through a layer twice; of equal ones, the first.
+
+    Raises:
+        InvalidArgumentError: The calls had different shapes.
+    """
+    if first.values.shape != second.values.shape or first.positions.shape != second.positions.shape:
+        raise InvalidArgumentError(
+            "a layer that is called several times for one batch must put out the same inputs, channels and "
+            f"axes each time, got {tuple(first.values.shape)} and then {tuple(second.values.shape)}"
+        )
+    is_higher = second.values > first.values
+    return Peaks(
+        torch.where(is_higher, second.values, first.values),
+        torch.where(is_higher[..., None], second.positions, first.positions),
+    )
+
+
+def _found_on_cpu(
+    maps: torch.Tensor,
+    shape: tuple[int, ...],
+    k: int,
+    bar: torch.Tensor | None,
+    *,
+    in_order: bool,
+    highest: torch.Tensor | None,
+) -> Peaks:
+    """Find the peaks, and the positions of those that count; what is small is left to numpy."""
+    found = maps.amax(2) if highest is None else highest
+    if highest is None and bool(found.isnan().any()):
+        maps = _without_nan(maps)
+        found = maps.amax(2)
+    peaks = (found if found.dtype == torch.float64 else found.float()).numpy()
+    if bar is not None:
+        is_candidate = peaks > bar.numpy() if in_order else peaks >= bar.numpy()
+    elif len(peaks) > k:
+        is_candidate = peaks >= np.partition(peaks, -k, axis=0)[-k]
+    else:
+        is_candidate = np.ones_like(peaks, bool)
+    if highest is None:
+        is_candidate &= peaks > -inf
+    positions = np.full((peaks.size, len(shape)), -1)
+    candidates = np.flatnonzero(is_candidate)
+    if len(candidates):
+        flat = _argmax(_rows(maps, torch.from_numpy(candidates)))
+        for axis, places in enumerate(np.unravel_index(flat, shape)):
+            positions[candidates, axis] = places
+    return Peaks(torch.from_numpy(peaks), torch.from_numpy(positions.reshape(*peaks.shape, -1)))
+
+
+def _rows(maps: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Return some of N * C maps as rows; those that lie one after the other are copied as blocks."""
+    if maps.is_contiguous():
+        return maps.flatten(0, 1).index_select(0, numbers)
+    return maps[numbers // maps.shape[1], numbers % maps.shape[1]]
+
+
+def _argmax(rows: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Return the place of the first maximum in each row; numpy finds it several times as fast as torch."""
+    wide = rows if rows.dtype.itemsize >= 4 else rows.float()
+    places: npt.NDArray[np.int64] = np.argmax(wide.numpy(), axis=1)
+    return places
+
+
+def _without_nan(maps: torch.Tensor) -> torch.Tensor:
+    return maps.nan_to_num(-inf, inf, -inf)
