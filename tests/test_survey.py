@@ -144,6 +144,21 @@ def test_top_inputs_of_many_batches_are_those_of_brute_force(levels):
     assert torch.equal(whole.best()[1], batched.best()[1])
 
 
+def test_channels_that_are_far_from_zero_or_constant_have_the_same_top_and_exact_statistics():
+    maps = torch.randn(41, 4, 5, 3)
+    maps[:, 1] += 1e6
+    maps[:, 2] = 7
+    maps[3, 3, 2, 1] = torch.inf
+    found = survey(Given(), maps.split(4), "layer", top_k=3, **quiet)
+    values, indices, positions = brute_force(maps, 3, list(range(41)))
+    top, stats = found.top["layer"], found.stats["layer"]
+    assert (top.values.tolist(), top.samples.tolist(), top.positions.tolist()) == (values, indices, positions)
+    wide = maps.double().transpose(0, 1).flatten(1)[:3]
+    torch.testing.assert_close(stats.mean[:3], wide.mean(1), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(stats.std[:3], wide.std(1, correction=0), rtol=1e-9, atol=0)
+    assert (stats.std[2], stats.mean[2], stats.nonfinite.tolist()) == (0, 7, [0, 0, 0, 1])
+
+
 @given(seed=st.integers(0, 10**6), cut=st.integers(1, 9), k=st.integers(1, 5))
 def test_the_union_of_two_parts_is_the_top_of_the_whole(seed, cut, k):
     generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from typing import Any, Final, NamedTuple
 
@@ -26,13 +26,24 @@ class Measured(NamedTuple):
     """The moments of a tensor, and what the passes came upon besides.
 
     Attributes:
-        moments: The moments, in float64 and int64.
+        moments: Returns the moments, in float64 and int64. It does what little there is left to do, which
+            takes several times as long right after a layer as it does later, among others of its kind.
         peaks: (N, C) float32 or float64, the largest value of each map, for (N, C, ...) values of which none
             is NaN or Inf; None where they were not found on the way.
     """
 
-    moments: Moments
+    moments: Callable[[], Moments]
     peaks: torch.Tensor | None
+
+
+class _Sums(NamedTuple):
+    """What a pass over memory gives: arrays (R, C), a row for each part of the tensor."""
+
+    first: npt.NDArray[Any]
+    second: npt.NDArray[Any]
+    low: npt.NDArray[Any]
+    high: npt.NDArray[Any]
+    zeros: npt.NDArray[Any] | None
 
 
 class _Layout(NamedTuple):
@@ -59,61 +70,72 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
     """
     channels = values.shape[channel_dim]
     if values.numel() == 0:
-        return Measured(_nothing(channels, values.device, edges), None)
+        nothing = _nothing(channels, values.device, edges)
+        return Measured(lambda: nothing, None)
     layout = _as_matrix(values, channel_dim)
-    if values.device.type == "cpu":
-        found = _measured_on_cpu(values, channel_dim, layout)
-    else:
-        found = Measured(_measured_anywhere(layout), None)
-    if edges is None:
-        return found
-    return found._replace(moments=found.moments._replace(histogram=_histogram(layout, edges)))
-
-
-def _measured_on_cpu(values: torch.Tensor, channel_dim: int, layout: _Layout) -> Measured:
-    """Measure in one pass, and anew the channels for which that does not do.
-
-    What is small is left to numpy, whose calls take a fraction of the time.
-    """
-    channels = layout.channels
-    firsts, seconds, lows, highs, *zeros = (sums.reshape(-1, channels) for sums in _sums_on_cpu(layout))
+    histogram = None if edges is None else _histogram(layout, edges)
+    if values.device.type != "cpu":
+        moments = _measured_anywhere(layout)._replace(histogram=histogram)
+        return Measured(lambda: moments, None)
     each = values.numel() // channels
-    low = np.minimum.reduce(lows).astype(np.float64)
-    high = np.maximum.reduce(highs).astype(np.float64)
+    sums = _sums_on_cpu(layout)
+    is_odd = _is_odd(sums, each)
+    is_by_map = layout.dim == 1 and sums.high.size == len(layout.matrix) and channel_dim % values.ndim == 1
+    peaks = torch.from_numpy(sums.high) if is_by_map else None
+    if not is_odd.any():
+        return Measured(lambda: _moments_of(sums, each)._replace(histogram=histogram), peaks)
+    odd = torch.from_numpy(is_odd.nonzero()[0])
+    anew = _measured_anywhere(_as_matrix(values.index_select(channel_dim, odd), channel_dim))
+    pairs = zip(_moments_of(sums, each)[:-1], anew[:-1], strict=True)  # neither has a histogram yet
+    mended = Moments(*(ours.index_copy(0, odd, theirs) for ours, theirs in pairs))._replace(
+        histogram=histogram
+    )
+    return Measured(lambda: mended, peaks if np.isfinite(sums.first).all() else None)
+
+
+def _is_odd(sums: _Sums, each: int) -> npt.NDArray[np.bool_]:
+    """Tell for which channels sums about zero do not do: NaN, Inf, and a mean that is far from zero."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        total, squares = np.add.reduce(sums.first), np.add.reduce(sums.second)
+        # Beside NaN and Inf nothing holds, so that a channel with them is odd.
+        is_odd: npt.NDArray[np.bool_] = ~(
+            total * total <= each * _FAR_FROM_ZERO / (1 + _FAR_FROM_ZERO) * squares
+        )
+        is_odd |= ~np.isfinite(squares)
+    if is_odd.any():  # what is constant is known exactly
+        is_odd &= ~((np.minimum.reduce(sums.low) == np.maximum.reduce(sums.high)) & np.isfinite(total))
+    return is_odd
+
+
+def _moments_of(sums: _Sums, each: int) -> Moments:
+    low = np.minimum.reduce(sums.low).astype(np.float64)
+    high = np.maximum.reduce(sums.high).astype(np.float64)
+    is_constant = low == high  # its moments are known exactly
+    zeros = np.zeros(len(low)) if sums.zeros is None else np.add.reduce(sums.zeros)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is measured anew
-        total = np.add.reduce(firsts)
+        total = np.add.reduce(sums.first)
         mean = total / each
-        squares = np.add.reduce(seconds) - total * mean
-        is_constant = low == high  # its moments are known exactly
-        is_odd = ~np.isfinite(squares) | ~is_constant & (mean * total > _FAR_FROM_ZERO * squares)
+        squares = np.add.reduce(sums.second) - total * mean
     np.copyto(mean, low, where=is_constant)
     squares[is_constant | (squares < 0)] = 0
-    zero_count = np.add.reduce(zeros[0]).astype(np.int64) if zeros else np.zeros(channels, np.int64)
-    count = torch.full((channels,), each, device="cpu")
-    moments = Moments(
+    count = torch.full((len(low),), each, device="cpu")
+    return Moments(
         total=count,
         finite=count,
-        zeros=torch.from_numpy(zero_count),
+        zeros=torch.from_numpy(zeros.astype(np.int64)),
         low=torch.from_numpy(low),
         high=torch.from_numpy(high),
         mean=torch.from_numpy(mean),
         squares=torch.from_numpy(squares),
     )
-    if is_odd.any():
-        odd = torch.from_numpy(is_odd.nonzero()[0])
-        anew = _measured_anywhere(_as_matrix(values.index_select(channel_dim, odd), channel_dim))
-        pairs = zip(moments[:-1], anew[:-1], strict=True)  # there is no histogram yet
-        moments = Moments(*(ours.index_copy(0, odd, theirs) for ours, theirs in pairs))
-    is_by_map = layout.dim == 1 and highs.size == len(layout.matrix) and channel_dim % values.ndim == 1
-    return Measured(moments, torch.from_numpy(highs) if is_by_map and np.isfinite(total).all() else None)
 
 
-def _sums_on_cpu(layout: _Layout) -> list[npt.NDArray[Any]]:
-    """Return sums, sums of squares, minima, maxima and, if there are any, numbers of zeros, block by block.
+def _sums_on_cpu(layout: _Layout) -> _Sums:
+    """Sum up block by block.
 
     Calls are few: each takes its time anew, since what streams through the cache drives their code out.
     """
-    matrix, dim, _ = layout
+    matrix, dim, channels = layout
     blocks = [block for block, _ in _blocks(layout)]
     room = torch.empty(max(block.numel() for block in blocks), dtype=torch.float64, device="cpu")
     wide = room
@@ -123,17 +145,19 @@ def _sums_on_cpu(layout: _Layout) -> list[npt.NDArray[Any]]:
             wide = room[: block.numel()].view(block.shape)
         wide.copy_(block)
         values = block if block.dtype == torch.float32 else wide
-        low, high, first = values.amin(dim), values.amax(dim), wide.sum(dim)
-        found.append((first, wide.mul_(wide).sum(dim), low, high, wide.amin()))
-    *sums, nearest = ([*parts] for parts in zip(*found, strict=True))
+        extremes = values.amin(dim), values.amax(dim)
+        found.append((wide.sum(dim), wide.mul_(wide).sum(dim), *extremes, wide.amin()))
+    *sums, nearest = zip(*found, strict=True)
+    zeros = None
     # Most layers have no zero at all, which the squares tell sooner than counting does.
     if not torch.stack(nearest).amin() > 0:
         # Comparing floats into floats of the same type is vectorised; into bool it is not.
         kind = matrix.dtype if matrix.dtype == torch.float32 else torch.float64
         rooms = (torch.empty(block.shape, dtype=kind, device="cpu") for block in blocks)
         is_zero = (torch.eq(block, 0, out=room) for block, room in zip(blocks, rooms, strict=True))
-        sums.append([part.sum(dim) for part in is_zero])
-    return [torch.cat(parts).numpy() for parts in sums]
+        zeros = torch.cat([part.sum(dim) for part in is_zero]).view(-1, channels).numpy()
+    first, second, low, high = (torch.cat(each).view(-1, channels).numpy() for each in sums)
+    return _Sums(first, second, low, high, zeros)
 
 
 def _measured_anywhere(layout: _Layout) -> Moments:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal, TypeAlias, cast, final
 
@@ -52,12 +52,13 @@ class RunningStats:
         tensor([5., 6.], dtype=torch.float64)
     """
 
-    __slots__ = ("_edges", "_moments", "bins", "channel_dim")
+    __slots__ = ("_edges", "_known", "_late", "bins", "channel_dim")
 
     def __init__(self, *, channel_dim: int = 1, bins: Bins = None) -> None:
         self.channel_dim = channel_dim
         self.bins = _edges_of(bins)
-        self._moments: Moments | None = None
+        self._known: Moments | None = None
+        self._late: Callable[[], Moments] | None = None  # of the last tensor, until somebody asks
         self._edges: torch.Tensor | None = None
 
     def fresh(self) -> RunningStats:
@@ -66,7 +67,7 @@ class RunningStats:
 
     def reset(self) -> None:
         """Forget all values, and how many channels and which device they had."""
-        self._moments = None
+        self._known = self._late = None
 
     def update(self, values: torch.Tensor) -> None:
         """Take in the values of one tensor.
@@ -80,9 +81,12 @@ class RunningStats:
             InvalidTypeError: It is no tensor, or complex, nested or without values.
         """
         self.update_with_peaks(values)
+        self._settle()
 
     def update_with_peaks(self, values: torch.Tensor) -> torch.Tensor | None:
         """Do as `update`, and return the peaks of the maps where these were found on the way.
+
+        The little that is left to do is done when somebody asks: right after a layer it would take longer.
 
         Args:
             values: As for `update`.
@@ -101,10 +105,10 @@ class RunningStats:
                 f"`channel_dim` must be a dimension of the values, got {self.channel_dim} "
                 f"(shape {tuple(values.shape)})"
             )
-        channels = values.shape[self.channel_dim]
-        if self._moments is not None and len(self._moments.total) != channels:
+        channels, before = values.shape[self.channel_dim], self._moments
+        if before is not None and len(before.total) != channels:
             raise InvalidArgumentError(
-                f"`values` must have {len(self._moments.total)} channels as before, got {channels} (shape "
+                f"`values` must have {len(before.total)} channels as before, got {channels} (shape "
                 f"{tuple(values.shape)}, `channel_dim` {self.channel_dim}); call `reset()` to start anew"
             )
         # Tensors made in inference mode could not be used together with others later on.
@@ -113,8 +117,8 @@ class RunningStats:
             dense = dense.dequantize() if dense.is_quantized else dense
             dense = dense if dense.layout is torch.strided else dense.to_dense()
             found = measure(dense, self.channel_dim, self._edges_on(dense.device))
-            self._take(found.moments)
-            return found.peaks
+        self._late = found.moments
+        return found.peaks
 
     def merge(self, other: RunningStats) -> RunningStats:
         """Take in everything that another gathering has seen, on whatever device that is.
@@ -141,8 +145,7 @@ class RunningStats:
             raise InvalidArgumentError(
                 f"`other` must have {len(self._moments.total)} channels, got {len(theirs.total)}"
             )
-        with torch.inference_mode(False), torch.no_grad():
-            self._take(theirs)
+        self._take(theirs)
         return self
 
     def compute(self) -> ChannelStats:
@@ -187,7 +190,7 @@ class RunningStats:
             name: torch.as_tensor(state[name], dtype=torch.int64 if name in whole else torch.float64).clone()
             for name in names
         }
-        stats._moments = Moments(**cast("Any", {"histogram": None, **parts}))
+        stats._known = Moments(**cast("Any", {"histogram": None, **parts}))
         return stats
 
     def __repr__(self) -> str:
@@ -201,13 +204,25 @@ class RunningStats:
         for name in self.__slots__:
             setattr(self, name, getattr(restored, name))
 
+    @property
+    def _moments(self) -> Moments | None:
+        self._settle()
+        return self._known
+
+    def _settle(self) -> None:
+        late, self._late = self._late, None
+        if late is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._take(late())
+
     def _take(self, theirs: Moments) -> None:
         ours = self._moments
         if ours is None:
-            self._moments = theirs
+            self._known = theirs
             return
-        there = [None if part is None else part.to(ours.mean.device) for part in theirs]
-        self._moments = union(ours, Moments(*cast("Any", there)))
+        with torch.inference_mode(False), torch.no_grad():
+            there = [None if part is None else part.to(ours.mean.device) for part in theirs]
+            self._known = union(ours, Moments(*cast("Any", there)))
 
     def _edges_on(self, device: torch.device) -> torch.Tensor | None:
         if self.bins is not None and (self._edges is None or self._edges.device != device):
