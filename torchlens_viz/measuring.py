@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from math import inf
 from typing import Any, Final, NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.moments import Moments
+from torchlens_viz.moments import Moments, Sums, no_moments, with_sums
 
 # Values worked on at a time: on a CPU what stays in the cache, elsewhere what keeps temporary memory small.
 # A sum of that many ones is exact in float32.
@@ -26,24 +26,14 @@ class Measured(NamedTuple):
     """The moments of a tensor, and what the passes came upon besides.
 
     Attributes:
-        moments: Returns the moments, in float64 and int64. It does what little there is left to do, which
-            takes several times as long right after a layer as it does later, among others of its kind.
+        moments: The moments, or the sums they are made of: right after a layer, whatever is small takes
+            several times as long as it does later on, among others of its kind.
         peaks: (N, C) float32 or float64, the largest value of each map, for (N, C, ...) values of which none
             is NaN or Inf; None where they were not found on the way.
     """
 
-    moments: Callable[[], Moments]
-    peaks: torch.Tensor | None
-
-
-class _Sums(NamedTuple):
-    """What a pass over memory gives: arrays (R, C), a row for each part of the tensor."""
-
-    first: npt.NDArray[Any]
-    second: npt.NDArray[Any]
-    low: npt.NDArray[Any]
-    high: npt.NDArray[Any]
-    zeros: npt.NDArray[Any] | None
+    moments: Moments | Sums
+    peaks: npt.NDArray[Any] | None
 
 
 class _Layout(NamedTuple):
@@ -66,71 +56,52 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
         edges: (E,) increasing float64 edges of a histogram, on the device of `values`, or None.
 
     Returns:
-        The moments and the peaks, on the device of `values`.
+        The moments, on the device of `values`, and the peaks.
     """
-    channels = values.shape[channel_dim]
+    channels, device = values.shape[channel_dim], values.device
     if values.numel() == 0:
-        nothing = _nothing(channels, values.device, edges)
-        return Measured(lambda: nothing, None)
+        return Measured(no_moments(channels, device, None if edges is None else len(edges) + 1), None)
     layout = _as_matrix(values, channel_dim)
-    histogram = None if edges is None else _histogram(layout, edges)
-    if values.device.type != "cpu":
-        moments = _measured_anywhere(layout)._replace(histogram=histogram)
-        return Measured(lambda: moments, None)
-    each = values.numel() // channels
-    sums = _sums_on_cpu(layout)
-    is_odd = _is_odd(sums, each)
-    is_by_map = layout.dim == 1 and sums.high.size == len(layout.matrix) and channel_dim % values.ndim == 1
-    peaks = torch.from_numpy(sums.high) if is_by_map else None
-    if not is_odd.any():
-        return Measured(lambda: _moments_of(sums, each)._replace(histogram=histogram), peaks)
-    odd = torch.from_numpy(is_odd.nonzero()[0])
-    anew = _measured_anywhere(_as_matrix(values.index_select(channel_dim, odd), channel_dim))
-    pairs = zip(_moments_of(sums, each)[:-1], anew[:-1], strict=True)  # neither has a histogram yet
-    mended = Moments(*(ours.index_copy(0, odd, theirs) for ours, theirs in pairs))._replace(
-        histogram=histogram
-    )
-    return Measured(lambda: mended, peaks if np.isfinite(sums.first).all() else None)
+    peaks = None
+    if device.type == "cpu":
+        sums = _sums_on_cpu(layout)
+        is_odd = _is_odd(sums)
+        is_by_map = (
+            layout.dim == 1 and sums.high.size == len(layout.matrix) and channel_dim % values.ndim == 1
+        )
+        if is_by_map and np.isfinite(sums.first).all():
+            peaks = sums.high
+        if edges is None and not is_odd.any():
+            return Measured(sums, peaks)
+    # Tensors made in inference mode could not be used together with others later on.
+    with torch.inference_mode(False), torch.no_grad():
+        if device.type != "cpu":
+            moments = _measured_anywhere(layout)
+        else:
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is measured anew
+                moments = with_sums(no_moments(channels, device), [sums])
+            if is_odd.any():
+                odd = torch.from_numpy(is_odd.nonzero()[0])
+                anew = _measured_anywhere(_as_matrix(values.index_select(channel_dim, odd), channel_dim))
+                pairs = zip(moments[:-1], anew[:-1], strict=True)  # neither has a histogram yet
+                moments = Moments(*(ours.index_copy(0, odd, theirs) for ours, theirs in pairs))
+        histogram = None if edges is None else _histogram(layout, edges)
+        return Measured(moments._replace(histogram=histogram), peaks)
 
 
-def _is_odd(sums: _Sums, each: int) -> npt.NDArray[np.bool_]:
+def _is_odd(sums: Sums) -> npt.NDArray[np.bool_]:
     """Tell for which channels sums about zero do not do: NaN, Inf, and a mean that is far from zero."""
     with np.errstate(invalid="ignore", over="ignore"):
-        total, squares = np.add.reduce(sums.first), np.add.reduce(sums.second)
+        limit = sums.each * _FAR_FROM_ZERO / (1 + _FAR_FROM_ZERO) * sums.second
         # Beside NaN and Inf nothing holds, so that a channel with them is odd.
-        is_odd: npt.NDArray[np.bool_] = ~(
-            total * total <= each * _FAR_FROM_ZERO / (1 + _FAR_FROM_ZERO) * squares
-        )
-        is_odd |= ~np.isfinite(squares)
+        is_odd: npt.NDArray[np.bool_] = ~(sums.first * sums.first <= limit) | ~np.isfinite(sums.second)
     if is_odd.any():  # what is constant is known exactly
-        is_odd &= ~((np.minimum.reduce(sums.low) == np.maximum.reduce(sums.high)) & np.isfinite(total))
+        is_constant = np.minimum.reduce(sums.low) == np.maximum.reduce(sums.high)
+        is_odd &= ~(is_constant & np.isfinite(sums.first))
     return is_odd
 
 
-def _moments_of(sums: _Sums, each: int) -> Moments:
-    low = np.minimum.reduce(sums.low).astype(np.float64)
-    high = np.maximum.reduce(sums.high).astype(np.float64)
-    is_constant = low == high  # its moments are known exactly
-    zeros = np.zeros(len(low)) if sums.zeros is None else np.add.reduce(sums.zeros)
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is measured anew
-        total = np.add.reduce(sums.first)
-        mean = total / each
-        squares = np.add.reduce(sums.second) - total * mean
-    np.copyto(mean, low, where=is_constant)
-    squares[is_constant | (squares < 0)] = 0
-    count = torch.full((len(low),), each, device="cpu")
-    return Moments(
-        total=count,
-        finite=count,
-        zeros=torch.from_numpy(zeros.astype(np.int64)),
-        low=torch.from_numpy(low),
-        high=torch.from_numpy(high),
-        mean=torch.from_numpy(mean),
-        squares=torch.from_numpy(squares),
-    )
-
-
-def _sums_on_cpu(layout: _Layout) -> _Sums:
+def _sums_on_cpu(layout: _Layout) -> Sums:
     """Sum up block by block.
 
     Calls are few: each takes its time anew, since what streams through the cache drives their code out.
@@ -140,24 +111,29 @@ def _sums_on_cpu(layout: _Layout) -> _Sums:
     room = torch.empty(max(block.numel() for block in blocks), dtype=torch.float64, device="cpu")
     wide = room
     found: list[tuple[torch.Tensor, ...]] = []
+    has_zeros = False
     for block in blocks:
         if wide.shape != block.shape:
             wide = room[: block.numel()].view(block.shape)
         wide.copy_(block)
         values = block if block.dtype == torch.float32 else wide
-        extremes = values.amin(dim), values.amax(dim)
-        found.append((wide.sum(dim), wide.mul_(wide).sum(dim), *extremes, wide.amin()))
-    *sums, nearest = zip(*found, strict=True)
+        found.append((values.amin(dim), values.amax(dim), wide.sum(dim), wide.mul_(wide).sum(dim)))
+        # Most layers have no zero at all, which the squares tell sooner than counting does.
+        has_zeros = has_zeros or not wide.amin().item() > 0
+    low, high, first, second = (
+        torch.cat(part).view(-1, channels).numpy() for part in zip(*found, strict=True)
+    )
     zeros = None
-    # Most layers have no zero at all, which the squares tell sooner than counting does.
-    if not torch.stack(nearest).amin() > 0:
+    if has_zeros:
         # Comparing floats into floats of the same type is vectorised; into bool it is not.
         kind = matrix.dtype if matrix.dtype == torch.float32 else torch.float64
         rooms = (torch.empty(block.shape, dtype=kind, device="cpu") for block in blocks)
         is_zero = (torch.eq(block, 0, out=room) for block, room in zip(blocks, rooms, strict=True))
-        zeros = torch.cat([part.sum(dim) for part in is_zero]).view(-1, channels).numpy()
-    first, second, low, high = (torch.cat(each).view(-1, channels).numpy() for each in sums)
-    return _Sums(first, second, low, high, zeros)
+        counts = torch.cat([part.sum(dim) for part in is_zero]).view(-1, channels).numpy()
+        zeros = np.add.reduce(counts).astype(np.int64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        totals = np.add.reduce(first), np.add.reduce(second)
+    return Sums(matrix.numel() // channels, *totals, low, high, zeros)
 
 
 def _measured_anywhere(layout: _Layout) -> Moments:
@@ -207,21 +183,6 @@ def _measured_anywhere(layout: _Layout) -> Moments:
         high=high,
         mean=torch.where(is_constant, low, mean + first / finite.clamp(min=1)),
         squares=squares.clamp(min=0).masked_fill(is_constant, 0),
-    )
-
-
-def _nothing(channels: int, device: torch.device, edges: torch.Tensor | None) -> Moments:
-    count = torch.zeros(channels, dtype=torch.int64, device=device)
-    number = count.double()
-    return Moments(
-        total=count,
-        finite=count,
-        zeros=count,
-        low=number + inf,
-        high=number - inf,
-        mean=number,
-        squares=number,
-        histogram=None if edges is None else count.new_zeros(channels, len(edges) + 1),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,7 @@ def find_peaks(
     k: int,
     bar: torch.Tensor | None = None,
     in_order: bool = False,
-    highest: torch.Tensor | None = None,
+    highest: npt.NDArray[Any] | None = None,
 ) -> Peaks:
     """Find the peaks of one batch.
 
@@ -90,14 +90,17 @@ def _found_on_cpu(
     bar: torch.Tensor | None,
     *,
     in_order: bool,
-    highest: torch.Tensor | None,
+    highest: npt.NDArray[Any] | None,
 ) -> Peaks:
     """Find the peaks, and the positions of those that count; what is small is left to numpy."""
-    found = maps.amax(2) if highest is None else highest
-    if highest is None and bool(found.isnan().any()):
-        maps = _without_nan(maps)
+    if highest is None:
         found = maps.amax(2)
-    peaks = (found if found.dtype == torch.float64 else found.float()).numpy()
+        if bool(found.isnan().any()):
+            maps = _without_nan(maps)
+            found = maps.amax(2)
+        peaks = (found if found.dtype == torch.float64 else found.float()).numpy()
+    else:
+        peaks = highest
     if bar is not None:
         is_candidate = peaks > bar.numpy() if in_order else peaks >= bar.numpy()
     elif len(peaks) > k:

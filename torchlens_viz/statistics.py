@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, Literal, TypeAlias, cast, final
 
+import numpy.typing as npt
 import torch
 
 from torchlens_viz.channel_stats import ChannelStats, stats_of
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
 from torchlens_viz.measuring import measure
-from torchlens_viz.moments import Moments, union
+from torchlens_viz.moments import Moments, Sums, no_moments, union, with_sums
 
 Bins: TypeAlias = Literal["log"] | Sequence[float] | None
 
+_MOST_WAITING: Final = 256  # parts of tensors, so that little memory is taken
 _POWERS: Final = tuple(2.0**exponent for exponent in range(-12, 13))
 LOG_EDGES: Final = (*(-power for power in reversed(_POWERS)), 0.0, *_POWERS)
 """The edges of `bins="log"`: zero, and the powers of two from 2**-12 to 2**12 on both sides of it."""
@@ -58,7 +60,7 @@ class RunningStats:
         self.channel_dim = channel_dim
         self.bins = _edges_of(bins)
         self._known: Moments | None = None
-        self._late: Callable[[], Moments] | None = None  # of the last tensor, until somebody asks
+        self._late: tuple[Sums, ...] = ()  # of the last tensors, until somebody asks
         self._edges: torch.Tensor | None = None
 
     def fresh(self) -> RunningStats:
@@ -67,7 +69,7 @@ class RunningStats:
 
     def reset(self) -> None:
         """Forget all values, and how many channels and which device they had."""
-        self._known = self._late = None
+        self._known, self._late = None, ()
 
     def update(self, values: torch.Tensor) -> None:
         """Take in the values of one tensor.
@@ -83,10 +85,11 @@ class RunningStats:
         self.update_with_peaks(values)
         self._settle()
 
-    def update_with_peaks(self, values: torch.Tensor) -> torch.Tensor | None:
+    def update_with_peaks(self, values: torch.Tensor) -> npt.NDArray[Any] | None:
         """Do as `update`, and return the peaks of the maps where these were found on the way.
 
-        The little that is left to do is done when somebody asks: right after a layer it would take longer.
+        The little that is left to do is done for several tensors together, when there are many or somebody
+        asks: right after a layer it would take longer.
 
         Args:
             values: As for `update`.
@@ -105,19 +108,20 @@ class RunningStats:
                 f"`channel_dim` must be a dimension of the values, got {self.channel_dim} "
                 f"(shape {tuple(values.shape)})"
             )
-        channels, before = values.shape[self.channel_dim], self._moments
-        if before is not None and len(before.total) != channels:
+        channels, before = values.shape[self.channel_dim], self._channels
+        if before not in (None, channels):
             raise InvalidArgumentError(
-                f"`values` must have {len(before.total)} channels as before, got {channels} (shape "
+                f"`values` must have {before} channels as before, got {channels} (shape "
                 f"{tuple(values.shape)}, `channel_dim` {self.channel_dim}); call `reset()` to start anew"
             )
-        # Tensors made in inference mode could not be used together with others later on.
-        with torch.inference_mode(False), torch.no_grad():
-            dense = values.detach()
-            dense = dense.dequantize() if dense.is_quantized else dense
-            dense = dense if dense.layout is torch.strided else dense.to_dense()
-            found = measure(dense, self.channel_dim, self._edges_on(dense.device))
-        self._late = found.moments
+        dense = values.detach()
+        dense = dense.dequantize() if dense.is_quantized else dense
+        dense = dense if dense.layout is torch.strided else dense.to_dense()
+        found = measure(dense, self.channel_dim, self._edges_on(dense.device))
+        if isinstance(found.moments, Sums):
+            self._wait((found.moments,))
+        else:
+            self._take(found.moments)
         return found.peaks
 
     def merge(self, other: RunningStats) -> RunningStats:
@@ -138,14 +142,15 @@ class RunningStats:
             raise InvalidArgumentError(
                 "`other` must have the same `bins`: histograms of others cannot be added"
             )
-        theirs = other._moments
-        if theirs is None:
-            return self
-        if self._moments is not None and len(self._moments.total) != len(theirs.total):
-            raise InvalidArgumentError(
-                f"`other` must have {len(self._moments.total)} channels, got {len(theirs.total)}"
-            )
-        self._take(theirs)
+        ours, theirs = self._channels, other._channels
+        if ours is not None and theirs not in (None, ours):
+            raise InvalidArgumentError(f"`other` must have {ours} channels, got {theirs}")
+        if other._known is None:
+            self._wait(other._late)
+        elif ours is None:
+            self._known, self._late = other._known, other._late
+        elif other._moments is not None:
+            self._take(other._moments)
         return self
 
     def compute(self) -> ChannelStats:
@@ -205,24 +210,34 @@ class RunningStats:
             setattr(self, name, getattr(restored, name))
 
     @property
+    def _channels(self) -> int | None:
+        if self._known is not None:
+            return len(self._known.total)
+        return len(self._late[0].first) if self._late else None
+
+    @property
     def _moments(self) -> Moments | None:
         self._settle()
         return self._known
 
+    def _wait(self, sums: tuple[Sums, ...]) -> None:
+        self._late += sums
+        if sum(len(late.low) for late in self._late) > _MOST_WAITING:
+            self._settle()
+
     def _settle(self) -> None:
-        late, self._late = self._late, None
-        if late is not None:
-            with torch.inference_mode(False), torch.no_grad():
-                self._take(late())
+        if not self._late:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            cpu = torch.device("cpu")
+            known = no_moments(len(self._late[0].first), cpu) if self._known is None else self._known
+            known = with_sums(known.to(cpu), self._late).to(known.mean.device)
+        self._known, self._late = known, ()  # in one step, so that Ctrl-C counts nothing twice
 
     def _take(self, theirs: Moments) -> None:
         ours = self._moments
-        if ours is None:
-            self._known = theirs
-            return
         with torch.inference_mode(False), torch.no_grad():
-            there = [None if part is None else part.to(ours.mean.device) for part in theirs]
-            self._known = union(ours, Moments(*cast("Any", there)))
+            self._known = theirs if ours is None else union(ours, theirs.to(ours.mean.device))
 
     def _edges_on(self, device: torch.device) -> torch.Tensor | None:
         if self.bins is not None and (self._edges is None or self._edges.device != device):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, final
 
+import numpy.typing as npt
 import torch
 
 from torchlens_viz.comoments import Comoments, comoments, together
@@ -198,7 +199,7 @@ class Observation:
         assert tally.top is not None
         return replace(tally, top=tally.top.with_peaks(peaks, samples, in_order=self._in_order))
 
-    def _find_peaks(self, values: torch.Tensor, highest: torch.Tensor | None) -> None:
+    def _find_peaks(self, values: torch.Tensor, highest: npt.NDArray[Any] | None) -> None:
         plain = values.dequantize() if values.is_quantized else values
         plain = plain if plain.layout is torch.strided else plain.to_dense()
         if plain.ndim < 2 or len(plain) != self._inputs or self._tally.stats.channel_dim % plain.ndim == 0:
