@@ -43,7 +43,7 @@ def bare(model: nn.Module, loader: DataLoader) -> None:
 
 
 def test_statistics_and_top_9_against_the_bare_loop(model, loader, versus):
-    versus(ours(model, loader), lambda: bare(model, loader), target=">= 0.85", rounds=5)
+    versus(ours(model, loader), lambda: bare(model, loader), target=">= 0.85", rounds=11)
 
 
 def test_statistics_alone_against_the_bare_loop(model, loader, versus):

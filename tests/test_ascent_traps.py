@@ -464,6 +464,29 @@ def test_the_dead_are_tried_on_the_reference_that_drives_them_hardest():
     )
 
 
+def test_what_transforms_extinguish_is_climbed_without_them():
+    # Channel 0 sees pixels against their neighbours, which resampling blurs; 1 sees brightness; 2 nothing.
+    model = nn.Sequential(nn.Conv2d(3, 3, 2, stride=2), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].weight[0] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) / 3
+        model[0].weight[1] = 1 / 12
+        model[0].weight[2] = 0
+        model[0].bias[:] = torch.tensor([-1.6, 0, -1])
+    found = run(model, "1", steps=30, size=16, transforms="robust")
+    assert found.status[0] != "dead"
+    assert found.evidence[0].endswith(
+        "; without the transforms, since under them no gradient from 5 starts lasted"
+    )
+    assert "transforms" not in found.evidence[1]
+    assert found.status[2] == "dead"
+    assert found.evidence[2] == (
+        "no gradient from 5 starts, under the transforms and without them, with and after redirected ReLUs"
+    )
+    assert found.scores[0] > 0
+    same(run(model, "1", 0, steps=30, size=16), run(model, "1", 0, steps=30, size=16, transforms="robust"))
+    same(run(model, "1", steps=30, size=16, transforms="robust", batch_size=2), found)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_few_steps_do_not_make_a_living_unit_dead(steps):
     model, dead = planted(F.relu)

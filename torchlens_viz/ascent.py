@@ -119,7 +119,8 @@ def maximize(
             from the same image, uniform in [128, 148] (with `seed=42`, the well-known one), Adam with
             Keras' epsilon, no limits, no redirection; the learning rate (None is 2.5) is in units of 0 to
             255.
-        restarts: From how many further starts to try where there is no gradient.
+        restarts: From how many further starts to try where there is no gradient. What has none under the
+            transforms from any of them is tried without, and `evidence` says so.
         decay: With pixels, the share of the distance to mid-gray that is taken back at every step.
         blur: With pixels, standard deviation in pixels of a Gaussian blur after every `blur_every` steps.
         blur_every: See `blur`; None is 4.

@@ -157,7 +157,7 @@ class _Slots:
         return self._climbs(done, rows.taken(done)) if done else []
 
     def _transformed(self, images: torch.Tensor) -> torch.Tensor:
-        plan, rows = self._plan, self._rows
+        plan, rows, as_they_are = self._plan, self._rows, images
         assert rows is not None
         if plan.transforms.moves:
             numbers = rows.numbers[torch.arange(len(images), device=images.device), rows.step]
@@ -167,6 +167,8 @@ class _Slots:
             for row, run in zip(noise, self.runs, strict=True):
                 row.normal_(generator=run.noise)
             images = images + plan.transforms.noise * plan.parametrization.width * noise
+        if any(run.is_still for run in self.runs):
+            images = torch.where(rows.still.view(-1, 1, 1, 1), as_they_are, images)
         return images
 
     def _move(
@@ -242,7 +244,8 @@ class _Slots:
             status, evidence = verdict(
                 plan,
                 own,
-                starts=run.attempt + 1 if run.ending == "dead" else 0,
+                attempt=run.attempt,
+                is_dead=run.ending == "dead",
                 over=bool(over[index]),
                 stopped=not active[index],
             )

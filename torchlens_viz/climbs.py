@@ -74,31 +74,49 @@ class Plan:
     frames_every: int | None
 
     @property
-    def attempts(self) -> int:
+    def starts(self) -> int:
         """From how many starts to try where there is no gradient."""
         return 1 + self.restarts + (self.references is not None)
 
+    @property
+    def attempts(self) -> int:
+        """How often to try: from all starts, and once more without the transforms if there are any."""
+        return self.starts * (2 if self.transforms != Transforms() else 1)
+
+    def is_still(self, attempt: int) -> bool:
+        """Tell whether an attempt, from 0, is one without the transforms."""
+        return attempt >= self.starts
+
 
 def verdict(
-    plan: Plan, history: torch.Tensor, *, starts: int, over: bool, stopped: bool
+    plan: Plan, history: torch.Tensor, *, attempt: int, is_dead: bool, over: bool, stopped: bool
 ) -> tuple[Status, str]:
     """Return why a climb ended, and what that rests on.
 
     Args:
         plan: How it climbed.
         history: (steps,) the objective before each step; NaN after the last.
-        starts: From how many starts no gradient was found; 0 where there is one.
+        attempt: Which of its attempts this was, from 0.
+        is_dead: Whether there never was a gradient.
         over: Whether the objective passed the threshold.
         stopped: Whether something else stopped it before its last step.
     """
     numbers = history[~history.isnan()]
-    steps = len(numbers)
-    if starts and plan.is_classic:
+    if is_dead and plan.is_classic:
         return "dead", "no gradient at the start"
-    if starts:
-        tried = f"from {starts} starts" if starts > 1 else "at the start"
+    tried = f"from {plan.starts} starts" if plan.starts > 1 else "at the start"
+    if is_dead:
         real = "" if plan.references is None else ", one of them the reference image that drives it hardest"
-        return "dead", f"no gradient {tried}{real}, with and after redirected ReLUs"
+        still = ", under the transforms and without them" if plan.is_still(attempt) else ""
+        return "dead", f"no gradient {tried}{real}{still}, with and after redirected ReLUs"
+    status, evidence = _end(plan, numbers, over=over, stopped=stopped)
+    if plan.is_still(attempt):
+        evidence += f"; without the transforms, since under them no gradient {tried} lasted"
+    return status, evidence
+
+
+def _end(plan: Plan, numbers: torch.Tensor, *, over: bool, stopped: bool) -> tuple[Status, str]:
+    steps = len(numbers)
     if over:
         return "threshold", f"passed {plan.threshold:g} at step {steps}"
     if stopped:

@@ -42,8 +42,9 @@ class Maximization:
         means: (K, C_layer) float32, the mean of every channel of the layer on each image.
         status: Why each ended: `"threshold"` was passed; all `"steps"` were made; `"stalled"`, there was a
             gradient and nothing gained over the last quarter of the steps, as where the best image is found;
-            `"dead"`, no gradient from any start, with and after redirected ReLUs; `"nonfinite"`, a score or
-            gradient was NaN or infinite, and the image is the last one before that.
+            `"dead"`, no gradient from any start, with and after redirected ReLUs, under the transforms and
+            without them; `"nonfinite"`, a score or gradient was NaN or infinite, and the image is the last
+            one before that.
         evidence: What each status rests on, in words.
         limits: The smallest and largest value of a pixel as it is drawn.
         is_complete: Whether every image that was asked for is there; not so after Ctrl-C.

@@ -17,7 +17,8 @@ class Run:
 
     Attributes:
         request: What it is for.
-        attempt: From which start it climbs, from 0.
+        attempt: How often it began anew.
+        is_still: Whether the network sees its image as it is, without the transforms.
         noise: The stream of the noise that is added to its image.
         step: How many steps it has made. Those until there is a gradient do not count.
         redirected_until: The first step without redirected ReLUs; 0 where they were not needed.
@@ -31,6 +32,7 @@ class Run:
 
     request: Request
     attempt: int
+    is_still: bool
     noise: torch.Generator
     step: int = 0
     redirected_until: int = 0
@@ -69,6 +71,7 @@ class Rows:
     active: torch.Tensor
     over: torch.Tensor
     redirected: torch.Tensor
+    still: torch.Tensor
     history: torch.Tensor
     numbers: torch.Tensor
     offset: torch.Tensor

@@ -35,7 +35,7 @@ class Starts:
         """Return what the host knows of a climb at its beginning."""
         noise = torch.Generator(self._device)
         noise.manual_seed(stream(self._plan.seed, request, attempt, "noise"))
-        return Run(request, attempt, noise)
+        return Run(request, attempt, self._plan.is_still(attempt), noise)
 
     def rows(self, runs: Sequence[Run]) -> Rows:
         """Return what the device knows of climbs at their beginning."""
@@ -60,6 +60,7 @@ class Starts:
             active=torch.ones_like(channels, dtype=torch.bool),
             over=torch.zeros_like(channels, dtype=torch.bool),
             redirected=torch.zeros_like(channels, dtype=torch.bool),
+            still=torch.tensor([run.is_still for run in runs], device=self._device),
             history=torch.full((count, plan.steps), torch.nan, device=self._device),
             numbers=numbers,
             offset=offset,
@@ -69,20 +70,18 @@ class Starts:
     def _image(self, run: Run) -> torch.Tensor:
         """Return the parameters of the first image; a last attempt begins from the best reference image."""
         plan, image = self._plan, self._plan.start
-        if run.attempt > 0:
+        number = run.attempt % plan.starts  # without the transforms from the same starts
+        if number > 0:
             image = None
-            if (
-                plan.references is not None
-                and plan.reference_means is not None
-                and run.attempt > plan.restarts
-            ):
+            if plan.references is not None and plan.reference_means is not None and number > plan.restarts:
                 means = plan.reference_means[:, run.request.channel % plan.reference_means.shape[1]]
                 image = plan.references[int(means.argmax())]
         generator = self._generator(run, "start")
-        return plan.parametrization.start(plan.image_channels, plan.size, generator, image, run.attempt)
+        return plan.parametrization.start(plan.image_channels, plan.size, generator, image, number)
 
     def _generator(self, run: Run, purpose: str) -> torch.Generator:
         generator = torch.Generator("cpu")  # so that every device gets the same numbers
         if self._plan.is_classic:  # every channel begins from the same image
             return generator.manual_seed(self._plan.seed)
-        return generator.manual_seed(stream(self._plan.seed, run.request, run.attempt, purpose))
+        number = run.attempt % self._plan.starts
+        return generator.manual_seed(stream(self._plan.seed, run.request, number, purpose))
