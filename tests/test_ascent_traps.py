@@ -464,6 +464,18 @@ def test_the_dead_are_tried_on_the_reference_that_drives_them_hardest():
     )
 
 
+def test_a_unit_whose_windows_undo_each_others_pull_is_woken_alone():
+    # The pull of all windows on a pixel is +1 - 1; to be on, a pixel must be 0.9 brighter than its neighbour.
+    model = nn.Sequential(nn.Conv2d(1, 1, (1, 2), padding="same", padding_mode="circular"), nn.ReLU())
+    with torch.no_grad():
+        model[0].weight[:] = torch.tensor([-1.0, 1.0])
+        model[0].bias[:] = -0.9
+    assert run(model, "1", steps=30, size=(8, 8), restarts=0).status == ("dead",)
+    found = run(model, "1", steps=30, size=(8, 8), restarts=1)
+    assert found.status != ("dead",)
+    assert found.scores[0] > 0
+
+
 def test_what_transforms_extinguish_is_climbed_without_them():
     # Channel 0 sees pixels against their neighbours, which resampling blurs; 1 sees brightness; 2 nothing.
     model = nn.Sequential(nn.Conv2d(3, 3, 2, stride=2), nn.ReLU()).eval()

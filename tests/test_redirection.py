@@ -31,11 +31,12 @@ KINDS = {
     "clamp_min_": (lambda x: x.clamp_min_(0), 0, INF),
     "clip": (lambda x: x.clip(0, 6), 0, 6),
 }
+NEITHER = torch.tensor([False, False])
 
 
-def gradient_of(function, values, weight, chosen):
+def gradient_of(function, values, weight, chosen, narrow=None):
     leaf = values.clone().requires_grad_()
-    with Redirection(chosen):
+    with Redirection(chosen, torch.zeros_like(chosen) if narrow is None else narrow):
         result = function(leaf * 1)
     (gradient,) = torch.autograd.grad((result * weight).sum(), leaf)
     return result.detach(), gradient
@@ -73,7 +74,7 @@ def test_samples_that_were_not_chosen_get_the_gradient_they_always_had(kind):
 def test_what_is_changed_in_place_is_changed_in_place():
     values = torch.randn(2, 5, requires_grad=True) * 1
     kept = values.detach().clone()
-    with Redirection(torch.tensor([True, False])):
+    with Redirection(torch.tensor([True, False]), NEITHER):
         result = F.relu(values, inplace=True)
     assert result is values
     assert torch.equal(values.detach(), kept.relu())
@@ -113,13 +114,26 @@ def test_bfloat16_and_tensors_without_gradient_pass_too():
     result, gradient = gradient_of(F.relu, values, torch.ones_like(values), torch.tensor([True, False]))
     assert result.dtype == torch.bfloat16
     assert gradient.sum(1).tolist() == [3, 0]
-    with Redirection(torch.tensor([True])):
+    with Redirection(torch.tensor([True]), torch.tensor([False])):
         assert torch.equal(torch.relu(torch.tensor([-1.0, 1.0])), torch.tensor([0.0, 1.0]))
+
+
+def test_of_a_narrow_sample_only_the_unit_nearest_to_being_on_is_redirected():
+    off = torch.tensor([[-3.0, -1.0], [-2.0, -4.0]])
+    some_on = torch.tensor([[-3.0, 1.0], [-2.0, -4.0]])
+    values = torch.stack([off, some_on]).expand(4, 2, 2, 2)
+    chosen, narrow = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    _, gradient = gradient_of(F.relu, values, torch.ones(4, 2, 2, 2), chosen, narrow)
+    assert gradient[0].tolist() == [[[0, 1], [0, 0]], [[0, 1], [0, 0]]]
+    assert (gradient[1] == 1).all()
+    assert torch.equal(gradient[2:], (values[2:] > 0).float())
+    _, flat = gradient_of(F.relu, -torch.rand(4, 5, 6), torch.ones(4, 5, 6), chosen, narrow)
+    assert flat.flatten(1).sum(1).tolist() == [30, 30, 0, 0]  # where units and channels lie is not known
 
 
 def test_nothing_is_redirected_after_the_block():
     leaf = -torch.ones(2, 3, requires_grad=True)
-    with Redirection(torch.tensor([True, True])):
+    with Redirection(torch.tensor([True, True]), NEITHER):
         pass
     (gradient,) = torch.autograd.grad(leaf.relu().sum(), leaf)
     assert gradient.abs().sum() == 0

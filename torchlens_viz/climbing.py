@@ -132,7 +132,7 @@ class _Slots:
         assert rows is not None
         parameters = rows.parameters.requires_grad_()
         is_redirecting = any(run.is_redirected for run in self.runs)
-        with Redirection(rows.redirected) if is_redirecting else nullcontext():
+        with Redirection(rows.redirected, rows.narrow) if is_redirecting else nullcontext():
             images = plan.parametrization.decode(parameters, plan.size)
             sensitivity = Sensitivity(rows.offset, rows.slope) if self._scorer.is_affine else None
             seen = self._transformed(images)

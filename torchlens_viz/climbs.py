@@ -87,6 +87,10 @@ class Plan:
         """Tell whether an attempt, from 0, is one without the transforms."""
         return attempt >= self.starts
 
+    def is_narrow(self, attempt: int) -> bool:
+        """Tell whether an attempt, from 0, pulls on one unit of a map only: the last one from noise."""
+        return self.restarts > 0 and attempt % self.starts == self.restarts
+
 
 def verdict(
     plan: Plan, history: torch.Tensor, *, attempt: int, is_dead: bool, over: bool, stopped: bool

@@ -36,14 +36,18 @@ class Redirection(TorchFunctionMode):
 
     Args:
         chosen: (N,) bool, the samples of the batch this is for.
+        narrow: (N,) bool, those of them where only one unit of a map is redirected, the nearest to being on,
+            and none if some are on. Units whose windows overlap may undo each other's pull; one alone wakes
+            where they do not, though to an image that drives the channel less.
 
     Source:
         Olah, Mordvintsev & Schubert, "Feature Visualization", Distill 2017, have such a ReLU in their code.
     """
 
-    def __init__(self, chosen: torch.Tensor) -> None:
+    def __init__(self, chosen: torch.Tensor, narrow: torch.Tensor) -> None:
         super().__init__()
         self._chosen = chosen
+        self._narrow = narrow
 
     def __torch_function__(
         self,
@@ -63,8 +67,13 @@ class Redirection(TorchFunctionMode):
         if limits is None or len(values) % len(self._chosen) != 0:
             return func(*args, **kwargs)
         # Windows and heads are often folded into the batch, several rows in a row for each sample.
-        chosen = self._chosen.repeat_interleave(len(values) // len(self._chosen))
-        chosen = chosen.view(-1, *[1] * (values.ndim - 1))
+        repeats = len(values) // len(self._chosen)
+        chosen, narrow = (
+            rows.repeat_interleave(repeats).view(-1, *[1] * (values.ndim - 1))
+            for rows in (self._chosen, self._narrow)
+        )
+        if values.ndim > 3:
+            chosen = chosen & (~narrow | _is_first_to_wake(values.detach()))
         result = _RedirectedReLU.apply(values, chosen, *limits)
         is_in_place = (
             func in _IN_PLACE or kwargs.get("inplace") or (func in (F.relu, F.relu6) and True in args[1:])
@@ -88,6 +97,12 @@ def _limits(
     if not isinstance(low, int | float) or low != 0 or not isinstance(high, int | float | None):
         return None
     return 0.0, torch.inf if high is None else float(high)
+
+
+def _is_first_to_wake(values: torch.Tensor) -> torch.Tensor:
+    """Tell of every unit whether its map is wholly off, and none in it is nearer to being on."""
+    nearest = values.amax(tuple(range(2, values.ndim)), keepdim=True)
+    return (nearest <= 0) & (values == nearest)
 
 
 class _RedirectedReLU(torch.autograd.Function):

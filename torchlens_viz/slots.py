@@ -19,6 +19,7 @@ class Run:
         request: What it is for.
         attempt: How often it began anew.
         is_still: Whether the network sees its image as it is, without the transforms.
+        is_narrow: Whether ReLUs are redirected for one unit of a map only.
         noise: The stream of the noise that is added to its image.
         step: How many steps it has made. Those until there is a gradient do not count.
         redirected_until: The first step without redirected ReLUs; 0 where they were not needed.
@@ -33,6 +34,7 @@ class Run:
     request: Request
     attempt: int
     is_still: bool
+    is_narrow: bool
     noise: torch.Generator
     step: int = 0
     redirected_until: int = 0
@@ -72,6 +74,7 @@ class Rows:
     over: torch.Tensor
     redirected: torch.Tensor
     still: torch.Tensor
+    narrow: torch.Tensor
     history: torch.Tensor
     numbers: torch.Tensor
     offset: torch.Tensor

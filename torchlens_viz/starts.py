@@ -35,7 +35,8 @@ class Starts:
         """Return what the host knows of a climb at its beginning."""
         noise = torch.Generator(self._device)
         noise.manual_seed(stream(self._plan.seed, request, attempt, "noise"))
-        return Run(request, attempt, self._plan.is_still(attempt), noise)
+        plan = self._plan
+        return Run(request, attempt, plan.is_still(attempt), plan.is_narrow(attempt), noise)
 
     def rows(self, runs: Sequence[Run]) -> Rows:
         """Return what the device knows of climbs at their beginning."""
@@ -61,6 +62,7 @@ class Starts:
             over=torch.zeros_like(channels, dtype=torch.bool),
             redirected=torch.zeros_like(channels, dtype=torch.bool),
             still=torch.tensor([run.is_still for run in runs], device=self._device),
+            narrow=torch.tensor([run.is_narrow for run in runs], device=self._device),
             history=torch.full((count, plan.steps), torch.nan, device=self._device),
             numbers=numbers,
             offset=offset,
