@@ -249,6 +249,14 @@ def test_a_network_that_decides_by_values_is_followed_or_refused_by_name(graphs)
             run(Fickle(), "conv", range(3), compile=compiled, batch_size=3)
 
 
+@pytest.mark.parametrize("layer", ["right", "last"])
+def test_parts_that_the_caller_has_compiled_are_compiled_with_the_rest(net, graphs, layer):
+    expected = run(net, layer)
+    net.right = torch.compile(net.right)
+    same(run(net, layer, compile=True), expected)
+    assert len(graphs) == 1
+
+
 def test_where_it_cannot_be_compiled_the_message_says_what_to_leave_out(net, monkeypatch):
     def fails(graph, inputs):
         raise RuntimeError("no working compiler")
