@@ -477,17 +477,18 @@ def test_a_unit_whose_windows_undo_each_others_pull_is_woken_alone():
 
 
 def test_what_transforms_extinguish_is_climbed_without_them():
-    # Channel 0 sees pixels against their neighbours, which resampling blurs; 1 sees brightness; 2 nothing.
+    # Channel 0 sees red against its neighbours, which resampling blurs; 1 sees brightness; 2 nothing.
     model = nn.Sequential(nn.Conv2d(3, 3, 2, stride=2), nn.ReLU()).eval()
     with torch.no_grad():
-        model[0].weight[0] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) / 3
+        model[0].weight[0] = 0  # so that green and blue stay what they were at the start
+        model[0].weight[0, 0] = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         model[0].weight[1] = 1 / 12
         model[0].weight[2] = 0
         model[0].bias[:] = torch.tensor([-1.6, 0, -1])
     found = run(model, "1", steps=30, size=16, transforms="robust")
     assert found.status[0] != "dead"
     assert found.evidence[0].endswith(
-        "; without the transforms, since under them no gradient from 5 starts lasted"
+        "; without the transforms, since under them no gradient lasted from 5 starts"
     )
     assert "transforms" not in found.evidence[1]
     assert found.status[2] == "dead"
@@ -495,8 +496,14 @@ def test_what_transforms_extinguish_is_climbed_without_them():
         "no gradient from 5 starts, under the transforms and without them, with and after redirected ReLUs"
     )
     assert found.scores[0] > 0
-    same(run(model, "1", 0, steps=30, size=16), run(model, "1", 0, steps=30, size=16, transforms="robust"))
-    same(run(model, "1", steps=30, size=16, transforms="robust", batch_size=2), found)
+    same(run(model, "1", 0, steps=30, size=16, transforms="robust"), run(model, "1", 0, steps=30, size=16))
+    others = {"steps": 30, "size": 16, "transforms": "robust", "batch_size": 2}
+    same(run(model, "1", **others), found)
+    beside = run(model, "1", [0] + [1] * 40, **others)  # for as long as channel 0 takes
+    apart = run(model, "1", [1] * 40, **others)
+    torch.testing.assert_close(beside.history[1:], apart.history, rtol=1e-5, atol=1e-5)
+    alone = run(model, "1", 0, steps=30, size=16, transforms="robust", restarts=0)
+    assert alone.evidence[0].endswith("since under them no gradient lasted")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

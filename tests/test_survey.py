@@ -30,6 +30,7 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.peaks import find_peaks
 from torchlens_viz.picture_folders import pictures_in
+from torchlens_viz.tallies import Observation, empty_tally
 from torchlens_viz.topk import RunningTop
 
 
@@ -144,6 +145,31 @@ def test_top_inputs_of_many_batches_are_those_of_brute_force(levels):
     assert torch.equal(whole.best()[1], batched.best()[1])
 
 
+def test_batches_out_of_order_may_follow_those_in_order():
+    generator = torch.Generator().manual_seed(7)
+    maps = torch.randint(0, 3, (200, 3, 2, 3), generator=generator).float()
+    maps[146:149] += 3
+    samples = [*range(150, 300), *torch.randperm(50, generator=generator).tolist()]
+    found = survey(Given(), maps.split(4), "layer", top_k=4, indices=samples, **quiet).top["layer"]
+    values, indices, positions = brute_force(maps, 4, samples)
+    assert (found.values.tolist(), found.samples.tolist(), found.positions.tolist()) == (
+        values,
+        indices,
+        positions,
+    )
+
+
+@pytest.mark.parametrize(("channels", "do_wait"), [(3, True), (30_000, False)])
+def test_peaks_wait_where_they_take_little_memory(channels, do_wait):
+    tally, waited = empty_tally(top_k=2, channel_dim=1, bins=None), 0
+    for place in range(12):
+        seen = Observation("layer", tally, torch.arange(8) + 8 * place, in_order=True, alike=False)
+        seen.see(torch.rand(8, channels, 2))
+        tally = seen.finish()
+        waited = max(waited, len(tally.pending))
+    assert (waited > 0) == do_wait
+
+
 def test_channels_that_are_far_from_zero_or_constant_have_the_same_top_and_exact_statistics():
     maps = torch.randn(41, 4, 5, 3)
     maps[:, 1] += 1e6
@@ -189,6 +215,19 @@ def test_positions_are_right_in_every_type_and_layout(dtype, layout):
                 == maps[sample, channel, row, column].item()
                 == maps[sample, channel].max().item()
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("channel_dim", [1, -1])
+@pytest.mark.parametrize("with_nan", [False, True])
+def test_peaks_of_small_types_are_float32(dtype, channel_dim, with_nan):
+    values = torch.arange(48.0).view(4, 3, 4)
+    values[2, 1, 1] = torch.nan if with_nan else 0
+    batches = values.to(dtype).split(2)
+    top = survey(Given(), batches, "layer", top_k=2, channel_dim=channel_dim, **quiet).top["layer"]
+    assert top.values.dtype == torch.float32
+    highest = values.to(dtype).float().nan_to_num(0).amax(2 if channel_dim == 1 else 1)
+    assert torch.equal(top.values, highest.T.sort(dim=1, descending=True).values[:, :2])
 
 
 def test_layers_of_any_rank_have_peaks():

@@ -108,14 +108,17 @@ def verdict(
     numbers = history[~history.isnan()]
     if is_dead and plan.is_classic:
         return "dead", "no gradient at the start"
-    tried = f"from {plan.starts} starts" if plan.starts > 1 else "at the start"
+    from_all = f" from {plan.starts} starts" if plan.starts > 1 else ""
     if is_dead:
         real = "" if plan.references is None else ", one of them the reference image that drives it hardest"
         still = ", under the transforms and without them" if plan.is_still(attempt) else ""
-        return "dead", f"no gradient {tried}{real}{still}, with and after redirected ReLUs"
+        return (
+            "dead",
+            f"no gradient{from_all or ' at the start'}{real}{still}, with and after redirected ReLUs",
+        )
     status, evidence = _end(plan, numbers, over=over, stopped=stopped)
     if plan.is_still(attempt):
-        evidence += f"; without the transforms, since under them no gradient {tried} lasted"
+        evidence += f"; without the transforms, since under them no gradient lasted{from_all}"
     return status, evidence
 
 

@@ -78,8 +78,7 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
         if device.type != "cpu":
             moments = _measured_anywhere(layout)
         else:
-            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is measured anew
-                moments = with_sums(no_moments(channels, device), [sums])
+            moments = with_sums(no_moments(channels, device), [sums])  # what is odd is measured anew
             if is_odd.any():
                 odd = torch.from_numpy(is_odd.nonzero()[0])
                 anew = _measured_anywhere(_as_matrix(values.index_select(channel_dim, odd), channel_dim))
@@ -93,11 +92,11 @@ def _is_odd(sums: Sums) -> npt.NDArray[np.bool_]:
     """Tell for which channels sums about zero do not do: NaN, Inf, and a mean that is far from zero."""
     with np.errstate(invalid="ignore", over="ignore"):
         limit = sums.each * _FAR_FROM_ZERO / (1 + _FAR_FROM_ZERO) * sums.second
-        # Beside NaN and Inf nothing holds, so that a channel with them is odd.
-        is_odd: npt.NDArray[np.bool_] = ~(sums.first * sums.first <= limit) | ~np.isfinite(sums.second)
+        # Beside NaN nothing holds, so that a channel with it is odd, as one is that is too large to tell.
+        is_odd: npt.NDArray[np.bool_] = ~((sums.first * sums.first <= limit) & (limit < inf))
     if is_odd.any():  # what is constant is known exactly
         is_constant = np.minimum.reduce(sums.low) == np.maximum.reduce(sums.high)
-        is_odd &= ~(is_constant & np.isfinite(sums.first))
+        is_odd &= ~(is_constant & np.isfinite(sums.second))
     return is_odd
 
 
@@ -130,7 +129,7 @@ def _sums_on_cpu(layout: _Layout) -> Sums:
         rooms = (torch.empty(block.shape, dtype=kind, device="cpu") for block in blocks)
         is_zero = (torch.eq(block, 0, out=room) for block, room in zip(blocks, rooms, strict=True))
         counts = torch.cat([part.sum(dim) for part in is_zero]).view(-1, channels).numpy()
-        zeros = np.add.reduce(counts).astype(np.int64)
+        zeros = np.add.reduce(counts, dtype=np.float64).astype(np.int64)
     with np.errstate(invalid="ignore", over="ignore"):
         totals = np.add.reduce(first), np.add.reduce(second)
     return Sums(matrix.numel() // channels, *totals, low, high, zeros)

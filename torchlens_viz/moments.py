@@ -50,6 +50,11 @@ class Sums(NamedTuple):
     high: npt.NDArray[Any]
     zeros: npt.NDArray[Any] | None
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory they take."""
+        return self.low.nbytes + self.high.nbytes
+
 
 def union(ours: Moments, theirs: Moments) -> Moments:
     """Return the moments of all values of both, after Chan, Golub and LeVeque (1979)."""
@@ -77,18 +82,22 @@ def with_sums(ours: Moments, sums: Iterable[Sums]) -> Moments:
     That is the same to the last bit however many tensors are taken in at once.
     """
     total, finite, zeros, low, high, mean, squares = (part.numpy() for part in ours[:-1])
-    for theirs in sums:
-        their_low = np.minimum.reduce(theirs.low).astype(np.float64)
-        their_high = np.maximum.reduce(theirs.high).astype(np.float64)
-        about = theirs.first / theirs.each
-        distances = np.maximum(theirs.second - theirs.first * about, 0)
-        is_constant = their_low == their_high  # its moments are known exactly
-        if is_constant.any():
-            about, distances = np.where(is_constant, their_low, about), np.where(is_constant, 0, distances)
-        mean, squares = _united((finite, mean, squares), (theirs.each, about, distances))
-        total, finite = total + theirs.each, finite + theirs.each
-        zeros = zeros if theirs.zeros is None else zeros + theirs.zeros
-        low, high = np.minimum(low, their_low), np.maximum(high, their_high)
+    with np.errstate(over="ignore", invalid="ignore"):  # squares of what is beyond 1e154
+        for theirs in sums:
+            their_low = np.minimum.reduce(theirs.low).astype(np.float64)
+            their_high = np.maximum.reduce(theirs.high).astype(np.float64)
+            about = theirs.first / theirs.each
+            distances = np.maximum(theirs.second - theirs.first * about, 0)
+            is_constant = their_low == their_high  # its moments are known exactly
+            if is_constant.any():
+                about, distances = (
+                    np.where(is_constant, their_low, about),
+                    np.where(is_constant, 0, distances),
+                )
+            mean, squares = _united((finite, mean, squares), (theirs.each, about, distances))
+            total, finite = total + theirs.each, finite + theirs.each
+            zeros = zeros if theirs.zeros is None else zeros + theirs.zeros
+            low, high = np.minimum(low, their_low), np.maximum(high, their_high)
     return Moments(*map(torch.from_numpy, (total, finite, zeros, low, high, mean, squares)))
 
 

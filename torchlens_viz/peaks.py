@@ -57,7 +57,10 @@ def find_peaks(
         raise InvalidArgumentError(f"a layer must put out maps with values, got shape {tuple(axes.shape)}")
     shape = tuple(axes.shape[2:])
     shape = (1,) * (2 - len(shape)) + shape
-    maps = maps if maps.is_floating_point() else maps.double()
+    if not maps.is_floating_point():
+        maps = maps.double()
+    elif maps.dtype.itemsize == 1:  # float8, for which there is little arithmetic
+        maps = maps.float()
     if maps.device.type == "cpu":
         return _found_on_cpu(maps, shape, k, bar, in_order=in_order, highest=highest)
     maps = maps if maps.dtype.itemsize >= 4 else maps.float()
@@ -100,7 +103,7 @@ def _found_on_cpu(
             found = maps.amax(2)
         peaks = (found if found.dtype == torch.float64 else found.float()).numpy()
     else:
-        peaks = highest
+        peaks = highest if maps.dtype == torch.float64 else highest.astype(np.float32, copy=False)
     if bar is not None:
         is_candidate = peaks > bar.numpy() if in_order else peaks >= bar.numpy()
     elif len(peaks) > k:

@@ -70,7 +70,7 @@ class Starts:
         )
 
     def _image(self, run: Run) -> torch.Tensor:
-        """Return the parameters of the first image; a last attempt begins from the best reference image."""
+        """Return the parameters of the first image; the last start of all is the best reference image."""
         plan, image = self._plan, self._plan.start
         number = run.attempt % plan.starts  # without the transforms from the same starts
         if number > 0:

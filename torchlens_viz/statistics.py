@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Final, Literal, TypeAlias, cast, final
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, final
 
 import numpy.typing as npt
 import torch
@@ -17,10 +17,40 @@ from torchlens_viz.moments import Moments, Sums, no_moments, union, with_sums
 
 Bins: TypeAlias = Literal["log"] | Sequence[float] | None
 
-_MOST_WAITING: Final = 256  # parts of tensors, so that little memory is taken
+# How many tensors may be late, and how many bytes they may take.
+_MOST_LATE: Final = 64
+_LATE_BYTES: Final = 2**20
 _POWERS: Final = tuple(2.0**exponent for exponent in range(-12, 13))
 LOG_EDGES: Final = (*(-power for power in reversed(_POWERS)), 0.0, *_POWERS)
 """The edges of `bins="log"`: zero, and the powers of two from 2**-12 to 2**12 on both sides of it."""
+
+
+class _Gathered(NamedTuple):
+    """Moments, and the sums of tensors that came later and are yet to be united with them."""
+
+    moments: Moments | None = None
+    late: tuple[Sums, ...] = ()
+
+    @property
+    def channels(self) -> int | None:
+        if self.moments is not None:
+            return len(self.moments.total)
+        return len(self.late[0].first) if self.late else None
+
+    def settled(self) -> _Gathered:
+        """Return the same with nothing late: to the last bit the same, whenever that is done."""
+        if not self.late:
+            return self
+        with torch.inference_mode(False), torch.no_grad():
+            cpu = torch.device("cpu")
+            known = no_moments(len(self.late[0].first), cpu) if self.moments is None else self.moments
+            return _Gathered(with_sums(known.to(cpu), self.late).to(known.mean.device))
+
+    def then(self, sums: tuple[Sums, ...]) -> _Gathered:
+        """Return what is known with later tensors."""
+        now = self._replace(late=self.late + sums)
+        is_due = len(now.late) > _MOST_LATE or sum(late.nbytes for late in now.late) > _LATE_BYTES
+        return now.settled() if is_due else now
 
 
 @final
@@ -54,13 +84,12 @@ class RunningStats:
         tensor([5., 6.], dtype=torch.float64)
     """
 
-    __slots__ = ("_edges", "_known", "_late", "bins", "channel_dim")
+    __slots__ = ("_edges", "_gathered", "bins", "channel_dim")
 
     def __init__(self, *, channel_dim: int = 1, bins: Bins = None) -> None:
         self.channel_dim = channel_dim
         self.bins = _edges_of(bins)
-        self._known: Moments | None = None
-        self._late: tuple[Sums, ...] = ()  # of the last tensors, until somebody asks
+        self._gathered = _Gathered()  # changed in one step, so that Ctrl-C counts nothing twice
         self._edges: torch.Tensor | None = None
 
     def fresh(self) -> RunningStats:
@@ -69,7 +98,7 @@ class RunningStats:
 
     def reset(self) -> None:
         """Forget all values, and how many channels and which device they had."""
-        self._known, self._late = None, ()
+        self._gathered = _Gathered()
 
     def update(self, values: torch.Tensor) -> None:
         """Take in the values of one tensor.
@@ -83,7 +112,7 @@ class RunningStats:
             InvalidTypeError: It is no tensor, or complex, nested or without values.
         """
         self.update_with_peaks(values)
-        self._settle()
+        self._gathered = self._gathered.settled()
 
     def update_with_peaks(self, values: torch.Tensor) -> npt.NDArray[Any] | None:
         """Do as `update`, and return the peaks of the maps where these were found on the way.
@@ -95,8 +124,8 @@ class RunningStats:
             values: As for `update`.
 
         Returns:
-            (N, C) float32 or float64, the largest value of every map of (N, C, ...) values; None for other
-            values, on other devices than a CPU, and where a value is NaN or Inf.
+            (N, C) float32 or float64, to be read only, the largest value of every map of (N, C, ...) values;
+            None for other values, on other devices than a CPU, and where a value is NaN or Inf.
         """
         if not isinstance(values, torch.Tensor):
             raise InvalidTypeError(f"`values` must be a tensor, got {type(values).__name__}")
@@ -108,7 +137,7 @@ class RunningStats:
                 f"`channel_dim` must be a dimension of the values, got {self.channel_dim} "
                 f"(shape {tuple(values.shape)})"
             )
-        channels, before = values.shape[self.channel_dim], self._channels
+        channels, before = values.shape[self.channel_dim], self._gathered.channels
         if before not in (None, channels):
             raise InvalidArgumentError(
                 f"`values` must have {before} channels as before, got {channels} (shape "
@@ -119,7 +148,7 @@ class RunningStats:
         dense = dense if dense.layout is torch.strided else dense.to_dense()
         found = measure(dense, self.channel_dim, self._edges_on(dense.device))
         if isinstance(found.moments, Sums):
-            self._wait((found.moments,))
+            self._gathered = self._gathered.then((found.moments,))
         else:
             self._take(found.moments)
         return found.peaks
@@ -142,16 +171,28 @@ class RunningStats:
             raise InvalidArgumentError(
                 "`other` must have the same `bins`: histograms of others cannot be added"
             )
-        ours, theirs = self._channels, other._channels
-        if ours is not None and theirs not in (None, ours):
-            raise InvalidArgumentError(f"`other` must have {ours} channels, got {theirs}")
-        if other._known is None:
-            self._wait(other._late)
-        elif ours is None:
-            self._known, self._late = other._known, other._late
-        elif other._moments is not None:
-            self._take(other._moments)
+        self._require_channels(other)
+        theirs = other._gathered.settled().moments
+        if theirs is not None:
+            self._take(theirs)
         return self
+
+    def followed_by(self, other: RunningStats) -> RunningStats:
+        """Return a new gathering of what this one has seen and of the tensors of another one after that.
+
+        Args:
+            other: A gathering that is `fresh()` from this one but for its tensors.
+
+        Raises:
+            InvalidArgumentError: It has another number of channels.
+        """
+        self._require_channels(other)
+        both = self.fresh()
+        both._gathered = self._gathered
+        if other._gathered.moments is not None:
+            return both.merge(other)
+        both._gathered = both._gathered.then(other._gathered.late)
+        return both
 
     def compute(self) -> ChannelStats:
         """Return the statistics of all values so far.
@@ -162,16 +203,18 @@ class RunningStats:
         Raises:
             NoDataError: Nothing was taken in yet, so that not even the number of channels is known.
         """
-        if self._moments is None:
+        moments = self._gathered.settled().moments
+        if moments is None:
             raise NoDataError("there are no statistics yet; call `update(values)` first")
         with torch.inference_mode(False), torch.no_grad():
-            return stats_of(self._moments, self.bins)
+            return stats_of(moments, self.bins)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything there is to know, as a flat dict of options and tensors, for `from_dict`."""
-        moments = {} if self._moments is None else self._moments._asdict()
+        gathered = self._gathered.settled().moments
+        moments = {} if gathered is None else gathered._asdict()
         options = {"channel_dim": self.channel_dim, "bins": None if self.bins is None else list(self.bins)}
-        return options | {name: part for name, part in moments.items() if part is not None}
+        return options | {name: part.clone() for name, part in moments.items() if part is not None}
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> RunningStats:
@@ -195,11 +238,13 @@ class RunningStats:
             name: torch.as_tensor(state[name], dtype=torch.int64 if name in whole else torch.float64).clone()
             for name in names
         }
-        stats._known = Moments(**cast("Any", {"histogram": None, **parts}))
+        stats._gathered = _Gathered(Moments(**cast("Any", {"histogram": None, **parts})))
         return stats
 
     def __repr__(self) -> str:
-        return "RunningStats(nothing yet)" if self._moments is None else f"Running{self.compute()!r}"
+        return (
+            "RunningStats(nothing yet)" if self._gathered.channels is None else f"Running{self.compute()!r}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.to_dict()
@@ -209,35 +254,16 @@ class RunningStats:
         for name in self.__slots__:
             setattr(self, name, getattr(restored, name))
 
-    @property
-    def _channels(self) -> int | None:
-        if self._known is not None:
-            return len(self._known.total)
-        return len(self._late[0].first) if self._late else None
-
-    @property
-    def _moments(self) -> Moments | None:
-        self._settle()
-        return self._known
-
-    def _wait(self, sums: tuple[Sums, ...]) -> None:
-        self._late += sums
-        if sum(len(late.low) for late in self._late) > _MOST_WAITING:
-            self._settle()
-
-    def _settle(self) -> None:
-        if not self._late:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            cpu = torch.device("cpu")
-            known = no_moments(len(self._late[0].first), cpu) if self._known is None else self._known
-            known = with_sums(known.to(cpu), self._late).to(known.mean.device)
-        self._known, self._late = known, ()  # in one step, so that Ctrl-C counts nothing twice
+    def _require_channels(self, other: RunningStats) -> None:
+        ours, theirs = self._gathered.channels, other._gathered.channels
+        if ours is not None and theirs not in (None, ours):
+            raise InvalidArgumentError(f"`other` must have {ours} channels, got {theirs}")
 
     def _take(self, theirs: Moments) -> None:
-        ours = self._moments
+        ours = self._gathered.settled().moments
         with torch.inference_mode(False), torch.no_grad():
-            self._known = theirs if ours is None else union(ours, theirs.to(ours.mean.device))
+            both = theirs if ours is None else union(ours, theirs.to(ours.mean.device))
+        self._gathered = _Gathered(both)
 
     def _edges_on(self, device: torch.device) -> torch.Tensor | None:
         if self.bins is not None and (self._edges is None or self._edges.device != device):

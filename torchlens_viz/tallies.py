@@ -16,9 +16,11 @@ from torchlens_viz.statistics import Bins, RunningStats
 from torchlens_viz.topk import RunningTop
 
 _PARTS: Final = ("stats", "top", "alike")
-# How many inputs may be pending: more would take memory, or let much pass that is below the newest bar.
+# How many inputs and bytes may be pending: more would take memory, or let much pass that is below the newest
+# bar.
 _MOST_PENDING: Final = 256
 _PENDING_SHARE: Final = 1 / 4
+_PENDING_BYTES: Final = 2**22
 
 
 @final
@@ -170,7 +172,7 @@ class Observation:
         try:
             after = replace(
                 before,
-                stats=before.stats.fresh().merge(before.stats).merge(self._stats),
+                stats=before.stats.followed_by(self._stats),
                 inputs=before.inputs + self._inputs,
                 most_calls=max(before.most_calls, self.calls),
             )
@@ -193,8 +195,9 @@ class Observation:
         if self._in_order and tally.top.bar() is not None and tally.top.fits(peaks):
             tally = replace(tally, pending=(*tally.pending, (peaks, samples)))
             waiting = sum(len(numbers) for _, numbers in tally.pending)
+            size = sum(part.nbytes for found, _ in tally.pending for part in found)
             is_due = waiting > min(_MOST_PENDING, _PENDING_SHARE * tally.inputs)
-            return tally.settled() if is_due else tally
+            return tally.settled() if is_due or size > _PENDING_BYTES else tally
         tally = tally.settled()
         assert tally.top is not None
         return replace(tally, top=tally.top.with_peaks(peaks, samples, in_order=self._in_order))
