@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision import models
 
 from torchlens_viz import survey
 
-IMAGES, BATCH = 512, 16  # the first few hundred cost more, while most of them get among the top 9
+IMAGES, BATCH = 512, 32  # the first few hundred cost more, while most of them get among the top 9
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,20 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def loader() -> DataLoader:
-    pixels = torch.randint(0, 256, (IMAGES, 3, 224, 224), dtype=torch.uint8)
+def dataset() -> TensorDataset:
+    return TensorDataset(torch.randint(0, 256, (IMAGES, 3, 224, 224), dtype=torch.uint8))
 
+
+@pytest.fixture
+def loader(dataset: TensorDataset) -> DataLoader:
+    return loader_of(dataset, BATCH)
+
+
+def loader_of(dataset: Dataset, batch: int) -> DataLoader:
     def collate(rows: list[tuple[torch.Tensor]]) -> torch.Tensor:
         return torch.stack([row[0] for row in rows]).float() / 255
 
-    return DataLoader(TensorDataset(pixels), batch_size=BATCH, collate_fn=collate)
+    return DataLoader(dataset, batch_size=batch, collate_fn=collate)
 
 
 def ours(model: nn.Module, loader: DataLoader, **options: object) -> Callable[[], object]:
@@ -42,15 +49,17 @@ def bare(model: nn.Module, loader: DataLoader) -> None:
             model(batch)
 
 
-def test_statistics_and_top_9_against_the_bare_loop(model, loader, versus):
-    versus(ours(model, loader), lambda: bare(model, loader), target=">= 0.85", rounds=11)
+@pytest.mark.parametrize("batch", [BATCH, 16, 64])
+def test_statistics_and_top_9_against_the_bare_loop(model, dataset, batch, versus):
+    loader = loader_of(dataset, batch)
+    versus(ours(model, loader), lambda: bare(model, loader), target=">= 0.85", rounds=7)
 
 
 def test_statistics_alone_against_the_bare_loop(model, loader, versus):
     versus(ours(model, loader, top_k=0), lambda: bare(model, loader), target="-", rounds=5)
 
 
-def test_statistics_and_top_9_against_collecting_everything(model, loader, versus):
+def test_statistics_and_top_9_against_collecting_everything(model, dataset, versus):
     def collect() -> None:
         """Keep what every convolution puts out, and compute the same with numpy in the end."""
         kept: dict[str, list[np.ndarray]] = {}
@@ -60,9 +69,8 @@ def test_statistics_and_top_9_against_collecting_everything(model, loader, versu
             for n, m in convolutions
         ]
         with torch.inference_mode():
-            for place, batch in enumerate(loader):
-                if place < 3:  # more would not fit the memory of a small machine
-                    model(batch)
+            for batch in few:
+                model(batch)
         for hook in hooks:
             hook.remove()
         for maps in kept.values():
@@ -75,14 +83,15 @@ def test_statistics_and_top_9_against_collecting_everything(model, loader, versu
             order = np.argsort(-peak, axis=0, kind="stable")[:9]
             _ = np.take_along_axis(place, order, 0)
 
-    few = DataLoader(Subset(loader.dataset, range(3 * BATCH)), BATCH, collate_fn=loader.collate_fn)
-    versus(ours(model, few), collect, target=">= 1", rounds=3, note="48 images")
+    # More would not fit the memory of a small machine.
+    few = loader_of(Subset(dataset, range(2 * BATCH)), BATCH)
+    versus(ours(model, few), collect, target=">= 1", rounds=5, note=f"{2 * BATCH} images")
 
 
-def test_statistics_and_top_9_against_torchlens(model, loader, versus):
+def test_statistics_and_top_9_against_torchlens(model, dataset, versus):
     torchlens = pytest.importorskip("torchlens")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    images = loader.dataset.tensors[0][: 2 * BATCH].float() / 255
+    images = dataset.tensors[0][: 2 * BATCH].float() / 255
 
     def extract() -> None:
         """Keep what every convolution puts out, which torchlens' own dataset extraction does."""
@@ -90,6 +99,5 @@ def test_statistics_and_top_9_against_torchlens(model, loader, versus):
             torchlens.extract_dataset(model, images, names, batch_size=BATCH, progress=False)
 
     few = images.split(BATCH)
-    versus(
-        ours(model, few), extract, target=">= 1", rounds=3, note="32 images, torchlens computes no figures"
-    )
+    note = f"{2 * BATCH} images, torchlens computes no figures"
+    versus(ours(model, few), extract, target=">= 1", rounds=5, note=note)

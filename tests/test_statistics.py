@@ -243,7 +243,7 @@ def test_what_waits_takes_little_memory(shape):
         held = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert len(stats._gathered.late) <= 64
+    assert len(stats._gathered.late) <= 16
     assert held < 2**21 + 100 * shape[1]  # eight numbers a channel are what is known
 
 

@@ -18,7 +18,7 @@ from torchlens_viz.moments import Moments, Sums, no_moments, union, with_sums
 Bins: TypeAlias = Literal["log"] | Sequence[float] | None
 
 # How many tensors may be late, and how many bytes they may take.
-_MOST_LATE: Final = 64
+_MOST_LATE: Final = 16
 _LATE_BYTES: Final = 2**20
 _POWERS: Final = tuple(2.0**exponent for exponent in range(-12, 13))
 LOG_EDGES: Final = (*(-power for power in reversed(_POWERS)), 0.0, *_POWERS)
