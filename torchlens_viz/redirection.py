@@ -36,9 +36,9 @@ class Redirection(TorchFunctionMode):
 
     Args:
         chosen: (N,) bool, the samples of the batch this is for.
-        narrow: (N,) bool, those of them where only one unit of a map is redirected, the nearest to being on,
-            and none if some are on. Units whose windows overlap may undo each other's pull; one alone wakes
-            where they do not, though to an image that drives the channel less.
+        narrow: (N,) bool, those of them where only the unit of a map with the highest value is redirected,
+            which does nothing where that is on. Units whose windows overlap may undo each other's pull; one
+            alone wakes where they do not, though to an image that drives the channel less.
 
     Source:
         Olah, Mordvintsev & Schubert, "Feature Visualization", Distill 2017, have such a ReLU in their code.
@@ -73,7 +73,7 @@ class Redirection(TorchFunctionMode):
             for rows in (self._chosen, self._narrow)
         )
         if values.ndim > 3:
-            chosen = chosen & (~narrow | _is_first_to_wake(values.detach()))
+            chosen = chosen & (~narrow | _is_highest(values.detach()))
         result = _RedirectedReLU.apply(values, chosen, *limits)
         is_in_place = (
             func in _IN_PLACE or kwargs.get("inplace") or (func in (F.relu, F.relu6) and True in args[1:])
@@ -99,10 +99,9 @@ def _limits(
     return 0.0, torch.inf if high is None else float(high)
 
 
-def _is_first_to_wake(values: torch.Tensor) -> torch.Tensor:
-    """Tell of every unit whether its map is wholly off, and none in it is nearer to being on."""
-    nearest = values.amax(tuple(range(2, values.ndim)), keepdim=True)
-    return (nearest <= 0) & (values == nearest)
+def _is_highest(values: torch.Tensor) -> torch.Tensor:
+    """Tell of every unit whether it has the highest value of its map."""
+    return values == values.amax(tuple(range(2, values.ndim)), keepdim=True)
 
 
 class _RedirectedReLU(torch.autograd.Function):
