@@ -167,7 +167,7 @@ class _Slots:
             for row, run in zip(noise, self.runs, strict=True):
                 row.normal_(generator=run.noise)
             images = images + plan.transforms.noise * plan.parametrization.width * noise
-        if any(run.is_still for run in self.runs):
+        if any(plan.is_still(run.attempt) for run in self.runs):
             images = torch.where(rows.still.view(-1, 1, 1, 1), as_they_are, images)
         return images
 

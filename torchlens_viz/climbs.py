@@ -83,13 +83,17 @@ class Plan:
         """How often to try: from all starts, and once more without the transforms if there are any."""
         return self.starts * (2 if self.transforms != Transforms() else 1)
 
+    def start_of(self, attempt: int) -> int:
+        """Return which of the starts an attempt begins from, both from 0."""
+        return attempt % self.starts
+
     def is_still(self, attempt: int) -> bool:
         """Tell whether an attempt, from 0, is one without the transforms."""
         return attempt >= self.starts
 
     def is_narrow(self, attempt: int) -> bool:
         """Tell whether an attempt, from 0, pulls on one unit of a map only: the last one from noise."""
-        return self.restarts > 0 and attempt % self.starts == self.restarts
+        return self.restarts > 0 and self.start_of(attempt) == self.restarts
 
 
 def verdict(

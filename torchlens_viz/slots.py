@@ -18,8 +18,6 @@ class Run:
     Attributes:
         request: What it is for.
         attempt: How often it began anew.
-        is_still: Whether the network sees its image as it is, without the transforms.
-        is_narrow: Whether ReLUs are redirected for one unit of a map only.
         noise: The stream of the noise that is added to its image.
         step: How many steps it has made. Those until there is a gradient do not count.
         redirected_until: The first step without redirected ReLUs; 0 where they were not needed.
@@ -33,8 +31,6 @@ class Run:
 
     request: Request
     attempt: int
-    is_still: bool
-    is_narrow: bool
     noise: torch.Generator
     step: int = 0
     redirected_until: int = 0

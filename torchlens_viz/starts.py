@@ -35,8 +35,7 @@ class Starts:
         """Return what the host knows of a climb at its beginning."""
         noise = torch.Generator(self._device)
         noise.manual_seed(stream(self._plan.seed, request, attempt, "noise"))
-        plan = self._plan
-        return Run(request, attempt, plan.is_still(attempt), plan.is_narrow(attempt), noise)
+        return Run(request, attempt, noise)
 
     def rows(self, runs: Sequence[Run]) -> Rows:
         """Return what the device knows of climbs at their beginning."""
@@ -61,8 +60,8 @@ class Starts:
             active=torch.ones_like(channels, dtype=torch.bool),
             over=torch.zeros_like(channels, dtype=torch.bool),
             redirected=torch.zeros_like(channels, dtype=torch.bool),
-            still=torch.tensor([run.is_still for run in runs], device=self._device),
-            narrow=torch.tensor([run.is_narrow for run in runs], device=self._device),
+            still=torch.tensor([plan.is_still(run.attempt) for run in runs], device=self._device),
+            narrow=torch.tensor([plan.is_narrow(run.attempt) for run in runs], device=self._device),
             history=torch.full((count, plan.steps), torch.nan, device=self._device),
             numbers=numbers,
             offset=offset,
@@ -72,7 +71,7 @@ class Starts:
     def _image(self, run: Run) -> torch.Tensor:
         """Return the parameters of the first image; the last start of all is the best reference image."""
         plan, image = self._plan, self._plan.start
-        number = run.attempt % plan.starts  # without the transforms from the same starts
+        number = plan.start_of(run.attempt)  # without the transforms from the same starts
         if number > 0:
             image = None
             if plan.references is not None and plan.reference_means is not None and number > plan.restarts:
@@ -85,5 +84,5 @@ class Starts:
         generator = torch.Generator("cpu")  # so that every device gets the same numbers
         if self._plan.is_classic:  # every channel begins from the same image
             return generator.manual_seed(self._plan.seed)
-        number = run.attempt % self._plan.starts
+        number = self._plan.start_of(run.attempt)
         return generator.manual_seed(stream(self._plan.seed, run.request, number, purpose))

@@ -45,7 +45,7 @@ def next_action(run: Run, is_flat: bool | None, plan: Plan) -> Action:
     """
     run.step += 1
     # Where the image is moved at random, a single step may miss what the unit sees.
-    patience = _PATIENCE if plan.transforms.moves and not run.is_still else 1
+    patience = _PATIENCE if plan.transforms.moves and not plan.is_still(run.attempt) else 1
     if is_flat:
         run.flat += 1
         if run.flat >= patience:
