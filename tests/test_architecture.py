@@ -42,6 +42,7 @@ FLOORS = [
         "regions",
         "samplers",
         "schedule",
+        "tensors",
         "sharing",
         "stance",
         "stopping",

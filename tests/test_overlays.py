@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.blending import overlay
+from torchlens_viz.blending import Blend
 from torchlens_viz.colormaps import colormap
 from torchlens_viz.demo_net import preprocess as demo_preprocess
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.inputs import as_batch, as_pixels
 from torchlens_viz.overlays import overlay_grid, save_overlay_grid
 from torchlens_viz.pairs import pair_grid
-from torchlens_viz.receptive import receptive_field
+from torchlens_viz.receptive import ReceptiveField, receptive_field
 
 PLAIN = {"labels": False, "upscale": 1, "backdrop": "colour"}
 
@@ -26,6 +26,27 @@ def pixels_of(picture: Image.Image) -> np.ndarray:
     """The only tile of a sheet, without the padding around the sheet."""
     assert picture.mode == "RGB"
     return np.asarray(picture).astype(int)
+
+
+def overlay(
+    image: torch.Tensor,
+    maps: torch.Tensor,
+    field: ReceptiveField,
+    *,
+    interpolation: str = "bicubic",
+    upscale: int = 1,
+    **colours: object,
+) -> torch.Tensor:
+    """Maps over an image, (K, 3, H, W), each value over the pixel that its position stands over."""
+    options = {"alpha": 0.6, "cmap": "auto", "scale_each": False, "value_range": None, **colours}
+    return Blend.of(maps, **options).tiles(
+        image,
+        maps,
+        origins=field.center((0, 0)),
+        steps=field.stride,
+        interpolation=interpolation,
+        upscale=upscale,
+    )
 
 
 def single(maps: torch.Tensor, layer: nn.Module, size: tuple[int, int], **options: object) -> np.ndarray:
@@ -391,17 +412,3 @@ def test_layers_and_images_that_do_not_fit(net):
         InvalidArgumentError, match=r"`image` must be one image .* got shape \(2, 3, 16, 16\)"
     ):
         overlay_grid(net, "1", torch.rand(2, 3, 16, 16))
-
-
-def test_shapes_that_do_not_belong_together():
-    field = receptive_field(nn.AvgPool2d(4), "", (1, 3, 8, 8))
-    with pytest.raises(InvalidArgumentError, match=r"`image` must be \(3, H, W\) of the size \(8, 8\)"):
-        overlay(torch.rand(3, 8, 9), torch.rand(1, 2, 2), field)
-    with pytest.raises(InvalidArgumentError, match=r"`maps` must be \(K, h, w\) of the size \(2, 2\)"):
-        overlay(torch.rand(3, 8, 8), torch.rand(1, 2, 3), field)
-    with pytest.raises(InvalidArgumentError, match=r"`maps` must be"):
-        overlay(torch.rand(3, 8, 8), torch.rand(0, 2, 2), field)
-    with pytest.raises(InvalidArgumentError, match="`upscale` must be at least 1, got 0"):
-        overlay(torch.rand(3, 8, 8), torch.rand(1, 2, 2), field, upscale=0)
-    with pytest.raises(InvalidTypeError, match="`upscale` must be an int"):
-        overlay(torch.rand(3, 8, 8), torch.rand(1, 2, 2), field, upscale=1.5)

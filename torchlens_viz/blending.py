@@ -12,73 +12,12 @@ import torch
 
 from torchlens_viz.colormaps import LEVELS, Colormap, Table, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.regions import ReceptiveField
 from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
-from torchlens_viz.style import Interpolation, Style
+from torchlens_viz.style import Interpolation
 
 _AT_ONCE: Final = 2**21  # pixels that are worked on together
 _ZERO: Final = LEVELS // 2
 _PALEST: Final = 0.4  # of the way from white to the end of a diverging map
-
-
-def overlay(
-    image: torch.Tensor,
-    maps: torch.Tensor,
-    field: ReceptiveField,
-    *,
-    alpha: float = 0.6,
-    cmap: str | Table | Colormap = "auto",
-    scale_each: bool = False,
-    value_range: Sequence[float] | None = None,
-    interpolation: Interpolation = "bicubic",
-    upscale: int = 1,
-) -> torch.Tensor:
-    """Lay maps over an image, each value over the pixel that its position stands over.
-
-    Between positions values are interpolated; beyond the outermost ones they stay as they are there.
-
-    Args:
-        image: (3, H, W) floating point in [0, 1].
-        maps: (K, h, w).
-        field: Where the positions of the maps stand: the `receptive_field` of their layer.
-        alpha: How much of the image the strongest value hides, from 0 to 1; weaker ones hide less, and
-            zero nothing.
-        cmap: A colour map as in `kernel_grid`. `"auto"` is `"RdBu_r"` if there are negative values, else
-            `"hot"` from 0 on.
-        scale_each: Give each map its own range.
-        value_range: The range (low, high) to show.
-        interpolation: `"bicubic"` or `"bilinear"` between positions, or the value of the `"nearest"` one.
-        upscale: Enlarge the image by this whole factor.
-
-    Returns:
-        (K, 3, upscale * H, upscale * W) uint8 on the CPU.
-
-    Raises:
-        InvalidArgumentError: The shapes do not belong together, or an option has a value that it cannot have.
-        InvalidTypeError: An option has another type.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from torchlens_viz.receptive import receptive_field
-        >>> conv, image = nn.Conv2d(3, 2, 3, stride=2, padding=1), torch.rand(3, 8, 8)
-        >>> maps = conv(image[None])[0].detach()
-        >>> overlay(image, maps, receptive_field(conv, "", (1, 3, 8, 8))).shape
-        torch.Size([2, 3, 8, 8])
-    """
-    if image.ndim != 3 or len(image) != 3 or tuple(image.shape[1:]) != field.input_shape:
-        raise InvalidArgumentError(
-            f"`image` must be (3, H, W) of the size {field.input_shape} that `field` is for, got shape "
-            f"{tuple(image.shape)}"
-        )
-    if maps.ndim != 3 or tuple(maps.shape[1:]) != field.map_shape or not len(maps):
-        raise InvalidArgumentError(
-            f"`maps` must be (K, h, w) of the size {field.map_shape} that `field` is for, got shape "
-            f"{tuple(maps.shape)}"
-        )
-    Style(interpolation=interpolation, upscale=None if upscale == 1 else upscale)
-    blend = Blend.of(maps, alpha=alpha, cmap=cmap, scale_each=scale_each, value_range=value_range)
-    return blend.tiles(image, maps, field, interpolation=interpolation, upscale=upscale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +38,21 @@ class Blend:
         scale_each: bool,
         value_range: Sequence[float] | None,
     ) -> Blend:
-        """Decide for maps (K, h, w); the options are those of `overlay`."""
+        """Decide for maps (K, h, w).
+
+        Args:
+            maps: The values, (K, h, w).
+            alpha: How much of the image the strongest value hides, from 0 to 1; weaker ones hide less, and
+                zero nothing.
+            cmap: A colour map as in `kernel_grid`. `"auto"` is `"RdBu_r"` if there are negative values, else
+                `"hot"` from 0 on.
+            scale_each: Give each map its own range.
+            value_range: The range (low, high) to show.
+
+        Raises:
+            InvalidArgumentError: An option has a value that it cannot have.
+            InvalidTypeError: An option has another type.
+        """
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             raise InvalidTypeError(f"`alpha` must be a number from 0 to 1, got {alpha!r}")
         if not 0 <= alpha <= 1:
@@ -121,25 +74,38 @@ class Blend:
         self,
         image: torch.Tensor,
         maps: torch.Tensor,
-        field: ReceptiveField,
         *,
+        origins: Sequence[float],
+        steps: Sequence[float],
         interpolation: Interpolation,
         upscale: int,
     ) -> torch.Tensor:
-        """Return each map over the image, (K, 3, upscale * H, upscale * W) uint8 on the CPU."""
+        """Lay each map over the image.
+
+        Between positions values are interpolated; beyond the outermost ones they stay as they are there.
+
+        Args:
+            image: (3, H, W) floating point in [0, 1].
+            maps: (K, h, w).
+            origins: The pixel (row, column) that the first position stands over; 0.0 is the middle of the
+                first pixel. Where it is not finite, the positions are spread evenly.
+            steps: Pixels from one position to the next, per axis; likewise where it is not positive.
+            interpolation: `"bicubic"` or `"bilinear"` between positions, or the value of the `"nearest"` one.
+            upscale: Enlarge the image by this whole factor.
+
+        Returns:
+            (K, 3, upscale * H, upscale * W) uint8 on the CPU.
+        """
         maps = maps.detach().cpu().float()
+        counts = maps.shape[1:]
         places = [
             _places(size, count, origin, step, upscale)
-            for size, count, origin, step in zip(
-                field.input_shape, field.map_shape, field.center((0, 0)), field.stride, strict=True
-            )
+            for size, count, origin, step in zip(image.shape[1:], counts, origins, steps, strict=True)
         ]
-        weights = [
-            _weights(at, count, interpolation) for at, count in zip(places, field.map_shape, strict=True)
-        ]
+        weights = [_weights(at, count, interpolation) for at, count in zip(places, counts, strict=True)]
         nearest = [
             torch.from_numpy(np.floor(at + 0.5).clip(0, count - 1).astype(np.int64))
-            for at, count in zip(places, field.map_shape, strict=True)
+            for at, count in zip(places, counts, strict=True)
         ]
         under = 255 * image.detach().cpu().float()
         under = under.repeat_interleave(upscale, 1).repeat_interleave(upscale, 2)

@@ -21,11 +21,11 @@ from torchlens_viz.layers import Selector, select
 from torchlens_viz.logbooks import Logbook, Progress
 from torchlens_viz.passes import Pass
 from torchlens_viz.progress import counter
-from torchlens_viz.resumption import checksum
 from torchlens_viz.sharing import gathered, world
 from torchlens_viz.statistics import Bins
 from torchlens_viz.surveys import Survey
 from torchlens_viz.tallies import Tally, empty_tally
+from torchlens_viz.tensors import checksum
 
 _NOTHING: Final = "`loader` must yield at least one batch, got none; was it used up before?"
 

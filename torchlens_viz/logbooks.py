@@ -14,9 +14,9 @@ import torch
 from torchlens_viz.batches import Batch
 from torchlens_viz.errors import ArchiveError
 from torchlens_viz.ledgers import read_ledger, require_safetensors, write_ledger
-from torchlens_viz.resumption import checksum
 from torchlens_viz.structure import tensors
 from torchlens_viz.tallies import Tally
+from torchlens_viz.tensors import checksum
 
 
 class Progress(NamedTuple):

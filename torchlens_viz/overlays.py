@@ -140,7 +140,14 @@ def overlay_grid(
         luminance = torch.tensor(_LUMINANCE)[:, None, None]
         pixels = (pixels * luminance).sum(0, keepdim=True).expand(3, -1, -1)
     factor = upscale or ceil(_TILE_SIZE / max(pixels.shape[1:]))
-    tiles = blend.tiles(pixels, shown, field, interpolation=interpolation, upscale=factor)
+    tiles = blend.tiles(
+        pixels,
+        shown,
+        origins=field.center((0, 0)),
+        steps=field.stride,
+        interpolation=interpolation,
+        upscale=factor,
+    )
     style = Style(
         normalize=False,
         nrow=nrow or ceil(sqrt(len(places))),

@@ -12,7 +12,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import nn
 
 from torchlens_viz.climbs import Climb, Request
 from torchlens_viz.errors import ArchiveError
@@ -89,16 +88,3 @@ class Resumption:
 
     def _path(self, request: Request) -> Path:
         return self._folder / f"{request.channel}-{request.copy}.npz"
-
-
-def checksum(*sources: nn.Module | torch.Tensor | None) -> int:
-    """Return a number that differs where weights or values differ."""
-    total = 0
-    for source in sources:
-        tensors = [source] if isinstance(source, torch.Tensor) else []
-        if isinstance(source, nn.Module):
-            tensors = [*source.parameters(), *source.buffers()]
-        for tensor in tensors:
-            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            total = zlib.crc32(values.numpy().data, total)
-    return total
