@@ -13,7 +13,7 @@ from torch import nn
 
 from torchlens_viz import objectives
 from torchlens_viz.ascent import maximize
-from torchlens_viz.sharing import gathered, world
+from torchlens_viz.distributed import gathered, world
 
 PROGRAM = """
     import datetime, os, sys

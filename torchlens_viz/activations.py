@@ -15,12 +15,12 @@ from torch import nn
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
 from torchlens_viz.layers import Layer, Selector, select, unwrap
+from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.records import Activations as Activations
 from torchlens_viz.records import InputOutput, Inputs
 from torchlens_viz.retention import Reduction, Retention, channel_tuple, size_in_bytes
 from torchlens_viz.stance import eager_stance
 from torchlens_viz.stopping import StopForwardError, StopPoint
-from torchlens_viz.structure import map_tensors, tensors
 from torchlens_viz.transfers import Transfers
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torchlens_viz.algebra import Objective, Scene
 from torchlens_viz.climbing import climb
 from torchlens_viz.climbs import Climb, Plan, Request
+from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hookable import refuse_torchscript
 from torchlens_viz.images import Parametrization, ParametrizationName, Pixels, parametrization_of
@@ -40,7 +41,6 @@ from torchlens_viz.progress import Bar
 from torchlens_viz.resumption import Resumption
 from torchlens_viz.scoring import Scorer, device_of
 from torchlens_viz.shadow import Precision, isolated, resolve_precision
-from torchlens_viz.sharing import gathered, world
 from torchlens_viz.transforms import Transforms, TransformsName, transforms_of
 
 Method: TypeAlias = Literal["normalized", "classic"]

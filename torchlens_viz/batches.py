@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.samplers import (
     UnknownOrder,
     padding,
@@ -18,7 +19,6 @@ from torchlens_viz.samplers import (
     refuse_what_is_no_loader,
     sampler_of,
 )
-from torchlens_viz.structure import map_tensors, tensors
 
 InputOf: TypeAlias = str | int | Callable[[Any], Any] | None
 Indices: TypeAlias = Sequence[int] | torch.Tensor | Callable[[Any], Any] | None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.batches import Indices, InputOf, Numbering, inputs_in
+from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import (
     DistributedError,
     InvalidArgumentError,
@@ -21,7 +22,6 @@ from torchlens_viz.layers import Selector, select
 from torchlens_viz.logbooks import Logbook, Progress
 from torchlens_viz.passes import Pass
 from torchlens_viz.progress import counter
-from torchlens_viz.sharing import gathered, world
 from torchlens_viz.statistics import Bins
 from torchlens_viz.surveys import Survey
 from torchlens_viz.tallies import Tally, empty_tally

@@ -18,6 +18,7 @@ from torchlens_viz.extents import (
     thin,
     union,
 )
+from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.spatial import (
     adaptive_pooling,
     as_extents,
@@ -29,7 +30,6 @@ from torchlens_viz.spatial import (
     pooling,
     shape_of,
 )
-from torchlens_viz.structure import map_tensors, tensors
 
 
 @final

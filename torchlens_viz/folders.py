@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.canvas import check_size, check_size_of_each, draw_each
-from torchlens_viz.choices import indices_of, maps_of
 from torchlens_viz.colormaps import Colormap, Table
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.filenames import safe_names

@@ -14,7 +14,7 @@ import torch
 from torchlens_viz.batches import Batch
 from torchlens_viz.errors import ArchiveError
 from torchlens_viz.ledgers import read_ledger, require_safetensors, write_ledger
-from torchlens_viz.structure import tensors
+from torchlens_viz.nested import tensors
 from torchlens_viz.tallies import Tally
 from torchlens_viz.tensors import checksum
 

@@ -14,6 +14,7 @@ from torch import nn
 from torchlens_viz import portraits
 from torchlens_viz.activations import Capture
 from torchlens_viz.boards import Board
+from torchlens_viz.distributed import world
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 from torchlens_viz.health import Figures, Trouble, Watchman, warn
 from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
@@ -25,7 +26,6 @@ from torchlens_viz.probes import Probe, ProbeBatch
 from torchlens_viz.remarks import Remarks
 from torchlens_viz.scales import Scales
 from torchlens_viz.schedule import Schedule, number
-from torchlens_viz.sharing import world
 
 _LAST: Final = (nn.Linear, nn.LayerNorm, nn.Embedding)  # what they put out has its channels last
 _IDLE: Final[AbstractContextManager[None]] = nullcontext()

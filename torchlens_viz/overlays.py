@@ -13,10 +13,10 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.activations import capture
+from torchlens_viz.arguments import indices_of
 from torchlens_viz.blending import Blend
 from torchlens_viz.canvas import draw
 from torchlens_viz.captions import captioned
-from torchlens_viz.choices import indices_of
 from torchlens_viz.colormaps import Colormap, Table, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.inputs import as_batch, as_pixels, like_parameters

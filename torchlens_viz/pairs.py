@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz.activations import capture
+from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.canvas import draw, in_colour
 from torchlens_viz.captions import captioned
-from torchlens_viz.choices import indices_of, maps_of
 from torchlens_viz.colormaps import colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.inputs import as_batch

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.algebra import Objective
-from torchlens_viz.choices import indices_of
+from torchlens_viz.arguments import indices_of
 from torchlens_viz.climbs import Plan, Request
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.images import Parametrization, Pixels, Size

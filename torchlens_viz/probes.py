@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.inputs import like_parameters
 from torchlens_viz.modes import inference
-from torchlens_viz.structure import map_tensors
+from torchlens_viz.nested import map_tensors
 
 Probe: TypeAlias = torch.Tensor | Mapping[str, Any] | DataLoader[Any]
 

@@ -11,9 +11,9 @@ import torch
 from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.layers import nearest
+from torchlens_viz.nested import leaves
 from torchlens_viz.records import Activations
 from torchlens_viz.statistics import RunningStats
-from torchlens_viz.structure import leaves
 
 Subject: TypeAlias = Any  # a Tensor, Activations, ChannelStats, RunningStats, a mapping of those, or a Survey
 Globs: TypeAlias = str | Sequence[str] | None

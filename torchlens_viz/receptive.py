@@ -17,9 +17,9 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.extents import Extents, Grid
 from torchlens_viz.layers import Selector, select
 from torchlens_viz.modes import inference
+from torchlens_viz.nested import tensors
 from torchlens_viz.regions import ReceptiveField as ReceptiveField
 from torchlens_viz.regions import Span
-from torchlens_viz.structure import tensors
 
 _PROBES: Final = 5
 

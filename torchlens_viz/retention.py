@@ -17,8 +17,8 @@ from torchlens_viz.errors import (
     InvalidTypeError,
     TorchlensVizError,
 )
+from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.statistics import RunningStats
-from torchlens_viz.structure import map_tensors, tensors
 
 Reduction: TypeAlias = Callable[[torch.Tensor], Any] | type[RunningStats] | RunningStats
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.canvas import draw
-from torchlens_viz.choices import indices_of, maps_of
 from torchlens_viz.kernels import kernels_of
 from torchlens_viz.layers import Selector
 from torchlens_viz.pictures import save_picture

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from torchlens_viz.extents import Extents, UnknownOperationError, over, slide
-from torchlens_viz.structure import map_tensors, tensors
+from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.windows import Windows, adaptive, padded, resized, sliding, transposed
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torchlens_viz.checkpoints import one_line
 from torchlens_viz.commands import Outcome, own_gpu
 from torchlens_viz.dataset import survey
+from torchlens_viz.distributed import gathered, joined
 from torchlens_viz.errors import (
     InvalidArgumentError,
     ModelLoadError,
@@ -25,7 +26,6 @@ from torchlens_viz.errors import (
 from torchlens_viz.layers import select
 from torchlens_viz.picture_folders import pictures_in
 from torchlens_viz.pictures import read_image
-from torchlens_viz.sharing import gathered, joined
 from torchlens_viz.survey_report import write_report
 from torchlens_viz.zoo import LoadedModel, load_model
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from torchlens_viz.arguments import indices_of
 from torchlens_viz.batches import InputOf
 from torchlens_viz.channel_stats import ChannelStats
-from torchlens_viz.choices import indices_of
 from torchlens_viz.comoments import correlation
 from torchlens_viz.duplicates import Duplicate, kernel_cosine, near_duplicates
 from torchlens_viz.errors import (
