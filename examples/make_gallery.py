@@ -22,8 +22,8 @@ from torchvision import models
 
 from torchlens_viz import capture, feature_grid, kernel_grid, maximize, pair_grid
 from torchlens_viz.demo_net import load_demo_net, normalize, preprocess
+from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.overlays import overlay_grid
-from torchlens_viz.pictures import save_picture
 
 Pictures = Iterator[tuple[str, Image.Image]]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz import feature_grid, kernel_grid, pair_grid
-from torchlens_viz.pictures import save_picture
+from torchlens_viz.files.pictures import save_picture
 
 GOLDEN = Path(__file__).parent / "golden"
 MOST_BYTES = 100_000

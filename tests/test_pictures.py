@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
-from torchlens_viz.pictures import read_image, save_picture
+from torchlens_viz.files.pictures import read_image, save_picture
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from torchlens_viz import png
+from torchlens_viz.files import png
 
 
 def read_back(data: bytes) -> Image.Image:

@@ -13,8 +13,8 @@ from torchlens_viz import objectives
 from torchlens_viz.ascent import maximize
 from torchlens_viz.climbs import Climb, Request
 from torchlens_viz.errors import ArchiveError
+from torchlens_viz.files.tensors import checksum
 from torchlens_viz.resumption import Resumption
-from torchlens_viz.tensors import checksum
 
 
 def net() -> nn.Sequential:

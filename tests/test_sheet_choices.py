@@ -24,7 +24,7 @@ from torchlens_viz import (
 )
 from torchlens_viz.colormaps import Colormap, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
-from torchlens_viz.pictures import as_chw, save_animation
+from torchlens_viz.files.pictures import as_chw, save_animation
 
 HEADER = 16
 FIGURES = {

@@ -28,8 +28,8 @@ from torchlens_viz.errors import (
     MissingDependencyError,
     NoDataError,
 )
+from torchlens_viz.files.picture_folders import pictures_in
 from torchlens_viz.peaks import find_peaks
-from torchlens_viz.picture_folders import pictures_in
 from torchlens_viz.tallies import Observation, empty_tally
 from torchlens_viz.topk import RunningTop
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from torchlens_viz import png
 from torchlens_viz.errors import InvalidTypeError, MissingDependencyError
-from torchlens_viz.pictures import as_chw
+from torchlens_viz.files import png
+from torchlens_viz.files.pictures import as_chw
 
 _METHODS: Final = ("add_image", "add_scalar", "add_histogram")
 _BUCKETS: Final = 60  # TensorBoard shows 30; by default there would be hundreds

@@ -20,10 +20,10 @@ from torchlens_viz.ascent import maximize
 from torchlens_viz.checkpoints import one_line
 from torchlens_viz.distributed import joined
 from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
-from torchlens_viz.filenames import safe_names
+from torchlens_viz.files.filenames import safe_names
+from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.inputs import colours_as_in
 from torchlens_viz.layers import select
-from torchlens_viz.pictures import read_image, save_picture
 from torchlens_viz.sheets import feature_grid, save_kernel_grid
 from torchlens_viz.zoo import LoadedModel, load_model
 

@@ -18,6 +18,7 @@ from torchlens_viz.errors import (
     InvalidTypeError,
     NoDataError,
 )
+from torchlens_viz.files.tensors import checksum
 from torchlens_viz.layers import Selector, select
 from torchlens_viz.logbooks import Logbook, Progress
 from torchlens_viz.passes import Pass
@@ -25,7 +26,6 @@ from torchlens_viz.progress import counter
 from torchlens_viz.statistics import Bins
 from torchlens_viz.surveys import Survey
 from torchlens_viz.tallies import Tally, empty_tally
-from torchlens_viz.tensors import checksum
 
 _NOTHING: Final = "`loader` must yield at least one batch, got none; was it used up before?"
 

@@ -19,10 +19,10 @@ from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.canvas import check_size, check_size_of_each, draw_each
 from torchlens_viz.colormaps import Colormap, Table
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.filenames import safe_names
+from torchlens_viz.files.filenames import safe_names
+from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.kernels import convolutions, kernels_of
 from torchlens_viz.layers import Selector, select
-from torchlens_viz.pictures import save_picture
 from torchlens_viz.progress import tracked
 from torchlens_viz.ranges import finite_range
 from torchlens_viz.records import Activations

@@ -12,8 +12,8 @@ import torch
 
 from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
-from torchlens_viz.filenames import safe_name
-from torchlens_viz.files import reason_of, replacing
+from torchlens_viz.files.filenames import safe_name
+from torchlens_viz.files.paths import reason_of, replacing
 from torchlens_viz.findings import COMPARED, differences, nonfinite
 from torchlens_viz.readings import Globs, Subject, read, statistics_of
 

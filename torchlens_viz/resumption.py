@@ -15,7 +15,7 @@ import torch
 
 from torchlens_viz.climbs import Climb, Request
 from torchlens_viz.errors import ArchiveError
-from torchlens_viz.files import reason_of, write_whole
+from torchlens_viz.files.paths import reason_of, write_whole
 
 _SETTINGS: Final = "settings.json"
 

@@ -23,9 +23,9 @@ from torchlens_viz.errors import (
     PictureError,
     TorchlensVizError,
 )
+from torchlens_viz.files.picture_folders import pictures_in
+from torchlens_viz.files.pictures import read_image
 from torchlens_viz.layers import select
-from torchlens_viz.picture_folders import pictures_in
-from torchlens_viz.pictures import read_image
 from torchlens_viz.survey_report import write_report
 from torchlens_viz.zoo import LoadedModel, load_model
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from torchlens_viz.checkpoints import one_line
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
-from torchlens_viz.filenames import safe_names
-from torchlens_viz.files import write_whole
+from torchlens_viz.files.filenames import safe_names
+from torchlens_viz.files.paths import write_whole
+from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.inputs import colours_as_in
-from torchlens_viz.pictures import read_image, save_picture
 from torchlens_viz.surveys import Survey
 from torchlens_viz.zoo import LoadedModel
 

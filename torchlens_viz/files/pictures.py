@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from torchlens_viz import png
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
-from torchlens_viz.files import reason_of, replacing
+from torchlens_viz.files import png
+from torchlens_viz.files.paths import reason_of, replacing
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -99,12 +99,12 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = 100_000_000) -
 def save_picture(image: Image.Image, path: str | os.PathLike[str], **options: object) -> Path:
     """Write an image to a file that appears whole or not at all.
 
-    `torchlens_viz.files.replacing` says what becomes of folders, links and permissions.
+    `torchlens_viz.files.paths.replacing` says what becomes of folders, links and permissions.
 
     Args:
         image: The picture. A palette image is written to JPEG as RGB.
         path: The file; its suffix chooses the format.
-        **options: What `PIL.Image.Image.save` takes. Without any, PNG is written by `torchlens_viz.png`, and
+        **options: What `PIL.Image.Image.save` takes. Without any, PNG is written by `torchlens_viz.files.png`, and
             WebP without loss.
 
     Returns:

@@ -1,0 +1,1 @@
+"""What is on disk: files that appear whole or not at all, pictures, tensors."""
