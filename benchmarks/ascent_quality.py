@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from torchlens_viz import maximize
-from torchlens_viz.demo_net import DEMO_PHOTOGRAPHS, load_demo_net, normalize
+from torchlens_viz.models.demo_net import DEMO_PHOTOGRAPHS, load_demo_net, normalize
 
 LAYERS = ("features.1", "features.4", "features.7")
 SIZE = 64

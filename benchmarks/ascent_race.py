@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from torchlens_viz import maximize
-from torchlens_viz.demo_net import load_demo_net, normalize
+from torchlens_viz.models.demo_net import load_demo_net, normalize
 
 LAYER = "features.6"
 SIZE = 128  # lucent's default

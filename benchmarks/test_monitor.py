@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import models
 
 from torchlens_viz import Monitor
-from torchlens_viz.demo_net import DemoNet
+from torchlens_viz.models.demo_net import DemoNet
 
 EVERY = 100
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from torchlens_viz import capture, feature_grid, kernel_grid, maximize, pair_grid
-from torchlens_viz.demo_net import load_demo_net, normalize, preprocess
 from torchlens_viz.files.pictures import save_picture
+from torchlens_viz.models.demo_net import load_demo_net, normalize, preprocess
 from torchlens_viz.overlays import overlay_grid
 
 Pictures = Iterator[tuple[str, Image.Image]]

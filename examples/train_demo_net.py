@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from torchlens_viz.demo_net import DEMO_PHOTOGRAPHS, DemoNet, normalize
+from torchlens_viz.models.demo_net import DEMO_PHOTOGRAPHS, DemoNet, normalize
 
 PATCH = 64
 TURNS = 4
@@ -157,7 +157,7 @@ def main() -> None:
         {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()},
         arguments.out,
         metadata={
-            "model": "torchlens_viz.demo_net.DemoNet",
+            "model": "torchlens_viz.models.demo_net.DemoNet",
             "trained_by": "examples/train_demo_net.py",
             "data": f"photographs of scikit-image {skimage.__version__}: {', '.join(DEMO_PHOTOGRAPHS)}",
             "steps": str(arguments.steps),

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 from torchlens_viz import capture, objectives
 from torchlens_viz.ascent import maximize
-from torchlens_viz.demo_net import load_demo_net, normalize
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
+from torchlens_viz.models.demo_net import load_demo_net, normalize
 
 
 def net() -> nn.Sequential:

@@ -15,7 +15,7 @@ from torch import nn
 
 from torchlens_viz import __version__, cli, commands, feature_grid, kernel_grid
 from torchlens_viz.files.pictures import read_image
-from torchlens_viz.zoo import load_model
+from torchlens_viz.models.zoo import load_model
 
 MODULE = """
 import torch

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.demo_net import (
+from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
+from torchlens_viz.models.demo_net import (
     DEMO_CLASSES,
     DEMO_PHOTOGRAPHS,
     DemoNet,
@@ -19,9 +20,8 @@ from torchlens_viz.demo_net import (
     normalize,
     preprocess,
 )
-from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
 
-STORED = importlib.resources.files("torchlens_viz").joinpath("weights/demo_net.safetensors")
+STORED = importlib.resources.files("torchlens_viz").joinpath("models/demo_net.safetensors")
 
 
 @pytest.fixture(scope="module")

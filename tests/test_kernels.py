@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.kernels import kernels_of
+from torchlens_viz.models.kernels import kernels_of
 
 # Quantised tensors are deprecated in torch; until they are gone, their kernels can be drawn.
 quantised = pytest.mark.filterwarnings(

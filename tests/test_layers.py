@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from torchlens_viz import LayerNotFoundError
-from torchlens_viz.layers import named_layers, select
+from torchlens_viz.models.layers import named_layers, select
 
 
 class Shared(nn.Module):

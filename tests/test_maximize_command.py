@@ -13,9 +13,9 @@ import torch
 
 from torchlens_viz import Maximization, cli, maximize
 from torchlens_viz.files.pictures import read_image
-from torchlens_viz.inputs import colours_as_in
+from torchlens_viz.models.inputs import colours_as_in
+from torchlens_viz.models.zoo import load_model
 from torchlens_viz.resumption import Resumption
-from torchlens_viz.zoo import load_model
 
 MODULE = """
 import torch

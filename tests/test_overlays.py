@@ -12,9 +12,9 @@ from torch import nn
 
 from torchlens_viz.blending import Blend
 from torchlens_viz.colormaps import colormap
-from torchlens_viz.demo_net import preprocess as demo_preprocess
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.inputs import as_batch, as_pixels
+from torchlens_viz.models.demo_net import preprocess as demo_preprocess
+from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.overlays import overlay_grid, save_overlay_grid
 from torchlens_viz.pairs import pair_grid
 from torchlens_viz.receptive import ReceptiveField, receptive_field

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from torchlens_viz import pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.modes import inference
+from torchlens_viz.models.state import inference
 
 PADDING, HEADER, FRAME, WHITE = 6, 16, 192, 255
 

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.transforms._presets import ImageClassification
 
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError
-from torchlens_viz.zoo import load_model
+from torchlens_viz.models.zoo import load_model
 
 NAME = "squeezenet1_1"
 WEIGHTS = torchvision.models.SqueezeNet1_1_Weights.DEFAULT

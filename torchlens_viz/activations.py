@@ -14,7 +14,7 @@ from torch import nn
 
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
-from torchlens_viz.layers import Layer, Selector, select, unwrap
+from torchlens_viz.models.layers import Layer, Selector, select, unwrap
 from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.records import Activations as Activations
 from torchlens_viz.records import InputOutput, Inputs
@@ -49,7 +49,7 @@ def capture(
     Args:
         model: The network; wrapped in DDP or compiled by `torch.compile` too.
         layers: Which layers, as a name, number, glob, pattern, class, instance, predicate or a list of those;
-            see `torchlens_viz.layers.select`.
+            see `torchlens_viz.models.layers.select`.
         io: Record what the layer put out, what it took, or both as `InputOutput(input, output)`. An input is
             the layer's only positional argument, else `Inputs(args, kwargs)`, as it was before the layer ran.
         copy: `True` clones each tensor, which is safe whatever the network does to it later. `"lazy"` copies

@@ -20,8 +20,8 @@ from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hookable import refuse_torchscript
 from torchlens_viz.images import Parametrization, ParametrizationName, Pixels, parametrization_of
-from torchlens_viz.layers import Selector
 from torchlens_viz.maximization import Maximization
+from torchlens_viz.models.layers import Selector
 from torchlens_viz.objectives import ObjectiveName, objective_of
 from torchlens_viz.planning import (
     channel_means,

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from torchlens_viz.activations import capture
 from torchlens_viz.ascent import maximize
-from torchlens_viz.checkpoints import one_line
 from torchlens_viz.distributed import joined
 from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
-from torchlens_viz.inputs import colours_as_in
-from torchlens_viz.layers import select
+from torchlens_viz.models.inputs import colours_as_in
+from torchlens_viz.models.layers import select
+from torchlens_viz.models.weights import one_line
+from torchlens_viz.models.zoo import LoadedModel, load_model
 from torchlens_viz.sheets import feature_grid, save_kernel_grid
-from torchlens_viz.zoo import LoadedModel, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def draw_kernels(
     """Write the kernels of one layer as one sheet.
 
     Args:
-        model: What `torchlens_viz.zoo.load_model` takes.
+        model: What `torchlens_viz.models.zoo.load_model` takes.
         out: The picture to write.
         layer: A layer; the first convolution where it is None.
         weights: What `load_model` takes.
@@ -75,7 +75,7 @@ def draw_maps(
     Nothing is written unless every sheet can be drawn.
 
     Args:
-        model: What `torchlens_viz.zoo.load_model` takes.
+        model: What `torchlens_viz.models.zoo.load_model` takes.
         image: The picture file.
         out: The folder for the sheets, each named after its layer.
         layers: Names and globs; every convolution where it is None.
@@ -125,7 +125,7 @@ def maximize_layers(
     torchrun the channels are shared among the processes, of which the first writes.
 
     Args:
-        model: What `torchlens_viz.zoo.load_model` takes.
+        model: What `torchlens_viz.models.zoo.load_model` takes.
         out: The folder; each layer gets one of its own in it.
         layers: Names and globs.
         weights: What `load_model` takes.

@@ -19,8 +19,8 @@ from torchlens_viz.errors import (
     NoDataError,
 )
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.layers import Selector, select
 from torchlens_viz.logbooks import Logbook, Progress
+from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.passes import Pass
 from torchlens_viz.progress import counter
 from torchlens_viz.statistics import Bins

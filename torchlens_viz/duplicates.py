@@ -10,8 +10,8 @@ from torch import nn
 
 from torchlens_viz.comoments import Comoments, correlation
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.kernels import has_kernels, kernels_of
-from torchlens_viz.layers import Selector, select_one
+from torchlens_viz.models.kernels import has_kernels, kernels_of
+from torchlens_viz.models.layers import Selector, select_one
 
 
 class Duplicate(NamedTuple):

@@ -21,8 +21,8 @@ from torchlens_viz.colormaps import Colormap, Table
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import save_picture
-from torchlens_viz.kernels import convolutions, kernels_of
-from torchlens_viz.layers import Selector, select
+from torchlens_viz.models.kernels import convolutions, kernels_of
+from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.progress import tracked
 from torchlens_viz.ranges import finite_range
 from torchlens_viz.records import Activations

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from torchlens_viz.errors import CaptureError
-from torchlens_viz.layers import Layer
+from torchlens_viz.models.layers import Layer
 
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule"})
 

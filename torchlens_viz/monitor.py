@@ -18,8 +18,8 @@ from torchlens_viz.distributed import world
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 from torchlens_viz.health import Figures, Trouble, Watchman, warn
 from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
-from torchlens_viz.kernels import has_kernels
-from torchlens_viz.layers import Selector, select, unwrap
+from torchlens_viz.models.kernels import has_kernels
+from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.norms import Norms
 from torchlens_viz.observation import Observation, Observed, finite
 from torchlens_viz.probes import Probe, ProbeBatch

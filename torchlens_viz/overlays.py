@@ -20,9 +20,9 @@ from torchlens_viz.captions import captioned
 from torchlens_viz.colormaps import Colormap, Table, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import save_picture
-from torchlens_viz.inputs import as_batch, as_pixels, like_parameters
-from torchlens_viz.layers import Selector, select
-from torchlens_viz.modes import inference
+from torchlens_viz.models.inputs import as_batch, as_pixels, like_parameters
+from torchlens_viz.models.layers import Selector, select
+from torchlens_viz.models.state import inference
 from torchlens_viz.receptive import ReceptiveField, receptive_field
 from torchlens_viz.style import Interpolation, Rank, Style, own_labels, ranking
 

@@ -18,10 +18,10 @@ from torchlens_viz.canvas import draw, in_colour
 from torchlens_viz.captions import captioned
 from torchlens_viz.colormaps import colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.inputs import as_batch
-from torchlens_viz.kernels import kernels_of
-from torchlens_viz.layers import Selector
-from torchlens_viz.modes import inference
+from torchlens_viz.models.inputs import as_batch
+from torchlens_viz.models.kernels import kernels_of
+from torchlens_viz.models.layers import Selector
+from torchlens_viz.models.state import inference
 from torchlens_viz.patterns import Patterns, measure_patterns
 from torchlens_viz.style import Style, own_labels
 

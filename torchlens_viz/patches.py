@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchlens_viz.batches import InputOf, input_of
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.inputs import as_batch, as_pixels
+from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.receptive import receptive_field
 from torchlens_viz.regions import ReceptiveField
 

@@ -19,9 +19,9 @@ from torchlens_viz.climbs import Plan, Request
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.images import Parametrization, Pixels, Size
-from torchlens_viz.inputs import as_batch
-from torchlens_viz.kernels import convolutions
 from torchlens_viz.memory import free_bytes, is_out_of_memory
+from torchlens_viz.models.inputs import as_batch
+from torchlens_viz.models.kernels import convolutions
 from torchlens_viz.scoring import Scorer
 from torchlens_viz.updates import Smoothing
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from torchlens_viz.kernels import kernels_of
+from torchlens_viz.models.kernels import kernels_of
 from torchlens_viz.scales import Scale, Scales, beyond
 from torchlens_viz.sheets import feature_grid, kernel_grid
 

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.inputs import like_parameters
-from torchlens_viz.modes import inference
+from torchlens_viz.models.inputs import like_parameters
+from torchlens_viz.models.state import inference
 from torchlens_viz.nested import map_tensors
 
 Probe: TypeAlias = torch.Tensor | Mapping[str, Any] | DataLoader[Any]

@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
-    from torchlens_viz.layers import Selector
+    from torchlens_viz.models.layers import Selector
     from torchlens_viz.records import Activations
     from torchlens_viz.regression import ActivationRegression
 
@@ -42,7 +42,7 @@ def activations() -> Record:
     what it takes: a tuple holds several arguments, a dict arguments by name. The options are `capture`'s.
     """
     from torchlens_viz.activations import capture
-    from torchlens_viz.modes import inference
+    from torchlens_viz.models.state import inference
 
     def record(model: nn.Module, x: Any, layers: Selector, **options: Any) -> Activations:
         with inference(model), capture(model, layers, **options) as acts:

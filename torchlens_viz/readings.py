@@ -10,7 +10,7 @@ import torch
 
 from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.layers import nearest
+from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves
 from torchlens_viz.records import Activations
 from torchlens_viz.statistics import RunningStats

@@ -15,8 +15,8 @@ from torchlens_viz.activations import capture
 from torchlens_viz.dependence import Dependence
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.extents import Extents, Grid
-from torchlens_viz.layers import Selector, select
-from torchlens_viz.modes import inference
+from torchlens_viz.models.layers import Selector, select
+from torchlens_viz.models.state import inference
 from torchlens_viz.nested import tensors
 from torchlens_viz.regions import ReceptiveField as ReceptiveField
 from torchlens_viz.regions import Span

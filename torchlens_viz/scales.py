@@ -10,7 +10,7 @@ from typing import NamedTuple, final
 import torch
 
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.layers import nearest
+from torchlens_viz.models.layers import nearest
 from torchlens_viz.ranges import finite_range
 
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.layers import unwrap
+from torchlens_viz.models.layers import unwrap
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 

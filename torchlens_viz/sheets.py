@@ -14,8 +14,8 @@ from torch import nn
 from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.canvas import draw
 from torchlens_viz.files.pictures import save_picture
-from torchlens_viz.kernels import kernels_of
-from torchlens_viz.layers import Selector
+from torchlens_viz.models.kernels import kernels_of
+from torchlens_viz.models.layers import Selector
 from torchlens_viz.style import Style, StyleOptions, as_matrix, in_rows, ranking
 
 

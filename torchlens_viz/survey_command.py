@@ -13,7 +13,6 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from torchlens_viz.checkpoints import one_line
 from torchlens_viz.commands import Outcome, own_gpu
 from torchlens_viz.dataset import survey
 from torchlens_viz.distributed import gathered, joined
@@ -25,9 +24,10 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.files.picture_folders import pictures_in
 from torchlens_viz.files.pictures import read_image
-from torchlens_viz.layers import select
+from torchlens_viz.models.layers import select
+from torchlens_viz.models.weights import one_line
+from torchlens_viz.models.zoo import LoadedModel, load_model
 from torchlens_viz.survey_report import write_report
-from torchlens_viz.zoo import LoadedModel, load_model
 
 
 def survey_folder(
@@ -49,7 +49,7 @@ def survey_folder(
     torchrun the pictures are shared among the processes, of which the first writes.
 
     Args:
-        model: What `torchlens_viz.zoo.load_model` takes.
+        model: What `torchlens_viz.models.zoo.load_model` takes.
         folder: The pictures, in folders of any depth; their order is that of their paths.
         out: The folder to write to.
         layers: Names and globs; every convolution where it is None.

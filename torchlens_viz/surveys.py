@@ -22,8 +22,8 @@ from torchlens_viz.errors import (
     InvalidTypeError,
     LayerNotCapturedError,
 )
-from torchlens_viz.layers import nearest
 from torchlens_viz.ledgers import read_ledger, write_ledger
+from torchlens_viz.models.layers import nearest
 from torchlens_viz.patches import Cutter, Patch, pick
 from torchlens_viz.style import Style
 from torchlens_viz.tables import frame_of, lists_of, rows_of

@@ -11,8 +11,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from torchlens_viz.dense import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.layers import Layer, Selector, named_layers, select_one
-from torchlens_viz.modes import inference
+from torchlens_viz.models.layers import Layer, Selector, named_layers, select_one
+from torchlens_viz.models.state import inference
 
 
 class Kernels(NamedTuple):

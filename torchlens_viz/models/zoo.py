@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.checkpoints import load_weights, one_line, read_weights
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError, TorchlensVizError
+from torchlens_viz.models.weights import load_weights, one_line, read_weights
 
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]
 
@@ -66,7 +66,7 @@ def load_model(spec: str, *, weights: str | os.PathLike[str] = "DEFAULT") -> Loa
             as with `python -m`. The factory is an `nn.Module` or takes no arguments and returns one; a
             function `preprocess(image)` beside it in its module is used for pictures.
         weights: "DEFAULT" for torchvision's best weights, or for those that the factory has set; "none" for
-            random ones (torchvision names only); or a file, see `torchlens_viz.checkpoints.read_weights`.
+            random ones (torchvision names only); or a file, see `torchlens_viz.models.weights.read_weights`.
 
     Returns:
         The model in eval mode, with its preprocessing: that of torchvision's default weights for the name,

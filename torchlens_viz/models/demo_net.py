@@ -42,7 +42,7 @@ DEMO_MEAN: Final[tuple[float, float, float]] = (0.5, 0.5, 0.5)
 DEMO_STD: Final[tuple[float, float, float]] = (0.25, 0.25, 0.25)
 """What `normalize` divides by afterwards."""
 
-_WEIGHTS = "weights/demo_net.safetensors"
+_WEIGHTS = "models/demo_net.safetensors"
 # Modes whose values Pillow maps to 8-bit RGB; it clips the wider ones (I, I;16, F) to 255 without a word.
 _EIGHT_BIT_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"))
 

@@ -1,0 +1,1 @@
+"""The network as it is given: its layers, kernels, weights, inputs."""
