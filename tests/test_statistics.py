@@ -19,7 +19,7 @@ from torch import nn
 
 from torchlens_viz import ChannelStats, RunningStats, capture
 from torchlens_viz.errors import CaptureError, NoDataError, TorchlensVizError
-from torchlens_viz.statistics import LOG_EDGES
+from torchlens_viz.stats.running import LOG_EDGES
 
 
 def gathered(*parts: torch.Tensor, **options) -> RunningStats:
@@ -151,7 +151,7 @@ def test_a_spread_much_smaller_than_the_mean_keeps_its_digits():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
-    from torchlens_viz import measuring
+    from torchlens_viz.stats import measure as measuring
 
     values = (30 + seeded(9, 5, 70, 31)).to(dtype)  # not so far from zero that a CPU would go the same way
     assert isinstance(measuring.measure(values, 1, None).moments, measuring.Sums)

@@ -29,9 +29,9 @@ from torchlens_viz.errors import (
     NoDataError,
 )
 from torchlens_viz.files.picture_folders import pictures_in
-from torchlens_viz.peaks import find_peaks
+from torchlens_viz.stats.peaks import find_peaks
+from torchlens_viz.stats.topk import RunningTop
 from torchlens_viz.tallies import Observation, empty_tally
-from torchlens_viz.topk import RunningTop
 
 
 def brute_force(maps: torch.Tensor, k: int, samples: list[int]) -> tuple[list, list, list]:

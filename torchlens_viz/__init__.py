@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torchlens_viz.activations import Activations as Activations
     from torchlens_viz.activations import capture as capture
     from torchlens_viz.ascent import maximize as maximize
-    from torchlens_viz.channel_stats import ChannelStats as ChannelStats
     from torchlens_viz.dataset import survey as survey
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
     from torchlens_viz.sheets import kernel_grid as kernel_grid
     from torchlens_viz.sheets import save_feature_grid as save_feature_grid
     from torchlens_viz.sheets import save_kernel_grid as save_kernel_grid
-    from torchlens_viz.statistics import RunningStats as RunningStats
+    from torchlens_viz.stats.channel_stats import ChannelStats as ChannelStats
+    from torchlens_viz.stats.running import RunningStats as RunningStats
     from torchlens_viz.surveys import Survey as Survey
     from torchlens_viz.tiling import make_grid as make_grid
 
@@ -37,11 +37,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Activations": "activations",
-    "ChannelStats": "channel_stats",
+    "ChannelStats": "stats.channel_stats",
     "LayerNotFoundError": "errors",
     "Maximization": "maximization",
     "Monitor": "monitor",
-    "RunningStats": "statistics",
+    "RunningStats": "stats.running",
     "Survey": "surveys",
     "TorchlensVizError": "errors",
     "capture": "activations",

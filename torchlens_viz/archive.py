@@ -10,9 +10,9 @@ from typing import Any, Final
 
 import torch
 
-from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import ArchiveError, MissingDependencyError
 from torchlens_viz.files.paths import reason_of, replacing
+from torchlens_viz.stats.channel_stats import ChannelStats
 
 _FORMAT: Final = "torchlens_viz.activations/1"
 _SCALARS: Final = (bool, int, float, str, type(None))

@@ -23,7 +23,7 @@ from torchlens_viz.logbooks import Logbook, Progress
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.passes import Pass
 from torchlens_viz.progress import counter
-from torchlens_viz.statistics import Bins
+from torchlens_viz.stats.running import Bins
 from torchlens_viz.surveys import Survey
 from torchlens_viz.tallies import Tally, empty_tally
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, final
 
 import torch
 
-from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.stats.channel_stats import ChannelStats
 
 
 class MonitorWarning(UserWarning):

@@ -10,7 +10,7 @@ import torch
 
 from torchlens_viz.errors import CaptureError
 from torchlens_viz.retention import Retention
-from torchlens_viz.statistics import RunningStats
+from torchlens_viz.stats.running import RunningStats
 
 # Values of a call that make its histogram: a full one costs more than the pass. The number is prime, so that
 # it divides no shape, and the sample does not meet the same column of every map.

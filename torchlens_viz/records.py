@@ -10,11 +10,11 @@ from typing import Any, Final, NamedTuple, final
 import torch
 
 from torchlens_viz import archive
-from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCallsError, TorchlensVizError
 from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves, map_leaves, tensors
-from torchlens_viz.statistics import RunningStats
+from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.running import RunningStats
 
 
 class Inputs(NamedTuple):

@@ -10,12 +10,12 @@ from typing import Any, Final, final
 
 import torch
 
-from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
 from torchlens_viz.files.filenames import safe_name
 from torchlens_viz.files.paths import reason_of, replacing
 from torchlens_viz.findings import COMPARED, differences, nonfinite
 from torchlens_viz.readings import Globs, Subject, read, statistics_of
+from torchlens_viz.stats.channel_stats import ChannelStats
 
 _FORMAT: Final = "torchlens_viz.baseline/1"
 _OPTION: Final = "--activations-overwrite"

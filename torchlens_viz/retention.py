@@ -18,7 +18,7 @@ from torchlens_viz.errors import (
     TorchlensVizError,
 )
 from torchlens_viz.nested import map_tensors, tensors
-from torchlens_viz.statistics import RunningStats
+from torchlens_viz.stats.running import RunningStats
 
 Reduction: TypeAlias = Callable[[torch.Tensor], Any] | type[RunningStats] | RunningStats
 

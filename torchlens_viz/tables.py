@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import MissingDependencyError
-from torchlens_viz.topk import Top
+from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.topk import Top
 
 _FIGURES: Final = ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")
 

@@ -11,9 +11,9 @@ import torch
 
 from torchlens_viz.comoments import Comoments, comoments, together
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
-from torchlens_viz.peaks import Peaks, find_peaks, united
-from torchlens_viz.statistics import Bins, RunningStats
-from torchlens_viz.topk import RunningTop
+from torchlens_viz.stats.peaks import Peaks, find_peaks, united
+from torchlens_viz.stats.running import Bins, RunningStats
+from torchlens_viz.stats.topk import RunningTop
 
 _PARTS: Final = ("stats", "top", "alike")
 # How many inputs and bytes may be pending: more would take memory, or let much pass that is below the newest

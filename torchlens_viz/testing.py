@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torchlens_viz.channel_stats import ChannelStats
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.findings import differences, nonfinite, share, some
 from torchlens_viz.readings import Globs, Subject, read, statistics_of
+from torchlens_viz.stats.channel_stats import ChannelStats
 
 
 def assert_finite(x: Subject, *, layers: Globs = None, msg: str | None = None) -> None:

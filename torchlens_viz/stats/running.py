@@ -10,10 +10,10 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, final
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.channel_stats import ChannelStats, stats_of
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
-from torchlens_viz.measuring import measure
-from torchlens_viz.moments import Moments, Sums, no_moments, union, with_sums
+from torchlens_viz.stats.channel_stats import ChannelStats, stats_of
+from torchlens_viz.stats.channels import Moments, Sums, no_moments, union, with_sums
+from torchlens_viz.stats.measure import measure
 
 Bins: TypeAlias = Literal["log"] | Sequence[float] | None
 

@@ -10,7 +10,7 @@ from typing import Any, Final, final
 import torch
 
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.peaks import Peaks
+from torchlens_viz.stats.peaks import Peaks
 
 _NOBODY: Final = torch.iinfo(torch.int64).max  # the index of an empty place: it comes after every input
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.moments import Moments, Sums, no_moments, with_sums
+from torchlens_viz.stats.channels import Moments, Sums, no_moments, with_sums
 
 # Values worked on at a time: on a CPU what stays in the cache, elsewhere what keeps temporary memory small.
 # A sum of that many ones is exact in float32.

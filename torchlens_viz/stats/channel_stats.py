@@ -7,7 +7,7 @@ from typing import Any, final
 
 import torch
 
-from torchlens_viz.moments import Moments, pooled
+from torchlens_viz.stats.channels import Moments, pooled
 
 
 @final
