@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from torchlens_viz import colormaps
-from torchlens_viz.colormaps import NAMES, SPECIAL_COLOURS, colormap
+from torchlens_viz.draw import palette as colormaps
+from torchlens_viz.draw.palette import NAMES, SPECIAL_COLOURS, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 DIVERGING = ["seismic", "RdBu_r"]

@@ -24,7 +24,7 @@ from torchlens_viz import (
     save_feature_maps,
     save_kernel_sheets,
 )
-from torchlens_viz.colormaps import Colormap, colormap
+from torchlens_viz.draw.palette import Colormap, colormap
 from torchlens_viz.errors import (
     InvalidArgumentError,
     InvalidTypeError,

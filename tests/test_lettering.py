@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from torchlens_viz import lettering
+from torchlens_viz.draw import text as lettering
 
 TEXTS = ("features.0: scale of step 0, 0.0% beyond", "-0.123", "jgyÅÇ _", "ffi AVATAR", "", "  a ", "ó…/")
 

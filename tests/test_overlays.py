@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.blending import Blend
-from torchlens_viz.colormaps import colormap
+from torchlens_viz.draw.blend import Blend
+from torchlens_viz.draw.palette import colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.models.demo_net import preprocess as demo_preprocess
 from torchlens_viz.models.inputs import as_batch, as_pixels

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LARGEST = torch.finfo(torch.float64).max

@@ -22,7 +22,7 @@ from torchlens_viz import (
     save_feature_grid,
     save_kernel_grid,
 )
-from torchlens_viz.colormaps import Colormap, colormap
+from torchlens_viz.draw.palette import Colormap, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 from torchlens_viz.files.pictures import as_chw, save_animation
 

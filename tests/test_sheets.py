@@ -16,7 +16,8 @@ from PIL import Image
 from torch import nn
 from torchvision.utils import make_grid as torchvision_grid
 
-from torchlens_viz import feature_grid, kernel_grid, lettering, save_feature_grid, save_kernel_grid
+from torchlens_viz import feature_grid, kernel_grid, save_feature_grid, save_kernel_grid
+from torchlens_viz.draw import text as lettering
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 
 MAGENTA, GREEN, CYAN, WHITE = (255, 0, 255), (0, 255, 0), (0, 255, 255), (255, 255, 255)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torchvision.utils import make_grid as torchvision_grid
 
 from torchlens_viz import make_grid
+from torchlens_viz.draw.grid import compose
 from torchlens_viz.errors import InvalidTypeError
-from torchlens_viz.tiling import compose
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchlens_viz.activations import capture as capture
     from torchlens_viz.ascent import maximize as maximize
     from torchlens_viz.dataset import survey as survey
+    from torchlens_viz.draw.grid import make_grid as make_grid
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
     from torchlens_viz.folders import save_feature_maps as save_feature_maps
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from torchlens_viz.stats.channel_stats import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
     from torchlens_viz.surveys import Survey as Survey
-    from torchlens_viz.tiling import make_grid as make_grid
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ _HOME = {
     "capture": "activations",
     "feature_grid": "sheets",
     "kernel_grid": "sheets",
-    "make_grid": "tiling",
+    "make_grid": "draw.grid",
     "maximize": "ascent",
     "overlay_grid": "overlays",
     "pair_grid": "pairs",

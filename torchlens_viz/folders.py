@@ -16,18 +16,18 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.arguments import indices_of, maps_of
-from torchlens_viz.canvas import check_size, check_size_of_each, draw_each
-from torchlens_viz.colormaps import Colormap, Table
+from torchlens_viz.draw.canvas import check_size, check_size_of_each, draw_each
+from torchlens_viz.draw.palette import Colormap, Table
+from torchlens_viz.draw.ranges import finite_range
+from torchlens_viz.draw.style import Interpolation, Style, StyleOptions, as_matrix, in_rows, own_labels
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.models.kernels import convolutions, kernels_of
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.progress import tracked
-from torchlens_viz.ranges import finite_range
 from torchlens_viz.records import Activations
 from torchlens_viz.sheets import kernel_grid
-from torchlens_viz.style import Interpolation, Style, StyleOptions, as_matrix, in_rows, own_labels
 
 # How to draw a picture, and where it goes. Drawn late, so that a folder of any size takes little memory.
 _Job: TypeAlias = tuple[Callable[[], Image.Image], Path]

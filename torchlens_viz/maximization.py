@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from torchlens_viz.canvas import draw
+from torchlens_viz.draw.canvas import draw
+from torchlens_viz.draw.style import Style, StyleOptions
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
 from torchlens_viz.files.paths import reason_of, write_whole
 from torchlens_viz.files.pictures import save_animation, save_picture
-from torchlens_viz.style import Style, StyleOptions
 
 _ARRAYS: Final = ("channels", "images", "scores", "history", "means", "reference_means")
 _FILE: Final = "maximization.npz"

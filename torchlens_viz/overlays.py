@@ -14,17 +14,17 @@ from torch import nn
 
 from torchlens_viz.activations import capture
 from torchlens_viz.arguments import indices_of
-from torchlens_viz.blending import Blend
-from torchlens_viz.canvas import draw
-from torchlens_viz.captions import captioned
-from torchlens_viz.colormaps import Colormap, Table, colormap
+from torchlens_viz.draw.blend import Blend
+from torchlens_viz.draw.canvas import draw
+from torchlens_viz.draw.captions import captioned
+from torchlens_viz.draw.palette import Colormap, Table, colormap
+from torchlens_viz.draw.style import Interpolation, Rank, Style, own_labels, ranking
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.models.inputs import as_batch, as_pixels, like_parameters
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference
 from torchlens_viz.receptive import ReceptiveField, receptive_field
-from torchlens_viz.style import Interpolation, Rank, Style, own_labels, ranking
 
 Backdrop: TypeAlias = Literal["gray", "colour"]
 

@@ -9,9 +9,9 @@ from typing import NamedTuple, final
 
 import torch
 
+from torchlens_viz.draw.ranges import finite_range
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.layers import nearest
-from torchlens_viz.ranges import finite_range
 
 
 class Scale(NamedTuple):

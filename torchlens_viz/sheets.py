@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.arguments import indices_of, maps_of
-from torchlens_viz.canvas import draw
+from torchlens_viz.draw.canvas import draw
+from torchlens_viz.draw.style import Style, StyleOptions, as_matrix, in_rows, ranking
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.models.kernels import kernels_of
 from torchlens_viz.models.layers import Selector
-from torchlens_viz.style import Style, StyleOptions, as_matrix, in_rows, ranking
 
 
 class KernelOptions(StyleOptions, total=False):

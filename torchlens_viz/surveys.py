@@ -15,6 +15,7 @@ from torch import nn
 from torchlens_viz.arguments import indices_of
 from torchlens_viz.batches import InputOf
 from torchlens_viz.comoments import correlation
+from torchlens_viz.draw.style import Style
 from torchlens_viz.duplicates import Duplicate, kernel_cosine, near_duplicates
 from torchlens_viz.errors import (
     InvalidArgumentError,
@@ -26,7 +27,6 @@ from torchlens_viz.models.layers import nearest
 from torchlens_viz.patches import Cutter, Patch, pick
 from torchlens_viz.stats.channel_stats import ChannelStats
 from torchlens_viz.stats.topk import Top
-from torchlens_viz.style import Style
 from torchlens_viz.tables import frame_of, lists_of, rows_of
 from torchlens_viz.tallies import Tally
 from torchlens_viz.topsheets import draw_rows

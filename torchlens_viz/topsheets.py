@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from torchlens_viz.canvas import check_size, draw
-from torchlens_viz.style import Style
+from torchlens_viz.draw.canvas import check_size, draw
+from torchlens_viz.draw.style import Style
 
 
 def draw_rows(

@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 
-from torchlens_viz.colormaps import Colormap, Table, colormap
+from torchlens_viz.draw.palette import Colormap, Table, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]

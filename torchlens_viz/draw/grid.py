@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from torchlens_viz.dense import check_dense
+from torchlens_viz.draw.ranges import finite_range
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.ranges import finite_range
 
 # torchvision does not stretch a range narrower than this, and neither does its drop-in.
 _NARROWEST = 1e-5

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from torchlens_viz import lettering
-from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap
-from torchlens_viz.scaling import Limits, to_levels
+from torchlens_viz.draw import text as lettering
+from torchlens_viz.draw.palette import LEVELS, PADDING, TEXT, Colormap
+from torchlens_viz.draw.scale import Limits, to_levels
 
 _BAR_HEIGHT: Final = 10
 _MARGIN: Final = 4

@@ -8,9 +8,9 @@ from math import isfinite
 
 import torch
 
-from torchlens_viz.colormaps import NAN, NEGATIVE_INFINITY, POSITIVE_INFINITY
+from torchlens_viz.draw.palette import NAN, NEGATIVE_INFINITY, POSITIVE_INFINITY
+from torchlens_viz.draw.ranges import finite_range
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.ranges import finite_range
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from torchlens_viz import colormaps, lettering
-from torchlens_viz.captions import captioned, entry
-from torchlens_viz.colormaps import LEVELS, PADDING, TEXT, Colormap, colormap
+from torchlens_viz.draw import palette as colormaps
+from torchlens_viz.draw import text as lettering
+from torchlens_viz.draw.captions import captioned, entry
+from torchlens_viz.draw.grid import compose
+from torchlens_viz.draw.palette import LEVELS, PADDING, TEXT, Colormap, colormap
+from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
+from torchlens_viz.draw.style import Rank, Style, own_labels
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
-from torchlens_viz.style import Rank, Style, own_labels
-from torchlens_viz.tiling import compose
 
 _TILE_SIZE: Final = 32
 _MOST_PIXELS: Final = 2**28

@@ -10,10 +10,10 @@ from typing import Final
 import numpy as np
 import torch
 
-from torchlens_viz.colormaps import LEVELS, Colormap, Table, colormap
+from torchlens_viz.draw.palette import LEVELS, Colormap, Table, colormap
+from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
+from torchlens_viz.draw.style import Interpolation
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.scaling import Limits, find_limits, special_codes, to_levels
-from torchlens_viz.style import Interpolation
 
 _AT_ONCE: Final = 2**21  # pixels that are worked on together
 _ZERO: Final = LEVELS // 2

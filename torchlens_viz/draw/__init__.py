@@ -1,0 +1,1 @@
+"""Numbers become pixels; nothing here knows a model."""
