@@ -12,7 +12,7 @@ from torch import nn
 
 from torchlens_viz import Activations, capture
 from torchlens_viz.errors import ArchiveError, LayerNotCapturedError, MissingDependencyError
-from torchlens_viz.records import InputOutput
+from torchlens_viz.hooks.activations import InputOutput
 
 
 class Twice(nn.Module):

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchlens_viz import capture
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, LayerNotCapturedError, LayerNotFoundError
-from torchlens_viz.records import Inputs
+from torchlens_viz.hooks.activations import Inputs
 
 
 def hook_count(model: nn.Module) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchlens_viz import capture
-from torchlens_viz.transfers import Transfers
+from torchlens_viz.hooks.transfers import Transfers
 
 
 class SlowLane:
@@ -56,11 +56,11 @@ def test_pinned_memory_is_bounded():
 
 @pytest.mark.parametrize("read", ["inside", "after", "repr"])
 def test_activations_are_never_read_before_they_are_complete(monkeypatch, read):
-    from torchlens_viz import activations
+    from torchlens_viz.hooks import capture as activations
 
     lane = SlowLane()
     monkeypatch.setattr(activations, "Transfers", lambda: Transfers(lane))
-    monkeypatch.setattr("torchlens_viz.retention.travels", lambda tensor, device: device is not None)
+    monkeypatch.setattr("torchlens_viz.hooks.retention.travels", lambda tensor, device: device is not None)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True))
     image = torch.randn(1, 3, 8, 8)
     with torch.no_grad(), capture(model, "*", device="cpu") as acts:

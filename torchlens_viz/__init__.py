@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchlens_viz import testing as testing
-    from torchlens_viz.activations import Activations as Activations
-    from torchlens_viz.activations import capture as capture
     from torchlens_viz.ascent import maximize as maximize
     from torchlens_viz.dataset import survey as survey
     from torchlens_viz.draw.grid import make_grid as make_grid
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
     from torchlens_viz.folders import save_feature_maps as save_feature_maps
     from torchlens_viz.folders import save_kernel_sheets as save_kernel_sheets
+    from torchlens_viz.hooks.capture import Activations as Activations
+    from torchlens_viz.hooks.capture import capture as capture
     from torchlens_viz.maximization import Maximization as Maximization
     from torchlens_viz.monitor import Monitor as Monitor
     from torchlens_viz.overlays import overlay_grid as overlay_grid
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Activations": "activations",
+    "Activations": "hooks.capture",
     "ChannelStats": "stats.channel_stats",
     "LayerNotFoundError": "errors",
     "Maximization": "maximization",
@@ -44,7 +44,7 @@ _HOME = {
     "RunningStats": "stats.running",
     "Survey": "surveys",
     "TorchlensVizError": "errors",
-    "capture": "activations",
+    "capture": "hooks.capture",
     "feature_grid": "sheets",
     "kernel_grid": "sheets",
     "make_grid": "draw.grid",

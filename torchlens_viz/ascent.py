@@ -18,7 +18,7 @@ from torchlens_viz.climbing import climb
 from torchlens_viz.climbs import Climb, Plan, Request
 from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.hookable import refuse_torchscript
+from torchlens_viz.hooks.hookable import refuse_torchscript
 from torchlens_viz.images import Parametrization, ParametrizationName, Pixels, parametrization_of
 from torchlens_viz.maximization import Maximization
 from torchlens_viz.models.layers import Selector

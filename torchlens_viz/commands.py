@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.activations import capture
 from torchlens_viz.ascent import maximize
 from torchlens_viz.distributed import joined
 from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
+from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.weights import one_line

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz.errors import CaptureError
+from torchlens_viz.hooks.stance import eager_stance
 from torchlens_viz.models.layers import select_one
-from torchlens_viz.stance import eager_stance
 
 Values: TypeAlias = dict[str, torch.Tensor]
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.activations import capture
 from torchlens_viz.ascent import maximize
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
+from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.demo_net import load_demo_net, normalize, preprocess
 from torchlens_viz.pairs import pair_grid
 from torchlens_viz.sheets import feature_grid, kernel_grid

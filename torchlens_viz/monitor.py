@@ -12,12 +12,12 @@ from typing import Any, Final, final
 from torch import nn
 
 from torchlens_viz import portraits
-from torchlens_viz.activations import Capture
 from torchlens_viz.boards import Board
 from torchlens_viz.distributed import world
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 from torchlens_viz.health import Figures, Trouble, Watchman, warn
-from torchlens_viz.hookable import refuse_torchscript, refuse_unhookable
+from torchlens_viz.hooks.capture import Capture
+from torchlens_viz.hooks.hookable import refuse_torchscript, refuse_unhookable
 from torchlens_viz.models.kernels import has_kernels
 from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.norms import Norms

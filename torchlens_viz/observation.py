@@ -9,7 +9,7 @@ from typing import Any, Final, final
 import torch
 
 from torchlens_viz.errors import CaptureError
-from torchlens_viz.retention import Retention
+from torchlens_viz.hooks.retention import Retention
 from torchlens_viz.stats.running import RunningStats
 
 # Values of a call that make its histogram: a full one costs more than the pass. The number is prime, so that

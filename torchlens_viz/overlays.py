@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.activations import capture
 from torchlens_viz.arguments import indices_of
 from torchlens_viz.draw.blend import Blend
 from torchlens_viz.draw.canvas import draw
@@ -21,6 +20,7 @@ from torchlens_viz.draw.palette import Colormap, Table, colormap
 from torchlens_viz.draw.style import Interpolation, Rank, Style, own_labels, ranking
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import save_picture
+from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import as_batch, as_pixels, like_parameters
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from torchlens_viz.activations import capture
 from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.draw.canvas import draw, in_colour
 from torchlens_viz.draw.captions import captioned
 from torchlens_viz.draw.palette import colormap
 from torchlens_viz.draw.style import Style, own_labels
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.kernels import kernels_of
 from torchlens_viz.models.layers import Selector

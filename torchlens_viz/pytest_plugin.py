@@ -13,8 +13,8 @@ import pytest
 if TYPE_CHECKING:
     from torch import nn
 
+    from torchlens_viz.hooks.activations import Activations
     from torchlens_viz.models.layers import Selector
-    from torchlens_viz.records import Activations
     from torchlens_viz.regression import ActivationRegression
 
 
@@ -41,7 +41,7 @@ def activations() -> Record:
     The model runs once, in eval mode and without gradients; afterwards it is in the mode it was in. `x` is
     what it takes: a tuple holds several arguments, a dict arguments by name. The options are `capture`'s.
     """
-    from torchlens_viz.activations import capture
+    from torchlens_viz.hooks.capture import capture
     from torchlens_viz.models.state import inference
 
     def record(model: nn.Module, x: Any, layers: Selector, **options: Any) -> Activations:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves
-from torchlens_viz.records import Activations
 from torchlens_viz.stats.channel_stats import ChannelStats
 from torchlens_viz.stats.running import RunningStats
 

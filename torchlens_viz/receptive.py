@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchlens_viz.activations import capture
 from torchlens_viz.dependence import Dependence
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.extents import Extents, Grid
+from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference
 from torchlens_viz.nested import tensors

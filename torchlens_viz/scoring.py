@@ -8,10 +8,10 @@ from typing import Any, Final, Literal, NamedTuple, final
 import torch
 from torch import nn
 
-from torchlens_viz.activations import capture
 from torchlens_viz.algebra import Objective, Scene
 from torchlens_viz.cutting import Cut
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
+from torchlens_viz.hooks.capture import capture
 from torchlens_viz.memory import is_out_of_memory
 from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.shadow import autocasting, shadow_of

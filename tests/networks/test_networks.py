@@ -17,7 +17,7 @@ from recorder import Frozen, Recorder, freeze, same, same_tensor
 from torch import nn
 
 from torchlens_viz import capture
-from torchlens_viz.records import InputOutput, Inputs
+from torchlens_viz.hooks.activations import InputOutput, Inputs
 
 HOOKS = (
     "_forward_hooks",

@@ -9,8 +9,8 @@ from typing import Any, Final, NamedTuple, final
 
 import torch
 
-from torchlens_viz import archive
 from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCallsError, TorchlensVizError
+from torchlens_viz.hooks import archive
 from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves, map_leaves, tensors
 from torchlens_viz.stats.channel_stats import ChannelStats
