@@ -17,7 +17,7 @@ from torchlens_viz.models.demo_net import preprocess as demo_preprocess
 from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.overlays import overlay_grid, save_overlay_grid
 from torchlens_viz.pairs import pair_grid
-from torchlens_viz.receptive import ReceptiveField, receptive_field
+from torchlens_viz.receptive.find import ReceptiveField, receptive_field
 
 PLAIN = {"labels": False, "upscale": 1, "backdrop": "colour"}
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from torchlens_viz.dependence import Dependence
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.extents import Extents, UnknownOperationError
-from torchlens_viz.receptive import ReceptiveField, receptive_field
+from torchlens_viz.receptive.extents import Extents, UnknownOperationError
+from torchlens_viz.receptive.find import ReceptiveField, receptive_field
+from torchlens_viz.receptive.rules import Dependence
 
 
 def seen_rows(model: nn.Module, shape: tuple[int, ...], axis: int) -> list[tuple[int, int] | None]:

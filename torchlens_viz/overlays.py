@@ -24,7 +24,7 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import as_batch, as_pixels, like_parameters
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference
-from torchlens_viz.receptive import ReceptiveField, receptive_field
+from torchlens_viz.receptive.find import ReceptiveField, receptive_field
 
 Backdrop: TypeAlias = Literal["gray", "colour"]
 

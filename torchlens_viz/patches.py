@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchlens_viz.batches import InputOf, input_of
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.inputs import as_batch, as_pixels
-from torchlens_viz.receptive import receptive_field
-from torchlens_viz.regions import ReceptiveField
+from torchlens_viz.receptive.field import ReceptiveField
+from torchlens_viz.receptive.find import receptive_field
 
 _REMEMBERED: Final = 64  # inputs that are kept, because several channels may like the same
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from torchlens_viz.extents import Extents, UnknownOperationError, over, slide
 from torchlens_viz.nested import map_tensors, tensors
-from torchlens_viz.windows import Windows, adaptive, padded, resized, sliding, transposed
+from torchlens_viz.receptive.extents import Extents, UnknownOperationError, over, slide
+from torchlens_viz.receptive.windows import Windows, adaptive, padded, resized, sliding, transposed
 
 
 def extents_in(*values: Any) -> list[Extents]:

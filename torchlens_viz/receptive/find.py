@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchlens_viz.dependence import Dependence
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.extents import Extents, Grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference
 from torchlens_viz.nested import tensors
-from torchlens_viz.regions import ReceptiveField as ReceptiveField
-from torchlens_viz.regions import Span
+from torchlens_viz.receptive.extents import Extents, Grid
+from torchlens_viz.receptive.field import ReceptiveField as ReceptiveField
+from torchlens_viz.receptive.field import Span
+from torchlens_viz.receptive.rules import Dependence
 
 _PROBES: Final = 5
 

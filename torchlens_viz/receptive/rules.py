@@ -8,7 +8,8 @@ from typing import Any, Final, TypeAlias, final
 import torch
 from torch.overrides import TorchFunctionMode
 
-from torchlens_viz.extents import (
+from torchlens_viz.nested import map_tensors, tensors
+from torchlens_viz.receptive.extents import (
     Extents,
     Grid,
     UnknownOperationError,
@@ -18,8 +19,7 @@ from torchlens_viz.extents import (
     thin,
     union,
 )
-from torchlens_viz.nested import map_tensors, tensors
-from torchlens_viz.spatial import (
+from torchlens_viz.receptive.spatial import (
     adaptive_pooling,
     as_extents,
     bound,
