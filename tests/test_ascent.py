@@ -612,7 +612,7 @@ def test_where_memory_runs_out_the_batch_is_halved_to_the_same_result(error):
 
 
 def test_no_image_is_lost_where_memory_runs_out_as_they_begin(monkeypatch):
-    from torchlens_viz.scoring import Scorer
+    from torchlens_viz.backprop.scorer import Scorer
 
     whole = Scorer.sensitivity
 

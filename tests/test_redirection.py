@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchlens_viz.redirection import Redirection
+from torchlens_viz.backprop.relu import Redirection
 
 INF = float("inf")
 # (function, its limits)

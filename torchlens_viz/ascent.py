@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.algebra import Objective, Scene
+from torchlens_viz.backprop.network import Precision, isolated, resolve_precision
+from torchlens_viz.backprop.objective import Objective, Scene
+from torchlens_viz.backprop.scorer import Scorer, device_of
 from torchlens_viz.climbing import climb
 from torchlens_viz.climbs import Climb, Plan, Request
 from torchlens_viz.distributed import gathered, world
@@ -39,8 +41,6 @@ from torchlens_viz.planning import (
 )
 from torchlens_viz.progress import Bar
 from torchlens_viz.resumption import Resumption
-from torchlens_viz.scoring import Scorer, device_of
-from torchlens_viz.shadow import Precision, isolated, resolve_precision
 from torchlens_viz.transforms import Transforms, TransformsName, transforms_of
 
 Method: TypeAlias = Literal["normalized", "classic"]

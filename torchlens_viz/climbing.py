@@ -9,11 +9,11 @@ from typing import Final, final
 
 import torch
 
+from torchlens_viz.backprop.device import is_out_of_memory
+from torchlens_viz.backprop.relu import Redirection
+from torchlens_viz.backprop.scorer import Scorer, Sensitivity
 from torchlens_viz.climbs import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
-from torchlens_viz.memory import is_out_of_memory
-from torchlens_viz.redirection import Redirection
-from torchlens_viz.scoring import Scorer, Sensitivity
 from torchlens_viz.slots import Rows, Run
 from torchlens_viz.starts import Starts
 from torchlens_viz.updates import Adam, as_it_is, normalised

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 
-from torchlens_viz.algebra import Objective, Scene
+from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [

@@ -8,13 +8,13 @@ from typing import Any, Final, Literal, NamedTuple, final
 import torch
 from torch import nn
 
-from torchlens_viz.algebra import Objective, Scene
-from torchlens_viz.cutting import Cut
+from torchlens_viz.backprop.cutting import Cut
+from torchlens_viz.backprop.device import is_out_of_memory
+from torchlens_viz.backprop.network import autocasting, shadow_of
+from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.memory import is_out_of_memory
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.shadow import autocasting, shadow_of
 
 _LINEAR: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,

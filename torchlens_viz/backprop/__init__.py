@@ -1,0 +1,1 @@
+"""Gradients with respect to the input: a private copy of the network, cut, redirected, scored."""
