@@ -22,8 +22,8 @@ from torchvision import models
 
 from torchlens_viz import capture, feature_grid, kernel_grid, maximize, pair_grid
 from torchlens_viz.files.pictures import save_picture
+from torchlens_viz.grids.overlay import overlay_grid
 from torchlens_viz.models.demo_net import load_demo_net, normalize, preprocess
-from torchlens_viz.overlays import overlay_grid
 
 Pictures = Iterator[tuple[str, Image.Image]]
 

@@ -13,9 +13,9 @@ from torchlens_viz import cli, demo
 from torchlens_viz.demo import run_demo
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.pictures import read_image
+from torchlens_viz.grids.kernels import feature_grid, kernel_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.demo_net import load_demo_net, preprocess
-from torchlens_viz.sheets import feature_grid, kernel_grid
 
 NAMES = [
     "kernels.png",

@@ -13,10 +13,10 @@ from torch import nn
 from torchlens_viz.draw.blend import Blend
 from torchlens_viz.draw.palette import colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.grids.overlay import overlay_grid, save_overlay_grid
+from torchlens_viz.grids.pairs import pair_grid
 from torchlens_viz.models.demo_net import preprocess as demo_preprocess
 from torchlens_viz.models.inputs import as_batch, as_pixels
-from torchlens_viz.overlays import overlay_grid, save_overlay_grid
-from torchlens_viz.pairs import pair_grid
 from torchlens_viz.receptive.find import ReceptiveField, receptive_field
 
 PLAIN = {"labels": False, "upscale": 1, "backdrop": "colour"}

@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from torchlens_viz.draw.grid import make_grid as make_grid
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
-    from torchlens_viz.folders import save_feature_maps as save_feature_maps
-    from torchlens_viz.folders import save_kernel_sheets as save_kernel_sheets
+    from torchlens_viz.grids.folders import save_feature_maps as save_feature_maps
+    from torchlens_viz.grids.folders import save_kernel_sheets as save_kernel_sheets
+    from torchlens_viz.grids.kernels import feature_grid as feature_grid
+    from torchlens_viz.grids.kernels import kernel_grid as kernel_grid
+    from torchlens_viz.grids.kernels import save_feature_grid as save_feature_grid
+    from torchlens_viz.grids.kernels import save_kernel_grid as save_kernel_grid
+    from torchlens_viz.grids.overlay import overlay_grid as overlay_grid
+    from torchlens_viz.grids.overlay import save_overlay_grid as save_overlay_grid
+    from torchlens_viz.grids.pairs import pair_grid as pair_grid
     from torchlens_viz.hooks.capture import Activations as Activations
     from torchlens_viz.hooks.capture import capture as capture
     from torchlens_viz.maximization import Maximization as Maximization
     from torchlens_viz.monitor import Monitor as Monitor
-    from torchlens_viz.overlays import overlay_grid as overlay_grid
-    from torchlens_viz.overlays import save_overlay_grid as save_overlay_grid
-    from torchlens_viz.pairs import pair_grid as pair_grid
-    from torchlens_viz.sheets import feature_grid as feature_grid
-    from torchlens_viz.sheets import kernel_grid as kernel_grid
-    from torchlens_viz.sheets import save_feature_grid as save_feature_grid
-    from torchlens_viz.sheets import save_kernel_grid as save_kernel_grid
     from torchlens_viz.stats.channel_stats import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
     from torchlens_viz.surveys import Survey as Survey
@@ -45,17 +45,17 @@ _HOME = {
     "Survey": "surveys",
     "TorchlensVizError": "errors",
     "capture": "hooks.capture",
-    "feature_grid": "sheets",
-    "kernel_grid": "sheets",
+    "feature_grid": "grids.kernels",
+    "kernel_grid": "grids.kernels",
     "make_grid": "draw.grid",
     "maximize": "ascent",
-    "overlay_grid": "overlays",
-    "pair_grid": "pairs",
-    "save_feature_grid": "sheets",
-    "save_feature_maps": "folders",
-    "save_kernel_grid": "sheets",
-    "save_kernel_sheets": "folders",
-    "save_overlay_grid": "overlays",
+    "overlay_grid": "grids.overlay",
+    "pair_grid": "grids.pairs",
+    "save_feature_grid": "grids.kernels",
+    "save_feature_maps": "grids.folders",
+    "save_kernel_grid": "grids.kernels",
+    "save_kernel_sheets": "grids.folders",
+    "save_overlay_grid": "grids.overlay",
     "survey": "dataset",
 }
 

@@ -20,12 +20,12 @@ from torchlens_viz.distributed import joined
 from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
+from torchlens_viz.grids.kernels import feature_grid, save_kernel_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.weights import one_line
 from torchlens_viz.models.zoo import LoadedModel, load_model
-from torchlens_viz.sheets import feature_grid, save_kernel_grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from torchlens_viz.ascent import maximize
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
+from torchlens_viz.grids.kernels import feature_grid, kernel_grid
+from torchlens_viz.grids.pairs import pair_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.demo_net import load_demo_net, normalize, preprocess
-from torchlens_viz.pairs import pair_grid
-from torchlens_viz.sheets import feature_grid, kernel_grid
 
 _NEXT_COMMAND = "torchlens-viz maps resnet18 photo.jpg -o maps"
 _FIRST_LAYER = "features.0"

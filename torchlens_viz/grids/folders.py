@@ -23,11 +23,11 @@ from torchlens_viz.draw.style import Interpolation, Style, StyleOptions, as_matr
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import save_picture
+from torchlens_viz.grids.kernels import kernel_grid
 from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.models.kernels import convolutions, kernels_of
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.progress import tracked
-from torchlens_viz.sheets import kernel_grid
 
 # How to draw a picture, and where it goes. Drawn late, so that a folder of any size takes little memory.
 _Job: TypeAlias = tuple[Callable[[], Image.Image], Path]

@@ -18,12 +18,12 @@ from torchlens_viz.draw.captions import captioned
 from torchlens_viz.draw.palette import colormap
 from torchlens_viz.draw.style import Style, own_labels
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.grids.patterns import Patterns, measure_patterns
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.kernels import kernels_of
 from torchlens_viz.models.layers import Selector
 from torchlens_viz.models.state import inference
-from torchlens_viz.patterns import Patterns, measure_patterns
 
 Order: TypeAlias = Literal["picture", "edges", "colour", "channel"]
 
@@ -47,7 +47,7 @@ def pair_grid(
 ) -> Image.Image:
     """Draw the kernels of a convolution, each with the feature map it makes of an image to its right.
 
-    Which kernels keep the picture, and which only its edges? `torchlens_viz.patterns` has the numbers, by
+    Which kernels keep the picture, and which only its edges? `torchlens_viz.grids.patterns` has the numbers, by
     which the pairs are sorted and labelled: `p` how clearly the picture is still there, `e` how much its
     edges are, `c` the kernel's share of colour.
 

@@ -1,0 +1,1 @@
+"""Pictures of a model: the public `*_grid` and `save_*` functions."""
