@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.errors import ArchiveError
-from torchlens_viz.regression import ActivationRegression
+from torchlens_viz.testing.baseline import ActivationRegression
 
 SUITE = """
     import pytest

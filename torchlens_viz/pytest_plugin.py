@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torchlens_viz.hooks.activations import Activations
     from torchlens_viz.models.layers import Selector
-    from torchlens_viz.regression import ActivationRegression
+    from torchlens_viz.testing.baseline import ActivationRegression
 
 
 class Record(Protocol):
@@ -61,7 +61,7 @@ def activation_regression(request: pytest.FixtureRequest) -> ActivationRegressio
 
     The baseline is `<module>/<test>.json` beside the test's file; `pytest --activations-overwrite` writes it.
     """
-    from torchlens_viz.regression import ActivationRegression
+    from torchlens_viz.testing.baseline import ActivationRegression
 
     module = Path(request.path)
     test = request.node.nodeid.partition("::")[2] or request.node.name

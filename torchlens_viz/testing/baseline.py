@@ -13,9 +13,9 @@ import torch
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
 from torchlens_viz.files.filenames import safe_name
 from torchlens_viz.files.paths import reason_of, replacing
-from torchlens_viz.findings import COMPARED, differences, nonfinite
-from torchlens_viz.readings import Globs, Subject, read, statistics_of
 from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.testing.messages import COMPARED, differences, nonfinite
+from torchlens_viz.testing.subjects import Globs, Subject, read, statistics_of
 
 _FORMAT: Final = "torchlens_viz.baseline/1"
 _OPTION: Final = "--activations-overwrite"

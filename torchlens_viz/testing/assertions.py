@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.findings import differences, nonfinite, share, some
-from torchlens_viz.readings import Globs, Subject, read, statistics_of
 from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.testing.messages import differences, nonfinite, share, some
+from torchlens_viz.testing.subjects import Globs, Subject, read, statistics_of
 
 
 def assert_finite(x: Subject, *, layers: Globs = None, msg: str | None = None) -> None:
