@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from torchlens_viz import LayerNotFoundError, RunningStats, Survey, survey, testing
+from torchlens_viz.dataset.tally import Observation, empty_tally
 from torchlens_viz.errors import (
     ArchiveError,
     InvalidArgumentError,
@@ -31,7 +32,6 @@ from torchlens_viz.errors import (
 from torchlens_viz.files.picture_folders import pictures_in
 from torchlens_viz.stats.peaks import find_peaks
 from torchlens_viz.stats.topk import RunningTop
-from torchlens_viz.tallies import Observation, empty_tally
 
 
 def brute_force(maps: torch.Tensor, k: int, samples: list[int]) -> tuple[list, list, list]:

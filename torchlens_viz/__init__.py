@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torchlens_viz import testing as testing
     from torchlens_viz.ascent import maximize as maximize
-    from torchlens_viz.dataset import survey as survey
+    from torchlens_viz.dataset.result import Survey as Survey
+    from torchlens_viz.dataset.survey import survey as survey
     from torchlens_viz.draw.grid import make_grid as make_grid
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from torchlens_viz.monitor import Monitor as Monitor
     from torchlens_viz.stats.channel_stats import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
-    from torchlens_viz.surveys import Survey as Survey
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _HOME = {
     "Maximization": "maximization",
     "Monitor": "monitor",
     "RunningStats": "stats.running",
-    "Survey": "surveys",
+    "Survey": "dataset.result",
     "TorchlensVizError": "errors",
     "capture": "hooks.capture",
     "feature_grid": "grids.kernels",
@@ -56,7 +56,7 @@ _HOME = {
     "save_kernel_grid": "grids.kernels",
     "save_kernel_sheets": "grids.folders",
     "save_overlay_grid": "grids.overlay",
-    "survey": "dataset",
+    "survey": "dataset.survey",
 }
 
 __all__ = [

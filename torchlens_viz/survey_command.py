@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.commands import Outcome, own_gpu
-from torchlens_viz.dataset import survey
+from torchlens_viz.dataset.survey import survey
 from torchlens_viz.distributed import gathered, joined
 from torchlens_viz.errors import (
     InvalidArgumentError,

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple, final
 import torch
 from PIL import Image
 
+from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.paths import write_whole
@@ -21,7 +22,6 @@ from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.weights import one_line
 from torchlens_viz.models.zoo import LoadedModel
-from torchlens_viz.surveys import Survey
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
 _MOST_PAIRS: Final = 100  # of duplicates in a layer

@@ -10,9 +10,9 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from torchlens_viz.dataset.tally import Tally
 from torchlens_viz.errors import ArchiveError, MissingDependencyError
 from torchlens_viz.files.paths import reason_of, replacing
-from torchlens_viz.tallies import Tally
 
 _FORMAT: Final = "torchlens_viz.survey/1"
 

@@ -9,12 +9,12 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from torchlens_viz.batches import Batch, Numbering
+from torchlens_viz.dataset.checkpoint import Logbook, Progress, fingerprint
+from torchlens_viz.dataset.loader import Batch, Numbering
+from torchlens_viz.dataset.tally import Observation, Tally
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.logbooks import Logbook, Progress, fingerprint
 from torchlens_viz.models.state import inference
-from torchlens_viz.tallies import Observation, Tally
 
 
 @final

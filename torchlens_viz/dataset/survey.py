@@ -10,7 +10,11 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from torchlens_viz.batches import Indices, InputOf, Numbering, inputs_in
+from torchlens_viz.dataset.checkpoint import Logbook, Progress
+from torchlens_viz.dataset.loader import Indices, InputOf, Numbering, inputs_in
+from torchlens_viz.dataset.result import Survey
+from torchlens_viz.dataset.run import Pass
+from torchlens_viz.dataset.tally import Tally, empty_tally
 from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import (
     DistributedError,
@@ -19,13 +23,9 @@ from torchlens_viz.errors import (
     NoDataError,
 )
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.logbooks import Logbook, Progress
 from torchlens_viz.models.layers import Selector, select
-from torchlens_viz.passes import Pass
 from torchlens_viz.progress import counter
 from torchlens_viz.stats.running import Bins
-from torchlens_viz.surveys import Survey
-from torchlens_viz.tallies import Tally, empty_tally
 
 _NOTHING: Final = "`loader` must yield at least one batch, got none; was it used up before?"
 

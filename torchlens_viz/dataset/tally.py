@@ -9,7 +9,7 @@ from typing import Any, Final, final
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.comoments import Comoments, comoments, together
+from torchlens_viz.dataset.comoments import Comoments, comoments, together
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
 from torchlens_viz.stats.peaks import Peaks, find_peaks, united
 from torchlens_viz.stats.running import Bins, RunningStats

@@ -13,23 +13,23 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.arguments import indices_of
-from torchlens_viz.batches import InputOf
-from torchlens_viz.comoments import correlation
+from torchlens_viz.dataset.comoments import correlation
+from torchlens_viz.dataset.findings import Duplicate, kernel_cosine, near_duplicates
+from torchlens_viz.dataset.ledgers import read_ledger, write_ledger
+from torchlens_viz.dataset.loader import InputOf
+from torchlens_viz.dataset.patches import Cutter, Patch, pick
+from torchlens_viz.dataset.tables import frame_of, lists_of, rows_of
+from torchlens_viz.dataset.tally import Tally
+from torchlens_viz.dataset.topsheets import draw_rows
 from torchlens_viz.draw.style import Style
-from torchlens_viz.duplicates import Duplicate, kernel_cosine, near_duplicates
 from torchlens_viz.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     LayerNotCapturedError,
 )
-from torchlens_viz.ledgers import read_ledger, write_ledger
 from torchlens_viz.models.layers import nearest
-from torchlens_viz.patches import Cutter, Patch, pick
 from torchlens_viz.stats.channel_stats import ChannelStats
 from torchlens_viz.stats.topk import Top
-from torchlens_viz.tables import frame_of, lists_of, rows_of
-from torchlens_viz.tallies import Tally
-from torchlens_viz.topsheets import draw_rows
 
 V = TypeVar("V")
 

@@ -9,9 +9,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, final
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.nested import map_tensors, tensors
-from torchlens_viz.samplers import (
+from torchlens_viz.dataset.samplers import (
     UnknownOrder,
     padding,
     refuse_loss_of_order,
@@ -19,6 +17,8 @@ from torchlens_viz.samplers import (
     refuse_what_is_no_loader,
     sampler_of,
 )
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.nested import map_tensors, tensors
 
 InputOf: TypeAlias = str | int | Callable[[Any], Any] | None
 Indices: TypeAlias = Sequence[int] | torch.Tensor | Callable[[Any], Any] | None

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, final
 
 import torch
 
-from torchlens_viz.batches import Batch
+from torchlens_viz.dataset.ledgers import read_ledger, require_safetensors, write_ledger
+from torchlens_viz.dataset.loader import Batch
+from torchlens_viz.dataset.tally import Tally
 from torchlens_viz.errors import ArchiveError
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.ledgers import read_ledger, require_safetensors, write_ledger
 from torchlens_viz.nested import tensors
-from torchlens_viz.tallies import Tally
 
 
 class Progress(NamedTuple):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from torchlens_viz.batches import InputOf, input_of
+from torchlens_viz.dataset.loader import InputOf, input_of
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.receptive.field import ReceptiveField
