@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz import objectives
-from torchlens_viz.ascent import maximize
+from torchlens_viz.ascent.maximize import maximize
+from torchlens_viz.ascent.parametrization import Fourier, Pixels
+from torchlens_viz.ascent.transforms import Transforms
 from torchlens_viz.errors import (
     CaptureError,
     CaptureMemoryError,
@@ -22,8 +24,6 @@ from torchlens_viz.errors import (
     InvalidTypeError,
     LayerNotFoundError,
 )
-from torchlens_viz.images import Fourier, Pixels
-from torchlens_viz.transforms import Transforms
 
 ROBUST = Transforms(jitter=0.05, scale=(0.9, 1.1), rotate=10.0, pad=0.05, noise=0.02)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from torchlens_viz import capture, objectives
-from torchlens_viz.ascent import maximize
+from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 from torchlens_viz.models.demo_net import load_demo_net, normalize
 

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from torchlens_viz.ascent.parametrization import (
+    FixedSpectrum,
+    Fourier,
+    Parametrization,
+    Pixels,
+    parametrization_of,
+)
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.images import FixedSpectrum, Fourier, Parametrization, Pixels, parametrization_of
 
 SIZES = [(8, 8), (7, 9), (6, 11), (1, 5), (5, 1)]
 

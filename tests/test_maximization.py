@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
-from torchlens_viz.maximization import Maximization
 
 
 def made(channels=(4, 0, 4), depth=3, **options) -> Maximization:

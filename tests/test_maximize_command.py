@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from torchlens_viz import Maximization, cli, maximize
+from torchlens_viz.ascent.checkpoint import Resumption
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.zoo import load_model
-from torchlens_viz.resumption import Resumption
 
 MODULE = """
 import torch

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from torchlens_viz import objectives
-from torchlens_viz.ascent import maximize
-from torchlens_viz.climbs import Climb, Request
+from torchlens_viz.ascent.checkpoint import Resumption
+from torchlens_viz.ascent.maximize import maximize
+from torchlens_viz.ascent.plan import Climb, Request
 from torchlens_viz.errors import ArchiveError
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.resumption import Resumption
 
 
 def net() -> nn.Sequential:

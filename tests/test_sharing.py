@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchlens_viz import objectives
-from torchlens_viz.ascent import maximize
+from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.distributed import gathered, world
 
 PROGRAM = """
@@ -21,7 +21,7 @@ PROGRAM = """
     import torch.distributed as dist
     from torch import nn
     from torchlens_viz import objectives
-    from torchlens_viz.ascent import maximize
+    from torchlens_viz.ascent.maximize import maximize
     from torchlens_viz.errors import DistributedError
 
     torch.set_num_threads(1)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from torchlens_viz.ascent.transforms import NUMBERS, Transforms, transforms_of
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.transforms import NUMBERS, Transforms, transforms_of
 
 STILL = [0.5, 0.5, 0.5, 0.5, 0.5]  # the middle of every range
 

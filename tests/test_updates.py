@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchlens_viz.updates import Adam, Smoothing, as_it_is, normalised
+from torchlens_viz.ascent.optimizer import Adam, Smoothing, as_it_is, normalised
 
 
 def climb(adam, gradients, steps=None):

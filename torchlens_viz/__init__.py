@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torchlens_viz import testing as testing
-    from torchlens_viz.ascent import maximize as maximize
+    from torchlens_viz.ascent.maximize import maximize as maximize
+    from torchlens_viz.ascent.result import Maximization as Maximization
     from torchlens_viz.dataset.result import Survey as Survey
     from torchlens_viz.dataset.survey import survey as survey
     from torchlens_viz.draw.grid import make_grid as make_grid
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from torchlens_viz.grids.pairs import pair_grid as pair_grid
     from torchlens_viz.hooks.capture import Activations as Activations
     from torchlens_viz.hooks.capture import capture as capture
-    from torchlens_viz.maximization import Maximization as Maximization
     from torchlens_viz.monitor import Monitor as Monitor
     from torchlens_viz.stats.channel_stats import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
@@ -39,7 +39,7 @@ _HOME = {
     "Activations": "hooks.capture",
     "ChannelStats": "stats.channel_stats",
     "LayerNotFoundError": "errors",
-    "Maximization": "maximization",
+    "Maximization": "ascent.result",
     "Monitor": "monitor",
     "RunningStats": "stats.running",
     "Survey": "dataset.result",
@@ -48,7 +48,7 @@ _HOME = {
     "feature_grid": "grids.kernels",
     "kernel_grid": "grids.kernels",
     "make_grid": "draw.grid",
-    "maximize": "ascent",
+    "maximize": "ascent.maximize",
     "overlay_grid": "grids.overlay",
     "pair_grid": "grids.pairs",
     "save_feature_grid": "grids.kernels",

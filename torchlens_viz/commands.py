@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.ascent import maximize
+from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.distributed import joined
 from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
 from torchlens_viz.files.filenames import safe_names

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.ascent import maximize
+from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.filenames import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-from torchlens_viz.images import Parametrization, Size
-from torchlens_viz.transforms import Transforms
-from torchlens_viz.updates import Smoothing
+from torchlens_viz.ascent.optimizer import Smoothing
+from torchlens_viz.ascent.parametrization import Parametrization, Size
+from torchlens_viz.ascent.transforms import Transforms
 
 Status: TypeAlias = Literal["threshold", "steps", "stalled", "dead", "nonfinite"]
 

@@ -13,19 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.backprop.network import Precision, isolated, resolve_precision
-from torchlens_viz.backprop.objective import Objective, Scene
-from torchlens_viz.backprop.scorer import Scorer, device_of
-from torchlens_viz.climbing import climb
-from torchlens_viz.climbs import Climb, Plan, Request
-from torchlens_viz.distributed import gathered, world
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.hooks.hookable import refuse_torchscript
-from torchlens_viz.images import Parametrization, ParametrizationName, Pixels, parametrization_of
-from torchlens_viz.maximization import Maximization
-from torchlens_viz.models.layers import Selector
-from torchlens_viz.objectives import ObjectiveName, objective_of
-from torchlens_viz.planning import (
+from torchlens_viz.ascent.checkpoint import Resumption
+from torchlens_viz.ascent.climb import climb
+from torchlens_viz.ascent.options import (
     channel_means,
     check_independence,
     check_numbers,
@@ -39,9 +29,24 @@ from torchlens_viz.planning import (
     smoothing_of,
     start_of,
 )
+from torchlens_viz.ascent.parametrization import (
+    Parametrization,
+    ParametrizationName,
+    Pixels,
+    parametrization_of,
+)
+from torchlens_viz.ascent.plan import Climb, Plan, Request
+from torchlens_viz.ascent.result import Maximization
+from torchlens_viz.ascent.transforms import Transforms, TransformsName, transforms_of
+from torchlens_viz.backprop.network import Precision, isolated, resolve_precision
+from torchlens_viz.backprop.objective import Objective, Scene
+from torchlens_viz.backprop.scorer import Scorer, device_of
+from torchlens_viz.distributed import gathered, world
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.hooks.hookable import refuse_torchscript
+from torchlens_viz.models.layers import Selector
+from torchlens_viz.objectives import ObjectiveName, objective_of
 from torchlens_viz.progress import Bar
-from torchlens_viz.resumption import Resumption
-from torchlens_viz.transforms import Transforms, TransformsName, transforms_of
 
 Method: TypeAlias = Literal["normalized", "classic"]
 
@@ -103,7 +108,7 @@ def maximize(
             `torchvision.transforms.Normalize`.
         transforms: `"robust"`, `"classic"`, `"none"` or `Transforms(...)`: what the images must survive.
         parametrization: What is optimised: `"pixels"`, `"fourier"` coefficients or, with the magnitudes
-            of natural images, their phases (`"maco"`); or one of `torchlens_viz.images` with options.
+            of natural images, their phases (`"maco"`); or one of `torchlens_viz.ascent.parametrization` with options.
         steps: Steps per image.
         lr: The learning rate; None is that of the parametrisation, 0.05 of the range of pixels per step.
         threshold: Stop an image once its objective exceeds this.

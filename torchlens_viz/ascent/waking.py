@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final
 
-from torchlens_viz.climbs import Plan
-from torchlens_viz.slots import Run
+from torchlens_viz.ascent.plan import Plan
+from torchlens_viz.ascent.slots import Run
 
 _REDIRECTED_STEPS: Final = 16
 _REDIRECTIONS: Final = 4  # on end, from one start

@@ -7,8 +7,8 @@ from typing import final
 
 import torch
 
-from torchlens_viz.climbs import Plan, Request, stream
-from torchlens_viz.slots import Rows, Run
+from torchlens_viz.ascent.plan import Plan, Request, stream
+from torchlens_viz.ascent.slots import Rows, Run
 
 
 @final

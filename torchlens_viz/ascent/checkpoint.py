@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from torchlens_viz.climbs import Climb, Request
+from torchlens_viz.ascent.plan import Climb, Request
 from torchlens_viz.errors import ArchiveError
 from torchlens_viz.files.paths import reason_of, write_whole
 

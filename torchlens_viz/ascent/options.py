@@ -14,16 +14,16 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.arguments import indices_of
+from torchlens_viz.ascent.optimizer import Smoothing
+from torchlens_viz.ascent.parametrization import Parametrization, Pixels, Size
+from torchlens_viz.ascent.plan import Plan, Request
 from torchlens_viz.backprop.device import free_bytes, is_out_of_memory
 from torchlens_viz.backprop.objective import Objective
 from torchlens_viz.backprop.scorer import Scorer
-from torchlens_viz.climbs import Plan, Request
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.images import Parametrization, Pixels, Size
 from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.kernels import convolutions
-from torchlens_viz.updates import Smoothing
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
 _SIZE: Final = 224

@@ -9,15 +9,15 @@ from typing import Final, final
 
 import torch
 
+from torchlens_viz.ascent.optimizer import Adam, as_it_is, normalised
+from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
+from torchlens_viz.ascent.slots import Rows, Run
+from torchlens_viz.ascent.starts import Starts
+from torchlens_viz.ascent.waking import LOOK_EVERY, Action, is_watched, next_action
 from torchlens_viz.backprop.device import is_out_of_memory
 from torchlens_viz.backprop.relu import Redirection
 from torchlens_viz.backprop.scorer import Scorer, Sensitivity
-from torchlens_viz.climbs import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
-from torchlens_viz.slots import Rows, Run
-from torchlens_viz.starts import Starts
-from torchlens_viz.updates import Adam, as_it_is, normalised
-from torchlens_viz.waking import LOOK_EVERY, Action, is_watched, next_action
 
 _HURRY: Final = 3.0
 

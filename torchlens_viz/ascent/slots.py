@@ -7,7 +7,7 @@ from typing import Literal, final
 
 import torch
 
-from torchlens_viz.climbs import Request
+from torchlens_viz.ascent.plan import Request
 
 
 @final
