@@ -72,7 +72,7 @@ def hooks(module):
 
 @pytest.mark.parametrize("has_probe", [True, False])
 def test_the_callback_logs_and_leaves_the_training_as_it_is(lightning, tmp_path, has_probe):
-    from torchlens_viz.lightning_callback import MonitorCallback
+    from torchlens_viz.monitor.lightning import MonitorCallback
 
     probe = torch.randn(16, 3, 8, 8) if has_probe else None
     callback = MonitorCallback(tmp_path / "logs", probe=probe, every=5, strict=True)
@@ -87,7 +87,7 @@ def test_the_callback_logs_and_leaves_the_training_as_it_is(lightning, tmp_path,
 
 
 def test_the_writer_of_the_trainers_logger_is_used(lightning, tmp_path):
-    from torchlens_viz.lightning_callback import MonitorCallback
+    from torchlens_viz.monitor.lightning import MonitorCallback
 
     loggers = pytest.importorskip("lightning.pytorch.loggers")
     logger = loggers.TensorBoardLogger(tmp_path, name="run", version="")
@@ -98,7 +98,7 @@ def test_the_writer_of_the_trainers_logger_is_used(lightning, tmp_path):
 
 
 def test_an_alarm_ends_the_training(lightning, tmp_path):
-    from torchlens_viz.lightning_callback import MonitorCallback
+    from torchlens_viz.monitor.lightning import MonitorCallback
 
     class Spoil(lightning.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -113,7 +113,7 @@ def test_an_alarm_ends_the_training(lightning, tmp_path):
 
 
 def test_an_error_in_training_takes_the_hooks_off(lightning, tmp_path):
-    from torchlens_viz.lightning_callback import MonitorCallback
+    from torchlens_viz.monitor.lightning import MonitorCallback
 
     counts = []
 
@@ -132,7 +132,7 @@ def test_an_error_in_training_takes_the_hooks_off(lightning, tmp_path):
 
 
 def test_an_epoch_that_is_skipped_leaves_no_hook(lightning, tmp_path):
-    from torchlens_viz.lightning_callback import MonitorCallback
+    from torchlens_viz.monitor.lightning import MonitorCallback
 
     class Skip(lightning.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -144,7 +144,7 @@ def test_an_epoch_that_is_skipped_leaves_no_hook(lightning, tmp_path):
 
 
 def test_no_writer_is_said_with_what_to_pass(lightning, tmp_path):
-    from torchlens_viz.lightning_callback import MonitorCallback
+    from torchlens_viz.monitor.lightning import MonitorCallback
 
     with pytest.raises(ValueError, match="`writer` must be given where the Trainer has no TensorBoardLogger"):
         fit(lightning, tmp_path, [MonitorCallback()])
@@ -154,7 +154,7 @@ def test_a_missing_lightning_is_said_with_what_to_install():
     code = (
         "import sys; sys.modules['lightning'] = sys.modules['lightning.pytorch'] = None\n"
         "import torchlens_viz as tv; tv.Monitor\n"
-        "try: import torchlens_viz.lightning_callback\n"
+        "try: import torchlens_viz.monitor.lightning\n"
         "except tv.TorchlensVizError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

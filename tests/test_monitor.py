@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-import torchlens_viz.monitor
+import torchlens_viz.monitor.monitor
 from torchlens_viz import (
     LayerNotFoundError,
     Monitor,
@@ -35,9 +35,9 @@ from torchlens_viz import (
     feature_grid,
     kernel_grid,
 )
-from torchlens_viz.boards import Board
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError, MissingDependencyError
-from torchlens_viz.health import Figures, MonitorWarning, Trouble
+from torchlens_viz.monitor.health import Figures, MonitorWarning, Trouble
+from torchlens_viz.monitor.writer import Board
 
 WHAT = ("mean", "std", "zero_fraction", "dead", "dead_fraction", "nonfinite")
 
@@ -652,7 +652,7 @@ def test_the_example_is_stopped_by_its_alarm(tmp_path):
 
 
 def test_the_example_of_the_docstring_runs():
-    result = doctest.testmod(torchlens_viz.monitor)
+    result = doctest.testmod(torchlens_viz.monitor.monitor)
     assert (result.failed, result.attempted > 0) == (0, True)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torchlens_viz import Monitor
-from torchlens_viz.health import MonitorWarning
+from torchlens_viz.monitor.health import MonitorWarning
 
 STEPS, EVERY = 6, 2
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torchlens_viz.grids.pairs import pair_grid as pair_grid
     from torchlens_viz.hooks.capture import Activations as Activations
     from torchlens_viz.hooks.capture import capture as capture
-    from torchlens_viz.monitor import Monitor as Monitor
+    from torchlens_viz.monitor.monitor import Monitor as Monitor
     from torchlens_viz.stats.channel_stats import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
 
@@ -40,7 +40,7 @@ _HOME = {
     "ChannelStats": "stats.channel_stats",
     "LayerNotFoundError": "errors",
     "Maximization": "ascent.result",
-    "Monitor": "monitor",
+    "Monitor": "monitor.monitor",
     "RunningStats": "stats.running",
     "Survey": "dataset.result",
     "TorchlensVizError": "errors",

@@ -9,7 +9,7 @@ from typing import final
 
 from torch import nn
 
-from torchlens_viz.health import MonitorWarning
+from torchlens_viz.monitor.health import MonitorWarning
 
 
 @final

@@ -11,8 +11,8 @@ from typing import Any, final
 from torch import nn
 
 from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
-from torchlens_viz.health import Trouble, warn
-from torchlens_viz.monitor import Monitor
+from torchlens_viz.monitor.health import Trouble, warn
+from torchlens_viz.monitor.monitor import Monitor
 
 try:
     from lightning.pytorch import Callback

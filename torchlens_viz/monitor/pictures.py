@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from torchlens_viz.grids.kernels import feature_grid, kernel_grid
 from torchlens_viz.models.kernels import kernels_of
-from torchlens_viz.scales import Scale, Scales, beyond
+from torchlens_viz.monitor.scales import Scale, Scales, beyond
 
 _LONGEST_SIDE: Final = 32  # of a map; larger ones are averaged, or a log would be nothing but maps
 _INPUT_SIDE: Final = 128

@@ -11,21 +11,21 @@ from typing import Any, Final, final
 
 from torch import nn
 
-from torchlens_viz import portraits
-from torchlens_viz.boards import Board
 from torchlens_viz.distributed import world
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
-from torchlens_viz.health import Figures, Trouble, Watchman, warn
 from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.hookable import refuse_torchscript, refuse_unhookable
 from torchlens_viz.models.kernels import has_kernels
 from torchlens_viz.models.layers import Selector, select, unwrap
-from torchlens_viz.norms import Norms
-from torchlens_viz.observation import Observation, Observed, finite
-from torchlens_viz.probes import Probe, ProbeBatch
-from torchlens_viz.remarks import Remarks
-from torchlens_viz.scales import Scales
-from torchlens_viz.schedule import Schedule, number
+from torchlens_viz.monitor import pictures as portraits
+from torchlens_viz.monitor.health import Figures, Trouble, Watchman, warn
+from torchlens_viz.monitor.norms import Norms
+from torchlens_viz.monitor.observe import Observation, Observed, finite
+from torchlens_viz.monitor.probe import Probe, ProbeBatch
+from torchlens_viz.monitor.remarks import Remarks
+from torchlens_viz.monitor.scales import Scales
+from torchlens_viz.monitor.schedule import Schedule, number
+from torchlens_viz.monitor.writer import Board
 
 _LAST: Final = (nn.Linear, nn.LayerNorm, nn.Embedding)  # what they put out has its channels last
 _IDLE: Final[AbstractContextManager[None]] = nullcontext()
@@ -57,7 +57,7 @@ class Monitor:
             keyword arguments; or a DataLoader, of whose dataset 16 items are kept. None: `step` logs the
             weights alone, and `watch` is there for the rest.
         every: Log a step in so many: those whose number it divides, and the next one where that was skipped.
-        alarm: Called with a `torchlens_viz.health.Trouble` when values are not finite, when too many channels
+        alarm: Called with a `torchlens_viz.monitor.health.Trouble` when values are not finite, when too many channels
             are dead, or when the std is out of bounds: once, and again after it was gone. What it raises ends
             the training. It warns by default; None turns it off.
         max_dead: The share of dead channels above which there is an alarm, 0 to 1.
