@@ -13,7 +13,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from torchlens_viz import __version__, cli, commands, feature_grid, kernel_grid
+from torchlens_viz import __version__, cli, feature_grid, kernel_grid
+from torchlens_viz.cli import commands
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.zoo import load_model
 
@@ -385,7 +386,7 @@ def test_a_reader_who_went_away_is_no_error(folder, monkeypatch, arguments):
 
 def loaded_after(statement: str) -> set[str]:
     code = (
-        "import sys\nfrom torchlens_viz.cli import main\n"
+        "import sys\nfrom torchlens_viz.cli.main import main\n"
         f"try:\n    {statement}\nexcept SystemExit:\n    pass\n"
         "print(*{'torch', 'numpy', 'PIL'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -397,7 +398,11 @@ def test_help_and_a_mistyped_option_do_not_wait_for_torch():
     assert loaded_after("main(['--help'])") == set()
     assert loaded_after("main(['kernels', '--help'])") == set()
     assert loaded_after("main(['kernels', 'alexnet', '-o', 'k.png', '--bogus'])") == set()
-    assert loaded_after("import torchlens_viz.commands") == {"torch", "numpy", "PIL"}  # the probe can see it
+    assert loaded_after("import torchlens_viz.cli.commands") == {
+        "torch",
+        "numpy",
+        "PIL",
+    }  # the probe can see it
 
 
 def test_ranking_pages_and_titles_reach_the_sheet(tmp_path, capsys):

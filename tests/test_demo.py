@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from torchlens_viz import cli, demo
-from torchlens_viz.demo import run_demo
+from torchlens_viz import cli
+from torchlens_viz.cli import demo
+from torchlens_viz.cli.demo import run_demo
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.grids.kernels import feature_grid, kernel_grid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from torchlens_viz.cli import main
+from torchlens_viz.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,7 +14,7 @@ from torchlens_viz import __version__
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
 
 if TYPE_CHECKING:
-    from torchlens_viz.commands import Outcome
+    from torchlens_viz.cli.commands import Outcome
 
 _PROGRAM = "torchlens-viz"
 _MAX_NUMBERS = 100_000
@@ -56,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     # Imported only now: torch takes seconds, and neither --help nor a mistyped option should wait for it.
     if arguments.command == "demo":
-        from torchlens_viz.demo import run_demo
+        from torchlens_viz.cli.demo import run_demo
 
         run_demo(image=arguments.image, out=arguments.out)
         return
 
     if arguments.command == "survey":
-        from torchlens_viz.survey_command import survey_folder
+        from torchlens_viz.cli.survey_command import survey_folder
 
         _report(
             survey_folder(
@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
         )
         return
 
-    from torchlens_viz import commands
+    from torchlens_viz.cli import commands
 
     given = vars(arguments)
     options = {name: given[name] for name in _DRAWING_OPTIONS if given.get(name) is not None}

@@ -13,7 +13,8 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from torchlens_viz.commands import Outcome, own_gpu
+from torchlens_viz.cli.commands import Outcome, own_gpu
+from torchlens_viz.cli.survey import write_report
 from torchlens_viz.dataset.survey import survey
 from torchlens_viz.distributed import gathered, joined
 from torchlens_viz.errors import (
@@ -27,7 +28,6 @@ from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.weights import one_line
 from torchlens_viz.models.zoo import LoadedModel, load_model
-from torchlens_viz.survey_report import write_report
 
 
 def survey_folder(
