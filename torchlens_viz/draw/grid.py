@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchlens_viz.dense import check_dense
+from torchlens_viz.arguments import check_dense
 from torchlens_viz.draw.ranges import finite_range
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
