@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchlens_viz.files.filenames import safe_name, safe_names
+from torchlens_viz.files.paths import safe_name, safe_names
 
 
 @pytest.mark.parametrize(

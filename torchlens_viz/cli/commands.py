@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.distributed import joined
 from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
-from torchlens_viz.files.filenames import safe_names
+from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.grids.kernels import feature_grid, save_kernel_grid
 from torchlens_viz.hooks.capture import capture

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.errors import MissingDependencyError, PictureError
-from torchlens_viz.files.filenames import safe_names
+from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.grids.kernels import feature_grid, kernel_grid
 from torchlens_viz.grids.pairs import pair_grid

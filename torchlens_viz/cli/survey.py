@@ -16,8 +16,7 @@ from PIL import Image
 
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
-from torchlens_viz.files.filenames import safe_names
-from torchlens_viz.files.paths import write_whole
+from torchlens_viz.files.paths import safe_names, write_whole
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.weights import one_line

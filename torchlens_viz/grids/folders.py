@@ -21,7 +21,7 @@ from torchlens_viz.draw.palette import Colormap, Table
 from torchlens_viz.draw.ranges import finite_range
 from torchlens_viz.draw.style import Interpolation, Style, StyleOptions, as_matrix, in_rows, own_labels
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.files.filenames import safe_names
+from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.grids.kernels import kernel_grid
 from torchlens_viz.hooks.activations import Activations

@@ -11,8 +11,7 @@ from typing import Any, Final, final
 import torch
 
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
-from torchlens_viz.files.filenames import safe_name
-from torchlens_viz.files.paths import reason_of, replacing
+from torchlens_viz.files.paths import reason_of, replacing, safe_name
 from torchlens_viz.stats.channel_stats import ChannelStats
 from torchlens_viz.testing.messages import COMPARED, differences, nonfinite
 from torchlens_viz.testing.subjects import Globs, Subject, read, statistics_of
