@@ -29,7 +29,7 @@ from torchlens_viz.errors import (
     MissingDependencyError,
     NoDataError,
 )
-from torchlens_viz.files.picture_folders import pictures_in
+from torchlens_viz.files.pictures import pictures_in
 from torchlens_viz.stats.peaks import find_peaks
 from torchlens_viz.stats.topk import RunningTop
 

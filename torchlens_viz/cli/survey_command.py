@@ -23,8 +23,7 @@ from torchlens_viz.errors import (
     PictureError,
     TorchlensVizError,
 )
-from torchlens_viz.files.picture_folders import pictures_in
-from torchlens_viz.files.pictures import read_image
+from torchlens_viz.files.pictures import pictures_in, read_image
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.weights import one_line
 from torchlens_viz.models.zoo import LoadedModel, load_model
