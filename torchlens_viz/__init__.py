@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from torchlens_viz.hooks.capture import Activations as Activations
     from torchlens_viz.hooks.capture import capture as capture
     from torchlens_viz.monitor.monitor import Monitor as Monitor
-    from torchlens_viz.stats.channel_stats import ChannelStats as ChannelStats
+    from torchlens_viz.stats.channels import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Activations": "hooks.capture",
-    "ChannelStats": "stats.channel_stats",
+    "ChannelStats": "stats.channels",
     "LayerNotFoundError": "errors",
     "Maximization": "ascent.result",
     "Monitor": "monitor.monitor",

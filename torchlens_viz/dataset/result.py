@@ -28,7 +28,7 @@ from torchlens_viz.errors import (
     LayerNotCapturedError,
 )
 from torchlens_viz.models.layers import nearest
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.topk import Top
 
 V = TypeVar("V")

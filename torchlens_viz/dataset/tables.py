@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from torchlens_viz.errors import MissingDependencyError
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.topk import Top
 
 _FIGURES: Final = ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")

@@ -13,7 +13,7 @@ from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCal
 from torchlens_viz.hooks import archive
 from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves, map_leaves, tensors
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.running import RunningStats
 
 

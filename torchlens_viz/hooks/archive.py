@@ -12,7 +12,7 @@ import torch
 
 from torchlens_viz.errors import ArchiveError, MissingDependencyError
 from torchlens_viz.files.paths import reason_of, replacing
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 
 _FORMAT: Final = "torchlens_viz.activations/1"
 _SCALARS: Final = (bool, int, float, str, type(None))

@@ -11,7 +11,7 @@ from typing import Any, Literal, final
 import torch
 
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 
 
 class MonitorWarning(UserWarning):

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
-from torchlens_viz.stats.channel_stats import ChannelStats, stats_of
-from torchlens_viz.stats.channels import Moments, Sums, no_moments, union, with_sums
+from torchlens_viz.stats.channels import ChannelStats, Moments, Sums, no_moments, stats_of, union, with_sums
 from torchlens_viz.stats.measure import measure
 
 Bins: TypeAlias = Literal["log"] | Sequence[float] | None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.testing.messages import differences, nonfinite, share, some
 from torchlens_viz.testing.subjects import Globs, Subject, read, statistics_of
 

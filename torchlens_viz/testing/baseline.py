@@ -12,7 +12,7 @@ import torch
 
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
 from torchlens_viz.files.paths import reason_of, replacing, safe_name
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.testing.messages import COMPARED, differences, nonfinite
 from torchlens_viz.testing.subjects import Globs, Subject, read, statistics_of
 

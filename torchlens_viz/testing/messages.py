@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 
 _SHOWN: Final = 5
 COMPARED: Final = ("mean", "std", "min", "max", "zero_fraction")

@@ -12,7 +12,7 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNo
 from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves
-from torchlens_viz.stats.channel_stats import ChannelStats
+from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.running import RunningStats
 
 Subject: TypeAlias = Any  # a Tensor, Activations, ChannelStats, RunningStats, a mapping of those, or a Survey
