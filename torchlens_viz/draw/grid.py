@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from torchlens_viz.arguments import check_dense
-from torchlens_viz.draw.ranges import finite_range
+from torchlens_viz.draw.scale import finite_range
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 # torchvision does not stretch a range narrower than this, and neither does its drop-in.

@@ -18,7 +18,7 @@ from torch import nn
 from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.draw.canvas import check_size, check_size_of_each, draw_each
 from torchlens_viz.draw.palette import Colormap, Table
-from torchlens_viz.draw.ranges import finite_range
+from torchlens_viz.draw.scale import finite_range
 from torchlens_viz.draw.style import Interpolation, Style, StyleOptions, as_matrix, in_rows, own_labels
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.paths import safe_names

@@ -9,7 +9,7 @@ from typing import NamedTuple, final
 
 import torch
 
-from torchlens_viz.draw.ranges import finite_range
+from torchlens_viz.draw.scale import finite_range
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.layers import nearest
 
