@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from torchlens_viz.draw import palette as colormaps
 from torchlens_viz.draw import text as lettering
-from torchlens_viz.draw.captions import captioned, entry
 from torchlens_viz.draw.grid import compose
 from torchlens_viz.draw.palette import LEVELS, PADDING, TEXT, Colormap, colormap
 from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
 from torchlens_viz.draw.style import Rank, Style, own_labels
+from torchlens_viz.draw.text import captioned, entry
 from torchlens_viz.errors import InvalidArgumentError
 
 _TILE_SIZE: Final = 32

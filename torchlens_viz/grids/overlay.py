@@ -15,9 +15,9 @@ from torch import nn
 from torchlens_viz.arguments import indices_of
 from torchlens_viz.draw.blend import Blend
 from torchlens_viz.draw.canvas import draw
-from torchlens_viz.draw.captions import captioned
 from torchlens_viz.draw.palette import Colormap, Table, colormap
 from torchlens_viz.draw.style import Interpolation, Rank, Style, own_labels, ranking
+from torchlens_viz.draw.text import captioned
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from torchlens_viz.arguments import indices_of, maps_of
 from torchlens_viz.draw.canvas import draw, in_colour
-from torchlens_viz.draw.captions import captioned
 from torchlens_viz.draw.palette import colormap
 from torchlens_viz.draw.style import Style, own_labels
+from torchlens_viz.draw.text import captioned
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.grids.patterns import Patterns, measure_patterns
 from torchlens_viz.hooks.capture import capture
