@@ -43,7 +43,7 @@ from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.backprop.scorer import Scorer, device_of
 from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.hooks.hookable import refuse_torchscript
+from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.layers import Selector
 from torchlens_viz.objectives import ObjectiveName, objective_of
 from torchlens_viz.progress import Bar

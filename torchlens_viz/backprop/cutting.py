@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz.errors import CaptureError
-from torchlens_viz.hooks.stance import eager_stance
+from torchlens_viz.hooks.forward import eager_stance
 from torchlens_viz.models.layers import select_one
 
 Values: TypeAlias = dict[str, torch.Tensor]

@@ -15,10 +15,14 @@ from torch import nn
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.activations import Activations as Activations
 from torchlens_viz.hooks.activations import InputOutput, Inputs
-from torchlens_viz.hooks.forward import StopForwardError, StopPoint
-from torchlens_viz.hooks.hookable import refuse_torchscript, refuse_unhookable
+from torchlens_viz.hooks.forward import (
+    StopForwardError,
+    StopPoint,
+    eager_stance,
+    refuse_torchscript,
+    refuse_unhookable,
+)
 from torchlens_viz.hooks.retention import Reduction, Retention, channel_tuple, size_in_bytes
-from torchlens_viz.hooks.stance import eager_stance
 from torchlens_viz.hooks.transfers import Transfers
 from torchlens_viz.models.layers import Layer, Selector, select, unwrap
 from torchlens_viz.nested import map_tensors, tensors

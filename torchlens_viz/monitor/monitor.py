@@ -14,7 +14,7 @@ from torch import nn
 from torchlens_viz.distributed import world
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.capture import Capture
-from torchlens_viz.hooks.hookable import refuse_torchscript, refuse_unhookable
+from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.models.kernels import has_kernels
 from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.monitor import pictures as portraits
