@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from torchlens_viz import capture
-from torchlens_viz.hooks.transfers import Transfers
+from torchlens_viz.hooks.retention import Transfers
 
 
 class SlowLane:

@@ -22,8 +22,7 @@ from torchlens_viz.hooks.forward import (
     refuse_torchscript,
     refuse_unhookable,
 )
-from torchlens_viz.hooks.retention import Reduction, Retention, channel_tuple, size_in_bytes
-from torchlens_viz.hooks.transfers import Transfers
+from torchlens_viz.hooks.retention import Reduction, Retention, Transfers, channel_tuple, size_in_bytes
 from torchlens_viz.models.layers import Layer, Selector, select, unwrap
 from torchlens_viz.nested import map_tensors, tensors
 
