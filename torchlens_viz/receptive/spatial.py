@@ -9,8 +9,18 @@ import torch
 from torch.nn import functional as F
 
 from torchlens_viz.nested import map_tensors, tensors
-from torchlens_viz.receptive.extents import Extents, UnknownOperationError, over, slide
-from torchlens_viz.receptive.windows import Windows, adaptive, padded, resized, sliding, transposed
+from torchlens_viz.receptive.extents import (
+    Extents,
+    UnknownOperationError,
+    Windows,
+    adaptive,
+    over,
+    padded,
+    resized,
+    slide,
+    sliding,
+    transposed,
+)
 
 
 def extents_in(*values: Any) -> list[Extents]:
