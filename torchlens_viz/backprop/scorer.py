@@ -8,9 +8,8 @@ from typing import Any, Final, Literal, NamedTuple, final
 import torch
 from torch import nn
 
-from torchlens_viz.backprop.cutting import Cut
 from torchlens_viz.backprop.device import is_out_of_memory
-from torchlens_viz.backprop.network import autocasting, shadow_of
+from torchlens_viz.backprop.network import Cut, autocasting, shadow_of
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.capture import capture
