@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from torchlens_viz.grids.patterns import measure_patterns
+from torchlens_viz.grids.pairs import measure_patterns
 
 
 def maps_of(kernels, image):

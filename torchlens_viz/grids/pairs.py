@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, isnan, sqrt
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from PIL import Image
@@ -18,7 +18,6 @@ from torchlens_viz.draw.palette import colormap
 from torchlens_viz.draw.style import Style, own_labels
 from torchlens_viz.draw.text import captioned
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.grids.patterns import Patterns, measure_patterns
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.kernels import kernels_of
@@ -30,6 +29,7 @@ Order: TypeAlias = Literal["picture", "edges", "colour", "channel"]
 _MAP_SIZE: Final = 96
 _WHITE: Final = 255
 _FRAME: Final = 192
+_LUMINANCE: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def pair_grid(
@@ -47,7 +47,7 @@ def pair_grid(
 ) -> Image.Image:
     """Draw the kernels of a convolution, each with the feature map it makes of an image to its right.
 
-    Which kernels keep the picture, and which only its edges? `torchlens_viz.grids.patterns` has the numbers, by
+    Which kernels keep the picture, and which only its edges? `torchlens_viz.grids.pairs` has the numbers, by
     which the pairs are sorted and labelled: `p` how clearly the picture is still there, `e` how much its
     edges are, `c` the kernel's share of colour.
 
@@ -158,3 +158,87 @@ def _side_by_side(kernels: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         missing = height - tiles.shape[2]
         parts.append(F.pad(tiles, (0, 2, missing // 2, missing - missing // 2), value=_WHITE))
     return torch.cat(parts, dim=3)[..., :-2]
+
+
+class Patterns(NamedTuple):
+    """Three numbers for each of K pairs of a kernel and its map, float32 on the CPU.
+
+    `picture` (K,) in [0, 1]: how clearly the picture is still there, as the absolute correlation of the map
+    with the luminance of the input. `edges` (K,) in [-1, 1]: how much only its outlines are, as the
+    correlation of the map's distance from its mean with the strength of the edges in the luminance.
+    `colour` (K,) in [0, 1]: the share of the kernel's energy in differences between the input's three
+    channels; NaN for kernels with other than three. A constant map correlates with nothing: 0.
+    """
+
+    picture: torch.Tensor
+    edges: torch.Tensor
+    colour: torch.Tensor
+
+
+def measure_patterns(kernels: torch.Tensor, maps: torch.Tensor, image: torch.Tensor) -> Patterns:
+    """Measure what each kernel of a layer keeps of an image.
+
+    Args:
+        kernels: (K, I, kH, kW).
+        maps: (K, H, W), what the kernels make of the image.
+        image: The network's input (C, H', W'); luminance is taken from three channels, of others their mean.
+
+    Returns:
+        The numbers, aligned with the kernels.
+
+    Raises:
+        InvalidArgumentError: The numbers of kernels and maps differ.
+
+    Example:
+        >>> import torch
+        >>> image = torch.rand(3, 32, 32)
+        >>> gray, red = torch.full((3, 1, 1), 1 / 3), torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+        >>> kernels = torch.stack([gray, red])
+        >>> maps = torch.nn.functional.conv2d(image[None], kernels)[0]
+        >>> [round(share, 2) for share in measure_patterns(kernels, maps, image).colour.tolist()]
+        [0.0, 0.67]
+    """
+    if len(kernels) != len(maps):
+        raise InvalidArgumentError(
+            f"each kernel needs its map, got {len(kernels)} kernels and {len(maps)} maps"
+        )
+    kernels, maps, image = (value.detach().double().nan_to_num().cpu() for value in (kernels, maps, image))
+    luminance = _luminance(image)
+    # As large as the maps, with antialiasing: a map has one value where the input has many.
+    seen = F.interpolate(luminance[None, None], maps.shape[1:], mode="bilinear", antialias=True)[0, 0]
+    values = maps.flatten(1)
+    return Patterns(
+        picture=_correlation(values, seen.flatten()).abs().float(),
+        edges=_correlation((values - values.mean(1, keepdim=True)).abs(), _edges(seen).flatten()).float(),
+        colour=_colour_share(kernels).float(),
+    )
+
+
+def _luminance(image: torch.Tensor) -> torch.Tensor:
+    if len(image) != 3:
+        return image.mean(0)
+    return (torch.tensor(_LUMINANCE, dtype=image.dtype)[:, None, None] * image).sum(0)
+
+
+def _edges(plane: torch.Tensor) -> torch.Tensor:
+    """Return the strength of the edges in (H, W), by the Sobel operator."""
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=plane.dtype)
+    padded = F.pad(plane[None, None], (1, 1, 1, 1), mode="replicate")
+    slopes = F.conv2d(padded, torch.stack([sobel, sobel.T])[:, None])[0]
+    return slopes.square().sum(0).sqrt()
+
+
+def _correlation(rows: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Return Pearson's correlation of each row (K, P) with a reference (P,)."""
+    rows = rows - rows.mean(1, keepdim=True)
+    reference = reference - reference.mean()
+    spread = rows.norm(dim=1) * reference.norm()
+    return torch.where(spread > 0, rows @ reference / spread, 0).clamp(-1, 1)
+
+
+def _colour_share(kernels: torch.Tensor) -> torch.Tensor:
+    if kernels.shape[1] != 3:
+        return torch.full((len(kernels),), torch.nan, dtype=kernels.dtype)
+    energy = kernels.square().sum((1, 2, 3))
+    gray = kernels.mean(1).square().sum((1, 2)) * 3
+    return torch.where(energy > 0, 1 - gray / energy, 0).clamp(0, 1)
