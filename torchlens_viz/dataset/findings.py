@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from torchlens_viz.dataset.comoments import Comoments, correlation
+from torchlens_viz.dataset.tally import Comoments, correlation
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.kernels import has_kernels, kernels_of
 from torchlens_viz.models.layers import Selector, select_one

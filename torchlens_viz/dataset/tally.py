@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.dataset.comoments import Comoments, comoments, together
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
 from torchlens_viz.stats.peaks import Peaks, find_peaks, united
 from torchlens_viz.stats.running import Bins, RunningStats
@@ -221,3 +220,52 @@ class Observation:
             highest=highest,
         )
         self._peaks = peaks if self._peaks is None else united(self._peaks, peaks)
+
+
+class Comoments(NamedTuple):
+    """Sums over the inputs on which both channels of a pair had a finite figure: (C, C) float64 each.
+
+    Attributes:
+        inputs: How many.
+        sums: The sum of the row's channel.
+        squares: The sum of its squares.
+        products: The sum of the products.
+    """
+
+    inputs: torch.Tensor
+    sums: torch.Tensor
+    squares: torch.Tensor
+    products: torch.Tensor
+
+
+def comoments(figures: torch.Tensor) -> Comoments:
+    """Measure one batch.
+
+    Args:
+        figures: (N, C), one figure of each input and channel; those that are not finite are left out.
+    """
+    wide = figures.double()
+    is_known = wide.isfinite()
+    known, wide = is_known.double(), wide.masked_fill(~is_known, 0)
+    return Comoments(known.T @ known, wide.T @ known, wide.square().T @ known, wide.T @ wide)
+
+
+def together(ours: Comoments, theirs: Comoments) -> Comoments:
+    """Return the sums over the inputs of both."""
+    return Comoments(*(mine + other.to(mine.device) for mine, other in zip(ours, theirs, strict=True)))
+
+
+def correlation(sums: Comoments) -> torch.Tensor:
+    """Return Pearson's correlation of every pair of channels, (C, C); NaN where one does not vary.
+
+    Nor is there one of fewer than three inputs: two points always lie on a line. A channel whose spread is
+    less than a millionth of its size does not vary.
+    """
+    count = sums.inputs.clamp(min=1)
+    mean = sums.sums / count
+    spread = (sums.squares / count - mean.square()).clamp(min=0)
+    # What is left of a constant after its square is taken from itself.
+    spread = spread.masked_fill(spread <= 1e-12 * sums.squares / count, 0)
+    shared = sums.products / count - mean * mean.T
+    is_unknown = (spread * spread.T == 0) | (sums.inputs < 3)
+    return (shared / (spread * spread.T).sqrt()).masked_fill(is_unknown, torch.nan).clamp(-1, 1)
