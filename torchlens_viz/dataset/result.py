@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.arguments import indices_of
+from torchlens_viz.dataset.checkpoint import read_ledger, write_ledger
 from torchlens_viz.dataset.findings import Duplicate, kernel_cosine, near_duplicates
-from torchlens_viz.dataset.ledgers import read_ledger, write_ledger
 from torchlens_viz.dataset.loader import InputOf
 from torchlens_viz.dataset.patches import Cutter, Patch, pick
 from torchlens_viz.dataset.tables import frame_of, lists_of, rows_of
