@@ -14,10 +14,16 @@ from torch import nn
 
 from torchlens_viz.arguments import indices_of
 from torchlens_viz.dataset.checkpoint import read_ledger, write_ledger
-from torchlens_viz.dataset.findings import Duplicate, kernel_cosine, near_duplicates
+from torchlens_viz.dataset.findings import (
+    Duplicate,
+    frame_of,
+    kernel_cosine,
+    lists_of,
+    near_duplicates,
+    rows_of,
+)
 from torchlens_viz.dataset.loader import InputOf
 from torchlens_viz.dataset.patches import Cutter, Patch, pick
-from torchlens_viz.dataset.tables import frame_of, lists_of, rows_of
 from torchlens_viz.dataset.tally import Tally, correlation
 from torchlens_viz.dataset.topsheets import draw_rows
 from torchlens_viz.draw.style import Style
