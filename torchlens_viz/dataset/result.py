@@ -23,9 +23,8 @@ from torchlens_viz.dataset.findings import (
     rows_of,
 )
 from torchlens_viz.dataset.loader import InputOf
-from torchlens_viz.dataset.patches import Cutter, Patch, pick
+from torchlens_viz.dataset.patches import Cutter, Patch, draw_rows, pick
 from torchlens_viz.dataset.tally import Tally, correlation
-from torchlens_viz.dataset.topsheets import draw_rows
 from torchlens_viz.draw.style import Style
 from torchlens_viz.errors import (
     InvalidArgumentError,
