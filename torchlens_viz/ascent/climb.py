@@ -11,9 +11,7 @@ import torch
 
 from torchlens_viz.ascent.optimizer import Adam, as_it_is, normalised
 from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
-from torchlens_viz.ascent.slots import Rows, Run
-from torchlens_viz.ascent.starts import Starts
-from torchlens_viz.ascent.waking import LOOK_EVERY, Action, is_watched, next_action
+from torchlens_viz.ascent.slots import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
 from torchlens_viz.backprop.device import is_out_of_memory
 from torchlens_viz.backprop.relu import Redirection
 from torchlens_viz.backprop.scorer import Scorer, Sensitivity

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from enum import Enum, auto
+from typing import Final, Literal, final
 
 import torch
 
-from torchlens_viz.ascent.plan import Request
+from torchlens_viz.ascent.plan import Plan, Request, stream
+
+_REDIRECTED_STEPS: Final = 16
+_REDIRECTIONS: Final = 4  # on end, from one start
+_WAKINGS: Final = 3  # from one start: what falls asleep again and again should begin elsewhere
+_PATIENCE: Final = 4  # steps without a gradient, where images are moved at random
+LOOK_EVERY: Final = 8  # steps between two looks at what climbs: a GPU must come to a halt for each
 
 
 @final
@@ -91,3 +99,149 @@ class Rows:
         """Return these rows alone."""
         index = torch.tensor(places, dtype=torch.int64, device=self.channels.device)
         return Rows(**{name: getattr(self, name)[index] for name in self.__slots__})
+
+
+@final
+class Starts:
+    """Begins climbs as the plan says.
+
+    Args:
+        plan: The plan.
+        device: Where they climb.
+        sensitivity: (images, channels) -> (offset, slope) of an objective that is affine; None for others.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        sensitivity: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None,
+    ) -> None:
+        self._plan = plan
+        self._device = device
+        self._sensitivity = sensitivity
+
+    def run(self, request: Request, *, attempt: int) -> Run:
+        """Return what the host knows of a climb at its beginning."""
+        noise = torch.Generator(self._device)
+        noise.manual_seed(stream(self._plan.seed, request, attempt, "noise"))
+        return Run(request, attempt, noise)
+
+    def rows(self, runs: Sequence[Run]) -> Rows:
+        """Return what the device knows of climbs at their beginning."""
+        plan, count = self._plan, len(runs)
+        channels = torch.tensor([run.request.channel for run in runs], device=self._device)
+        parameters = torch.stack([self._image(run) for run in runs]).to(self._device)
+        none = torch.zeros(count, 0, device=self._device)
+        offset, slope = none, none
+        if self._sensitivity is not None:
+            offset, slope = self._sensitivity(plan.parametrization.decode(parameters, plan.size), channels)
+        numbers = none
+        if plan.transforms.moves:
+            drawn = [plan.transforms.numbers(plan.steps, self._generator(run, "place")) for run in runs]
+            numbers = torch.stack(drawn).to(self._device)
+        return Rows(
+            channels=channels,
+            parameters=parameters,
+            mean=torch.zeros_like(parameters),
+            square=torch.zeros_like(parameters),
+            age=torch.zeros_like(channels),
+            step=torch.zeros_like(channels),
+            active=torch.ones_like(channels, dtype=torch.bool),
+            over=torch.zeros_like(channels, dtype=torch.bool),
+            redirected=torch.zeros_like(channels, dtype=torch.bool),
+            still=torch.tensor([plan.is_still(run.attempt) for run in runs], device=self._device),
+            narrow=torch.tensor([plan.is_narrow(run.attempt) for run in runs], device=self._device),
+            history=torch.full((count, plan.steps), torch.nan, device=self._device),
+            numbers=numbers,
+            offset=offset,
+            slope=slope,
+        )
+
+    def _image(self, run: Run) -> torch.Tensor:
+        """Return the parameters of the first image; the last start of all is the best reference image."""
+        plan, image = self._plan, self._plan.start
+        number = plan.start_of(run.attempt)  # without the transforms from the same starts
+        if number > 0:
+            image = None
+            if plan.references is not None and plan.reference_means is not None and number > plan.restarts:
+                means = plan.reference_means[:, run.request.channel % plan.reference_means.shape[1]]
+                image = plan.references[int(means.argmax())]
+        generator = self._generator(run, "start")
+        return plan.parametrization.start(plan.image_channels, plan.size, generator, image, number)
+
+    def _generator(self, run: Run, purpose: str) -> torch.Generator:
+        generator = torch.Generator("cpu")  # so that every device gets the same numbers
+        if self._plan.is_classic:  # every channel begins from the same image
+            return generator.manual_seed(self._plan.seed)
+        number = self._plan.start_of(run.attempt)
+        return generator.manual_seed(stream(self._plan.seed, run.request, number, purpose))
+
+
+class Action(Enum):
+    """What to do about a run."""
+
+    NONE = auto()
+    REDIRECT = auto()
+    RELEASE = auto()
+    CLIMB = auto()
+    RESTART = auto()
+
+
+def is_watched(run: Run, plan: Plan) -> bool:
+    """Tell whether `next_action` must know if there is a gradient at this step of a run.
+
+    It depends on the run alone, so that an image ends up the same in every company.
+    """
+    if plan.is_classic or run.ending:
+        return run.step == 0
+    return run.is_waking or run.flat > 0 or run.step % LOOK_EVERY == 0
+
+
+def next_action(run: Run, is_flat: bool | None, plan: Plan) -> Action:
+    """Count a step of a run, and say what to do about it; where that is nothing any more, end it as dead.
+
+    Args:
+        run: The run.
+        is_flat: Whether it had no gradient at this step; None where it stands still, or nobody looked.
+        plan: The plan.
+    """
+    run.step += 1
+    # Where the image is moved at random, a single step may miss what the unit sees.
+    patience = _PATIENCE if plan.transforms.moves and not plan.is_still(run.attempt) else 1
+    if is_flat:
+        run.flat += 1
+        if run.flat >= patience:
+            return _help(run, plan)
+    elif is_flat is not None:
+        run.flat = 0
+        if not run.is_waking:
+            run.has_climbed = True
+        elif run.step > run.redirected_until:
+            run.step = run.redirected_until = run.redirections = 0
+            run.has_climbed = True
+            return Action.CLIMB
+    if run.is_waking and run.step == run.redirected_until:
+        run.flat = 0
+        return Action.RELEASE
+    return Action.NONE
+
+
+def _help(run: Run, plan: Plan) -> Action:
+    run.flat = 0
+    if plan.is_classic:
+        run.ending = "dead"
+        return Action.NONE
+    is_in_vain = run.is_redirected or run.redirections == _REDIRECTIONS
+    if not is_in_vain and (run.is_waking or run.wakings < _WAKINGS):
+        run.wakings += not run.is_waking
+        run.redirections += 1
+        run.redirected_until = run.step + _REDIRECTED_STEPS
+        return Action.REDIRECT
+    if run.attempt < plan.attempts - 1:
+        return Action.RESTART
+    if not run.has_climbed:
+        run.ending = "dead"
+    elif run.is_waking:
+        run.ending = "asleep"
+    return Action.NONE
