@@ -19,12 +19,10 @@ from torchlens_viz.models.kernels import has_kernels
 from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.monitor import pictures as portraits
 from torchlens_viz.monitor.health import Figures, Trouble, Watchman, warn
-from torchlens_viz.monitor.norms import Norms
-from torchlens_viz.monitor.observe import Observation, Observed, finite
+from torchlens_viz.monitor.observe import Norms, Observation, Observed, Schedule, finite, number
 from torchlens_viz.monitor.probe import Probe, ProbeBatch
 from torchlens_viz.monitor.remarks import Remarks
 from torchlens_viz.monitor.scales import Scales
-from torchlens_viz.monitor.schedule import Schedule, number
 from torchlens_viz.monitor.writer import Board
 
 _LAST: Final = (nn.Linear, nn.LayerNorm, nn.Embedding)  # what they put out has its channels last

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 import torch
+from torch import nn
 
-from torchlens_viz.errors import CaptureError
+from torchlens_viz.errors import CaptureError, InvalidTypeError
 from torchlens_viz.hooks.retention import Retention
 from torchlens_viz.stats.running import RunningStats
 
@@ -108,3 +110,115 @@ def finite(sample: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return those of the sampled values that are finite, as one tensor (V,) on the host, in float64."""
     whole = torch.cat([part.detach().double().cpu() for part in sample]) if sample else torch.empty(0)
     return whole[whole.isfinite()]
+
+
+@final
+class Schedule:
+    """Hears the numbers of steps, and tells which of them are to be logged.
+
+    Args:
+        every: Log those whose number it divides, and the next one where that was skipped.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._stride = 1
+        self.heard: int | None = None
+        self.logged: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Take note of a step, and tell whether to log it; of several with one number, the first is."""
+        heard, self.heard = self.heard, step
+        if heard is not None and step != heard:
+            self._stride = max(1, step - heard)
+        if step == self.logged:
+            return False
+        is_due = self._passes(step - 1 if heard is None else min(heard, step - 1), step)
+        if is_due:
+            self.logged = step
+        return is_due
+
+    def next_due(self) -> int | None:
+        """Return the next step, if it is to be logged and its number is one stride further than the last."""
+        if self.heard is None:
+            return None
+        following = self.heard + self._stride
+        return following if self._passes(self.heard, following) else None
+
+    def try_again(self) -> None:
+        """Log a step that was broken off when it is heard of again."""
+        self.logged = None
+
+    def _passes(self, before: int, step: int) -> bool:
+        return step // self._every > before // self._every
+
+
+def number(global_step: int) -> int:
+    """Return the number of a step as an int.
+
+    Raises:
+        InvalidTypeError: It is none.
+    """
+    try:
+        return operator.index(global_step)
+    except TypeError:
+        raise InvalidTypeError(f"`global_step` must be an int, got {global_step!r}") from None
+
+
+@final
+class Norms:
+    """Takes a copy of the parameters before a step, and measures what the step added.
+
+    Args:
+        layers: The layers by name.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = {name: module for name, module in layers.items() if list(module.parameters())}
+        self._before: dict[str, list[torch.Tensor]] = {}
+        self._step: int | None = None
+
+    def before(self, step: int) -> None:
+        """Note the parameters as they are before the step of this number."""
+        self._before = {
+            name: [p.detach().clone() for p in m.parameters()] for name, m in self._layers.items()
+        }
+        self._step = step
+
+    def weights(self) -> dict[str, float]:
+        """Return the Euclidean norm of all parameters of each layer, as `<layer>/weight_norm`."""
+        return {f"{name}/weight_norm": _norm(own) for name, own in self._now().items()}
+
+    def updates(self, step: int) -> dict[str, float]:
+        """Measure, after a step for which `before` was called, what it added to the parameters.
+
+        Returns:
+            The Euclidean norm of what was added to each layer, as `<layer>/update_norm`, and its share of the
+            norm of the parameters, as `<layer>/update_ratio`. Nothing where no parameter changed: the
+            optimiser is yet to step, as it is while gradients accumulate, and the next call may know.
+        """
+        if self._step != step:
+            return {}
+        found: dict[str, float] = {}
+        for name, now in self._now().items():
+            update = _norm(new - old for new, old in zip(now, self._before[name], strict=True))
+            found[f"{name}/update_norm"] = update
+            weight = _norm(now)
+            if weight > 0:
+                found[f"{name}/update_ratio"] = update / weight
+        if not any(found.values()):
+            return {}
+        self._before = {}  # a copy of all weights should not be held for longer than a step
+        self._step = None
+        return found
+
+    def _now(self) -> dict[str, list[torch.Tensor]]:
+        return {name: [p.detach() for p in module.parameters()] for name, module in self._layers.items()}
+
+
+def _norm(parts: Iterable[torch.Tensor]) -> float:
+    squares = [
+        torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts
+    ]
+    whole: float = torch.stack([square.double().cpu() for square in squares]).norm().item()
+    return whole
