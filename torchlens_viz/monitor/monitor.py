@@ -18,10 +18,9 @@ from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.models.kernels import has_kernels
 from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.monitor import pictures as portraits
-from torchlens_viz.monitor.health import Figures, Trouble, Watchman, warn
+from torchlens_viz.monitor.health import Figures, Remarks, Trouble, Watchman, warn
 from torchlens_viz.monitor.observe import Norms, Observation, Observed, Schedule, finite, number
 from torchlens_viz.monitor.probe import Probe, ProbeBatch
-from torchlens_viz.monitor.remarks import Remarks
 from torchlens_viz.monitor.scales import Scales
 from torchlens_viz.monitor.writer import Board
 
