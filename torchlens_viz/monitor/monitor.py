@@ -20,8 +20,8 @@ from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.monitor import pictures as portraits
 from torchlens_viz.monitor.health import Figures, Remarks, Trouble, Watchman, warn
 from torchlens_viz.monitor.observe import Norms, Observation, Observed, Schedule, finite, number
+from torchlens_viz.monitor.pictures import Scales
 from torchlens_viz.monitor.probe import Probe, ProbeBatch
-from torchlens_viz.monitor.scales import Scales
 from torchlens_viz.monitor.writer import Board
 
 _LAST: Final = (nn.Linear, nn.LayerNorm, nn.Embedding)  # what they put out has its channels last
