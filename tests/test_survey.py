@@ -1005,7 +1005,7 @@ def test_pictures_behind_links_count_and_sheets_of_an_earlier_run_do_not(tmp_pat
 
 
 def test_ctrl_c_leaves_what_the_command_goes_on_from(folder, run, monkeypatch):
-    import torchlens_viz.cli.survey_command as command
+    import torchlens_viz.cli.survey as command
 
     read, count = command.read_image, iter(range(100))
 

@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
 
     if arguments.command == "survey":
-        from torchlens_viz.cli.survey_command import survey_folder
+        from torchlens_viz.cli.survey import survey_folder
 
         _report(
             survey_folder(

@@ -6,21 +6,36 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import torch
 from PIL import Image
+from torch import nn
 
+from torchlens_viz.cli.commands import Outcome, own_gpu
 from torchlens_viz.dataset.result import Survey
-from torchlens_viz.errors import ArchiveError, InvalidArgumentError
+from torchlens_viz.dataset.survey import survey
+from torchlens_viz.distributed import gathered, joined
+from torchlens_viz.errors import (
+    ArchiveError,
+    InvalidArgumentError,
+    ModelLoadError,
+    PictureError,
+    TorchlensVizError,
+)
 from torchlens_viz.files.paths import safe_names, write_whole
-from torchlens_viz.files.pictures import read_image, save_picture
+from torchlens_viz.files.pictures import pictures_in, read_image, save_picture
 from torchlens_viz.models.inputs import colours_as_in
+from torchlens_viz.models.layers import select
 from torchlens_viz.models.weights import one_line
-from torchlens_viz.models.zoo import LoadedModel
+from torchlens_viz.models.zoo import LoadedModel, load_model
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
 _MOST_PAIRS: Final = 100  # of duplicates in a layer
@@ -182,3 +197,137 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def survey_folder(
+    model: str,
+    folder: Path,
+    out: Path,
+    *,
+    layers: Sequence[str] | None,
+    weights: str,
+    device: str | None,
+    batch_size: int,
+    top_k: int,
+    skip_bad: bool,
+    channels: Sequence[int] | None,
+) -> Outcome:
+    """Survey a folder of pictures, and write what was found.
+
+    A run that was broken off goes on where it was, when it is started again with the same options. Under
+    torchrun the pictures are shared among the processes, of which the first writes.
+
+    Args:
+        model: What `torchlens_viz.models.zoo.load_model` takes.
+        folder: The pictures, in folders of any depth; their order is that of their paths.
+        out: The folder to write to.
+        layers: Names and globs; every convolution where it is None.
+        weights: What `load_model` takes.
+        device: Where to run; None is a GPU where there is one.
+        batch_size: Pictures at a time.
+        top_k: Pictures to keep per channel.
+        skip_bad: Pass over pictures that cannot be read, and list them.
+        channels: The channels to draw; None is the first 32.
+
+    Returns:
+        `findings.csv`, `statistics.csv`, `statistics.json`, `pictures.csv`, `survey.safetensors` and the
+        sheets `top/LAYER.png`; nothing in the other processes of a torchrun.
+
+    Raises:
+        PictureError: The folder is missing or has no picture, or one cannot be read and `skip_bad` is off.
+    """
+    for name, value, least in (("--batch-size", batch_size, 1), ("--top-k", top_k, 0)):
+        if value < least:
+            raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+    if out.exists() and not out.is_dir():
+        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
+    files = pictures_in(folder, but_not_in=out / "top")  # an earlier run's sheets
+    loaded = load_model(model, weights=weights)
+    selected: Any = nn.Conv2d if layers is None else list(layers)
+    names = [layer.name for layer in select(loaded.model, selected)]
+    with joined() as rank:
+        loaded.model.to(device or own_gpu() or "cpu")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        own = _Pictures(files, loaded, batch_size, skip_bad=skip_bad, share=(rank, processes))
+        unfinished = out / "unfinished.safetensors"
+        try:
+            found = survey(
+                loaded.model,
+                own,
+                names,
+                top_k=top_k,
+                indices=lambda batch: batch[1],
+                correlations=True,
+                progress=sys.stderr.isatty(),
+                checkpoint=unfinished,
+            )
+        except TorchlensVizError as error:
+            if own.bad and len(own.bad) == own.seen:
+                raise PictureError(f"no picture in {str(folder)!r} can be read; {own.bad[0][1]}") from error
+            raise
+        if not found.is_complete:
+            raise KeyboardInterrupt  # what was seen stays where the next run finds it
+        if own.seen < len(own.dataset):  # all of it was in the file of an earlier run, but for the bad ones
+            deque(own, maxlen=0)
+        bad = sorted(gathered(lambda: own.bad))
+        own_file = Path(f"{unfinished}.{rank}") if processes > 1 else unfinished
+        if rank != 0:
+            own_file.unlink(missing_ok=True)
+            return Outcome(paths=[], notes=[])
+        paths, notes = write_report(found, loaded, files, bad, out, channels)
+        own_file.unlink(missing_ok=True)  # all of it is in what was saved
+    return Outcome(paths=paths, notes=[f"{loaded.name}: {loaded.weights_note}", *notes])
+
+
+@final
+@dataclass
+class _Pictures:
+    """The share of one process, as batches with the indices of the pictures; a batch is of one size."""
+
+    files: Sequence[Path]
+    loaded: LoadedModel
+    batch_size: int
+    skip_bad: bool = field(kw_only=True)
+    share: tuple[int, int] = field(kw_only=True)
+    bad: list[tuple[int, str]] = field(default_factory=list)
+    seen: int = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
+        self.bad, self.seen = [], 0
+        together: list[torch.Tensor] = []
+        indices: list[int] = []
+        for index in self.dataset:
+            prepared = self._prepared(index)
+            self.seen += 1
+            if prepared is None:
+                continue
+            if together and (len(together) == self.batch_size or prepared.shape != together[0].shape):
+                yield torch.cat(together), indices
+                together, indices = [], []
+            together.append(prepared)
+            indices.append(index)
+        if together:
+            yield torch.cat(together), indices
+
+    @property
+    def dataset(self) -> range:
+        """The indices of the pictures, of which there are as many as inputs, or more where some are bad."""
+        return range(self.share[0], len(self.files), self.share[1])
+
+    def _prepared(self, index: int) -> torch.Tensor | None:
+        try:
+            picture = read_image(self.files[index])
+        except PictureError as error:
+            if not self.skip_bad:
+                raise PictureError(f"{error}; or pass --skip-bad") from error
+            self.bad.append((index, str(error)))
+            return None
+        try:
+            return self.loaded.preprocess(picture)
+        except TorchlensVizError:
+            raise
+        except Exception as error:
+            raise ModelLoadError(
+                f"the preprocessing of {self.loaded.name} raised {one_line(error)} for "
+                f"{str(self.files[index])!r}"
+            ) from error
