@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class TorchlensVizError(Exception):
     """Base of every error the library raises on purpose."""
@@ -61,3 +63,16 @@ class MissingDependencyError(TorchlensVizError, ImportError):
 
 class ArchiveError(TorchlensVizError, OSError):
     """A file of activations cannot be written or read."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line what an exception reports."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())
+
+
+def one_line(error: BaseException) -> str:
+    """Say in one line what an exception reports: its kind, and the first sentence or line of its message."""
+    text = str(error).strip()
+    first = re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0].rstrip(" .:")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from torchlens_viz.ascent.plan import Climb, Request
-from torchlens_viz.errors import ArchiveError
-from torchlens_viz.files.paths import reason_of, write_whole
+from torchlens_viz.errors import ArchiveError, reason_of
+from torchlens_viz.files.paths import write_whole
 
 _SETTINGS: Final = "settings.json"
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from torchlens_viz.draw.canvas import draw
 from torchlens_viz.draw.style import Style, StyleOptions
-from torchlens_viz.errors import ArchiveError, InvalidArgumentError
-from torchlens_viz.files.paths import reason_of, write_whole
+from torchlens_viz.errors import ArchiveError, InvalidArgumentError, reason_of
+from torchlens_viz.files.paths import write_whole
 from torchlens_viz.files.pictures import save_animation, save_picture
 
 _ARRAYS: Final = ("channels", "images", "scores", "history", "means", "reference_means")

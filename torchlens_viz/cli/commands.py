@@ -17,14 +17,19 @@ from torch import Tensor, nn
 
 from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.distributed import joined
-from torchlens_viz.errors import InvalidArgumentError, ModelLoadError, PictureError, TorchlensVizError
+from torchlens_viz.errors import (
+    InvalidArgumentError,
+    ModelLoadError,
+    PictureError,
+    TorchlensVizError,
+    one_line,
+)
 from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.grids.kernels import feature_grid, save_kernel_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.weights import one_line
 from torchlens_viz.models.zoo import LoadedModel, load_model
 
 

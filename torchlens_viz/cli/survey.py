@@ -29,12 +29,12 @@ from torchlens_viz.errors import (
     ModelLoadError,
     PictureError,
     TorchlensVizError,
+    one_line,
 )
 from torchlens_viz.files.paths import safe_names, write_whole
 from torchlens_viz.files.pictures import pictures_in, read_image, save_picture
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.weights import one_line
 from torchlens_viz.models.zoo import LoadedModel, load_model
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen

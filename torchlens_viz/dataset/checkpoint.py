@@ -14,8 +14,8 @@ import torch
 
 from torchlens_viz.dataset.loader import Batch
 from torchlens_viz.dataset.tally import Tally
-from torchlens_viz.errors import ArchiveError, MissingDependencyError
-from torchlens_viz.files.paths import reason_of, replacing
+from torchlens_viz.errors import ArchiveError, MissingDependencyError, reason_of
+from torchlens_viz.files.paths import replacing
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.nested import tensors
 

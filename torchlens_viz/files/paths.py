@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torchlens_viz.errors import TorchlensVizError
+from torchlens_viz.errors import TorchlensVizError, reason_of
 
 _MAX_NAME = 120
 _RESERVED_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)
@@ -47,12 +47,6 @@ def write_whole(path: str | os.PathLike[str], data: bytes, error: type[Torchlens
     """Write a file that appears whole or not at all; see `replacing`."""
     with replacing(path, error) as temporary:
         temporary.write_bytes(data)
-
-
-def reason_of(error: BaseException) -> str:
-    """Say in one line what an exception reports."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
 
 
 def _mode_to_keep(target: Path, given: Path, error: type[TorchlensVizError]) -> int | None:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError, reason_of
 from torchlens_viz.files import png
-from torchlens_viz.files.paths import reason_of, replacing
+from torchlens_viz.files.paths import replacing
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from torchlens_viz.errors import ArchiveError, MissingDependencyError
-from torchlens_viz.files.paths import reason_of, replacing
+from torchlens_viz.errors import ArchiveError, MissingDependencyError, reason_of
+from torchlens_viz.files.paths import replacing
 from torchlens_viz.stats.channels import ChannelStats
 
 _FORMAT: Final = "torchlens_viz.activations/1"

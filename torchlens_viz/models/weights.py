@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from torchlens_viz.errors import MissingDependencyError, ModelLoadError
+from torchlens_viz.errors import MissingDependencyError, ModelLoadError, one_line
 
 _SAFETENSORS = ".safetensors"
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
@@ -70,13 +70,6 @@ def load_weights(model: nn.Module, state: dict[str, Any], origin: str) -> None:
             f"{_differences(own, state) or one_line(error)}; give a checkpoint of this architecture, "
             "or name the function that builds yours as package.module:factory"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """Say in one line what an exception reports: its kind, and the first sentence or line of its message."""
-    text = str(error).strip()
-    first = re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0].rstrip(" .:")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _read(path: Path) -> object:

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.errors import MissingDependencyError, ModelLoadError, TorchlensVizError
-from torchlens_viz.models.weights import load_weights, one_line, read_weights
+from torchlens_viz.errors import MissingDependencyError, ModelLoadError, TorchlensVizError, one_line
+from torchlens_viz.models.weights import load_weights, read_weights
 
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]
 

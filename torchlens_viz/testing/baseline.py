@@ -10,8 +10,8 @@ from typing import Any, Final, final
 
 import torch
 
-from torchlens_viz.errors import ArchiveError, InvalidArgumentError
-from torchlens_viz.files.paths import reason_of, replacing, safe_name
+from torchlens_viz.errors import ArchiveError, InvalidArgumentError, reason_of
+from torchlens_viz.files.paths import replacing, safe_name
 from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.testing.messages import COMPARED, differences, nonfinite
 from torchlens_viz.testing.subjects import Globs, Subject, read, statistics_of
