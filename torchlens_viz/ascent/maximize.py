@@ -40,11 +40,12 @@ from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.ascent.transforms import Transforms, TransformsName, transforms_of
 from torchlens_viz.backprop.network import Precision, isolated, resolve_precision
 from torchlens_viz.backprop.objective import Objective, Scene
-from torchlens_viz.backprop.scorer import Scorer, device_of
+from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.layers import Selector
+from torchlens_viz.models.state import device_of
 from torchlens_viz.objectives import ObjectiveName, objective_of
 from torchlens_viz.progress import Bar
 

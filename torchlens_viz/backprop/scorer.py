@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Final, Literal, NamedTuple, final
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple, final
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.layers import Selector, select_one
+from torchlens_viz.models.state import device_of
 
 _LINEAR: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -255,12 +256,6 @@ def _check_output(layer: str, output: object) -> None:
             f"`layer` must put out one tensor (N, C, ...), got {_kind(output)} from `{layer}`; "
             "choose a layer inside it"
         )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's first parameter or buffer is; a model without any is on the CPU."""
-    tensors: Sequence[Any] = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _kind(value: object) -> str:

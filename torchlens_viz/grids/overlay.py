@@ -21,9 +21,9 @@ from torchlens_viz.draw.text import captioned
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.models.inputs import as_batch, as_pixels, like_parameters
+from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.models.layers import Selector, select
-from torchlens_viz.models.state import inference
+from torchlens_viz.models.state import inference, like_parameters
 from torchlens_viz.receptive.find import ReceptiveField, receptive_field
 
 Backdrop: TypeAlias = Literal["gray", "colour"]

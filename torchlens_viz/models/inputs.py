@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
@@ -74,14 +73,6 @@ def as_pixels(
     if len(pixels) != 3:
         pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
     return pixels.clamp(0, 1)
-
-
-def like_parameters(batch: torch.Tensor, model: nn.Module) -> torch.Tensor:
-    """Return a batch on the device of the model's first parameter, and of its type if it is floating."""
-    first = next((each for each in model.parameters() if each.is_floating_point()), None)
-    if first is None:
-        return batch
-    return batch.to(first.device, first.dtype if batch.is_floating_point() else None)
 
 
 def colours_as_in(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+
+from torchlens_viz.models.inputs import like_parameters
 
 
 @contextmanager
@@ -25,3 +31,72 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for _, own in before for buffer in own.values() if buffer is not None]
+    try:
+        yield
+    finally:
+        for buffer, value in values:
+            with torch.inference_mode(buffer.is_inference()):
+                buffer.data.copy_(value)  # `data`, so that what was saved for a backward pass stays valid
+        for buffers, own in before:
+            buffers.clear()
+            buffers.update(own)
+
+
+@contextmanager
+def _no_cached_parametrizations() -> Iterator[None]:
+    """Keep weights that are computed without a graph from the cache of `parametrize.cached()`."""
+    was_enabled = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = was_enabled
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Keep weights that are converted without a graph from those that are converted with one.
+
+    Within `torch.autocast` a converted weight is kept for its next use. In versions of torch that keep those
+    made without gradients too, the training's next forward pass would find the probe's, and the weight would
+    not be trained.
+    """
+    was_enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was_enabled)
+
+
+def like_parameters(batch: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Return a batch on the device of the model's first parameter, and of its type if it is floating."""
+    first = next((each for each in model.parameters() if each.is_floating_point()), None)
+    if first is None:
+        return batch
+    return batch.to(first.device, first.dtype if batch.is_floating_point() else None)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's first parameter or buffer is; a model without any is on the CPU."""
+    tensors: Sequence[Any] = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")

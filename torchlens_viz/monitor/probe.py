@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Final, TypeAlias, final
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.inputs import like_parameters
-from torchlens_viz.models.state import inference
+from torchlens_viz.models.state import (
+    _no_autocast_cache,
+    _no_cached_parametrizations,
+    _same_buffers,
+    _same_random_numbers,
+    inference,
+    like_parameters,
+)
 from torchlens_viz.nested import map_tensors
 
 Probe: TypeAlias = torch.Tensor | Mapping[str, Any] | DataLoader[Any]
@@ -112,58 +114,3 @@ def _first(loader: DataLoader[Any]) -> Any:
         items = [loader.dataset[index * count // most] for index in range(most)]
         batch = loader.collate_fn(items)
     return batch[0] if isinstance(batch, tuple | list) else batch
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-
-
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
-    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for _, own in before for buffer in own.values() if buffer is not None]
-    try:
-        yield
-    finally:
-        for buffer, value in values:
-            with torch.inference_mode(buffer.is_inference()):
-                buffer.data.copy_(value)  # `data`, so that what was saved for a backward pass stays valid
-        for buffers, own in before:
-            buffers.clear()
-            buffers.update(own)
-
-
-@contextmanager
-def _no_cached_parametrizations() -> Iterator[None]:
-    """Keep weights that are computed without a graph from the cache of `parametrize.cached()`."""
-    was_enabled = parametrize._cache_enabled
-    parametrize._cache_enabled = 0
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled = was_enabled
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Keep weights that are converted without a graph from those that are converted with one.
-
-    Within `torch.autocast` a converted weight is kept for its next use. In versions of torch that keep those
-    made without gradients too, the training's next forward pass would find the probe's, and the weight would
-    not be trained.
-    """
-    was_enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(was_enabled)
