@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.models import get_model, vgg16
 
 from torchlens_viz import maximize
-from torchlens_viz.backprop.network import Cut, autocasting, isolated, resolve_precision, shadow_of
+from torchlens_viz.backprop.device import autocasting, isolated, resolve_precision
+from torchlens_viz.backprop.network import Cut, shadow_of
 
 LAYER = 14
 CHANNELS = range(8)

@@ -38,7 +38,7 @@ from torchlens_viz.ascent.parametrization import (
 from torchlens_viz.ascent.plan import Climb, Plan, Request
 from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.ascent.transforms import Transforms, TransformsName, transforms_of
-from torchlens_viz.backprop.network import Precision, isolated, resolve_precision
+from torchlens_viz.backprop.device import Precision, isolated, resolve_precision
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.distributed import gathered, world

@@ -8,8 +8,8 @@ from typing import Final, Literal, NamedTuple, final
 import torch
 from torch import nn
 
-from torchlens_viz.backprop.device import is_out_of_memory
-from torchlens_viz.backprop.network import Cut, autocasting, shadow_of
+from torchlens_viz.backprop.device import autocasting, is_out_of_memory
+from torchlens_viz.backprop.network import Cut, shadow_of
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.capture import capture
