@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+)
 
 
 def maps_of(
@@ -136,3 +139,15 @@ def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
         )
     tensor = tensor.detach()
     return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def channel_tuple(channels: int | Sequence[int]) -> tuple[int, ...]:
+    """Return channel indices as a tuple, refusing what is not a list of distinct indices from 0."""
+    chosen = [channels] if isinstance(channels, int) else list(channels)
+    try:
+        indices = tuple(operator.index(channel) for channel in chosen)
+    except TypeError:
+        raise InvalidTypeError(f"`channels` must be an int or a list of ints, got {channels!r}") from None
+    if not indices or min(indices) < 0:
+        raise InvalidArgumentError(f"`channels` must be one or more indices from 0, got {channels!r}")
+    return indices

@@ -12,6 +12,7 @@ from typing import Any, Literal, final
 import torch
 from torch import nn
 
+from torchlens_viz.arguments import channel_tuple
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.activations import Activations as Activations
 from torchlens_viz.hooks.activations import InputOutput, Inputs
@@ -22,7 +23,7 @@ from torchlens_viz.hooks.forward import (
     refuse_torchscript,
     refuse_unhookable,
 )
-from torchlens_viz.hooks.retention import Reduction, Retention, Transfers, channel_tuple, size_in_bytes
+from torchlens_viz.hooks.retention import Reduction, Retention, Transfers, size_in_bytes
 from torchlens_viz.models.layers import Layer, Selector, select, unwrap
 from torchlens_viz.nested import map_tensors, tensors
 

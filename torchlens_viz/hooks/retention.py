@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -173,18 +172,6 @@ class Retention:
 def travels(tensor: torch.Tensor, device: torch.device | None) -> bool:
     """Tell whether a tensor goes to the host beside the computation, which its graph could not."""
     return device is not None and device.type == "cpu" and tensor.is_cuda and not tensor.requires_grad
-
-
-def channel_tuple(channels: int | Sequence[int]) -> tuple[int, ...]:
-    """Return channel indices as a tuple, refusing what is not a list of distinct indices from 0."""
-    chosen = [channels] if isinstance(channels, int) else list(channels)
-    try:
-        indices = tuple(operator.index(channel) for channel in chosen)
-    except TypeError:
-        raise InvalidTypeError(f"`channels` must be an int or a list of ints, got {channels!r}") from None
-    if not indices or min(indices) < 0:
-        raise InvalidArgumentError(f"`channels` must be one or more indices from 0, got {channels!r}")
-    return indices
 
 
 def size_in_bytes(value: Any) -> int:
