@@ -14,7 +14,8 @@ from torchlens_viz.cli import demo
 from torchlens_viz.cli.demo import run_demo
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.pictures import read_image
-from torchlens_viz.grids.kernels import feature_grid, kernel_grid
+from torchlens_viz.grids.features import feature_grid
+from torchlens_viz.grids.kernels import kernel_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.demo_net import load_demo_net, preprocess
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from torchlens_viz.draw.grid import make_grid as make_grid
     from torchlens_viz.errors import LayerNotFoundError as LayerNotFoundError
     from torchlens_viz.errors import TorchlensVizError as TorchlensVizError
+    from torchlens_viz.grids.features import feature_grid as feature_grid
+    from torchlens_viz.grids.features import save_feature_grid as save_feature_grid
     from torchlens_viz.grids.folders import save_feature_maps as save_feature_maps
     from torchlens_viz.grids.folders import save_kernel_sheets as save_kernel_sheets
-    from torchlens_viz.grids.kernels import feature_grid as feature_grid
     from torchlens_viz.grids.kernels import kernel_grid as kernel_grid
-    from torchlens_viz.grids.kernels import save_feature_grid as save_feature_grid
     from torchlens_viz.grids.kernels import save_kernel_grid as save_kernel_grid
     from torchlens_viz.grids.overlay import overlay_grid as overlay_grid
     from torchlens_viz.grids.overlay import save_overlay_grid as save_overlay_grid
@@ -45,13 +45,13 @@ _HOME = {
     "Survey": "dataset.result",
     "TorchlensVizError": "errors",
     "capture": "hooks.capture",
-    "feature_grid": "grids.kernels",
+    "feature_grid": "grids.features",
     "kernel_grid": "grids.kernels",
     "make_grid": "draw.grid",
     "maximize": "ascent.maximize",
     "overlay_grid": "grids.overlay",
     "pair_grid": "grids.pairs",
-    "save_feature_grid": "grids.kernels",
+    "save_feature_grid": "grids.features",
     "save_feature_maps": "grids.folders",
     "save_kernel_grid": "grids.kernels",
     "save_kernel_sheets": "grids.folders",

@@ -26,7 +26,8 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
-from torchlens_viz.grids.kernels import feature_grid, save_kernel_grid
+from torchlens_viz.grids.features import feature_grid
+from torchlens_viz.grids.kernels import save_kernel_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.layers import select

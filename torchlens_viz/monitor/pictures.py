@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from torchlens_viz.draw.scale import finite_range
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.grids.kernels import feature_grid, kernel_grid
+from torchlens_viz.grids.features import feature_grid
+from torchlens_viz.grids.kernels import kernel_grid
 from torchlens_viz.models.kernels import kernels_of
 from torchlens_viz.models.layers import nearest
 

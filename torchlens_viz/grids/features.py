@@ -1,0 +1,86 @@
+"""Feature maps as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Unpack
+
+import torch
+from PIL import Image
+
+from torchlens_viz.arguments import indices_of, maps_of
+from torchlens_viz.draw.canvas import draw
+from torchlens_viz.draw.style import Style, StyleOptions, ranking
+from torchlens_viz.files.pictures import save_picture
+
+
+class FeatureOptions(StyleOptions, total=False):
+    """The options of `feature_grid`."""
+
+    sample: int
+    channels: int | Sequence[int] | None
+    grid: tuple[int, int] | None
+
+
+def feature_grid(
+    activation: torch.Tensor,
+    *,
+    sample: int = 0,
+    channels: int | Sequence[int] | None = None,
+    grid: tuple[int, int] | None = None,
+    **options: Unpack[StyleOptions],
+) -> Image.Image:
+    """Draw the feature maps of one input, one tile per channel.
+
+    Args:
+        activation: (N, C, H, W), as `capture` records it, or (C, H, W); with `grid`, the tokens (N, L, C) or
+            (L, C) of a transformer.
+        sample: Which input of the batch, by index from 0.
+        channels: Show only these channels, by index from 0.
+        grid: Rows and columns in which the last rows * columns tokens lie. Those before them, such as a class
+            token, are left out.
+        options: How to draw them, as in `kernel_grid`; `cmap="auto"` is `"RdBu_r"` for a range with both
+            signs, else `"gray"`.
+
+    Returns:
+        An image of mode "L" for gray, else "P".
+
+    Raises:
+        InvalidArgumentError: An index is out of range, the tensor has another shape or no pixels, or an
+            option has no effect.
+        InvalidTypeError: An argument has another type.
+
+    Example:
+        >>> import torch
+        >>> feature_grid(torch.rand(1, 6, 40, 40), padding=2).size
+        (128, 86)
+    """
+    style = Style(**options)
+    maps = maps_of(activation, sample, grid=grid)
+    chosen = indices_of(channels, len(maps), "channels")
+    tiles = maps if channels is None else maps[chosen]
+    notes = [f"{len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}"]
+    order = ranking(tiles, style.rank)
+    return draw(tiles[:, None], style, labels=[str(index) for index in chosen], notes=notes, order=order)
+
+
+def save_feature_grid(
+    activation: torch.Tensor, path: str | os.PathLike[str], **options: Unpack[FeatureOptions]
+) -> Path:
+    """Draw the feature maps of one input into a file.
+
+    Args:
+        activation: (N, C, H, W) or (C, H, W).
+        path: The file; its ending names the format. Missing folders are made, and a file of that name is
+            replaced in one step.
+        options: As in `feature_grid`.
+
+    Returns:
+        The path.
+
+    Raises:
+        PictureError: The file cannot be written; nothing is left behind, and what stood there still stands.
+    """
+    return save_picture(feature_grid(activation, **options), path)
