@@ -15,15 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz import (
-    canvas,
-    capture,
-    feature_grid,
-    folders,
-    kernel_grid,
-    save_feature_maps,
-    save_kernel_sheets,
-)
+from torchlens_viz import capture, feature_grid, kernel_grid, save_feature_maps, save_kernel_sheets
+from torchlens_viz.draw import canvas
 from torchlens_viz.draw.palette import Colormap, colormap
 from torchlens_viz.errors import (
     InvalidArgumentError,
@@ -32,6 +25,7 @@ from torchlens_viz.errors import (
     MissingDependencyError,
     PictureError,
 )
+from torchlens_viz.grids import folders
 
 MAGENTA, GREEN, CYAN = (255, 0, 255), (0, 255, 0), (0, 255, 255)
 

@@ -12,16 +12,16 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz import (
-    canvas,
     captions,
     capture,
     feature_grid,
     kernel_grid,
-    lettering,
     pair_grid,
     save_feature_grid,
     save_kernel_grid,
 )
+from torchlens_viz.draw import canvas
+from torchlens_viz.draw import text as lettering
 from torchlens_viz.draw.palette import Colormap, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 from torchlens_viz.files.pictures import as_chw, save_animation

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchlens_viz.models.inputs import like_parameters
-
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
@@ -34,7 +32,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
+def same_random_numbers() -> Iterator[None]:
     """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's."""
     python, legacy = random.getstate(), np.random.get_state()
     try:
@@ -46,7 +44,7 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
+def same_buffers(model: nn.Module) -> Iterator[None]:
     """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
     before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for _, own in before for buffer in own.values() if buffer is not None]
@@ -62,7 +60,7 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_cached_parametrizations() -> Iterator[None]:
+def no_cached_parametrizations() -> Iterator[None]:
     """Keep weights that are computed without a graph from the cache of `parametrize.cached()`."""
     was_enabled = parametrize._cache_enabled
     parametrize._cache_enabled = 0
@@ -73,7 +71,7 @@ def _no_cached_parametrizations() -> Iterator[None]:
 
 
 @contextmanager
-def _no_autocast_cache() -> Iterator[None]:
+def no_autocast_cache() -> Iterator[None]:
     """Keep weights that are converted without a graph from those that are converted with one.
 
     Within `torch.autocast` a converted weight is kept for its next use. In versions of torch that keep those

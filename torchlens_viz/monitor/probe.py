@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.models.state import (
-    _no_autocast_cache,
-    _no_cached_parametrizations,
-    _same_buffers,
-    _same_random_numbers,
     inference,
     like_parameters,
+    no_autocast_cache,
+    no_cached_parametrizations,
+    same_buffers,
+    same_random_numbers,
 )
 from torchlens_viz.nested import map_tensors
 
@@ -78,10 +78,10 @@ class ProbeBatch:
             )
         with (
             inference(model),
-            _same_random_numbers(),
-            _same_buffers(model),
-            _no_autocast_cache(),
-            _no_cached_parametrizations(),
+            same_random_numbers(),
+            same_buffers(model),
+            no_autocast_cache(),
+            no_cached_parametrizations(),
         ):
             model(*map_tensors(placed, self._args), **map_tensors(placed, self._kwargs))
 
@@ -110,7 +110,7 @@ def _first(loader: DataLoader[Any]) -> Any:
     if count == 0:
         raise InvalidArgumentError("`probe` must have at least one input, got a DataLoader without any")
     most = min(_INPUTS, count)
-    with _same_random_numbers():
+    with same_random_numbers():
         items = [loader.dataset[index * count // most] for index in range(most)]
         batch = loader.collate_fn(items)
     return batch[0] if isinstance(batch, tuple | list) else batch
