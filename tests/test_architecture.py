@@ -283,7 +283,7 @@ def test_the_guard_on_hooks_can_fail(call):
 
 
 def test_no_room_bears_the_name_of_a_public_function():
-    # Importing `torchlens_viz.capture.x` would bind `torchlens_viz.capture` to the room and hide the function.
+    # Importing `torchlens_viz.capture.x` would bind `torchlens_viz.capture` to the room: a hidden function.
     assert not set(ALLOWED) & set(torchlens_viz.__all__)
 
 

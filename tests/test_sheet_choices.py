@@ -12,7 +12,6 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz import (
-    captions,
     capture,
     feature_grid,
     kernel_grid,
@@ -651,5 +650,4 @@ def test_arrays_for_tensorboard_are_channels_first():
 
 def test_words_can_be_watched():
     """The lines that these tests compare are those that the modules write."""
-    assert canvas.lettering is lettering
-    assert captions.lettering is lettering
+    assert canvas.text is lettering

@@ -13,10 +13,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from torchlens_viz.draw import palette as colormaps
-from torchlens_viz.draw import text as lettering
+from torchlens_viz.draw import text
 from torchlens_viz.draw.grid import compose
-from torchlens_viz.draw.palette import LEVELS, PADDING, TEXT, Colormap, colormap
+from torchlens_viz.draw.palette import LEVELS, PADDING, SPECIAL_COLOURS, TEXT, Colormap, colormap
 from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
 from torchlens_viz.draw.style import Rank, Style, own_labels
 from torchlens_viz.draw.text import captioned, entry
@@ -145,7 +144,7 @@ class _Layout:
     def of(cls, shape: Sequence[int], style: Style) -> _Layout:
         count, _, height, width = shape
         upscale = style.upscale or ceil(_TILE_SIZE / max(height, width))
-        header = 0 if style.labels is False else lettering.LINE_HEIGHT
+        header = 0 if style.labels is False else text.LINE_HEIGHT
         columns = style.nrow or ceil(sqrt(count))
         layout = cls(count, columns, upscale, height * upscale, width * upscale, style.padding, header)
         rows = ceil(count / columns)
@@ -197,11 +196,11 @@ def _write_labels(
     image: Image.Image, labels: Sequence[str], layout: _Layout, ink: int | tuple[int, int, int]
 ) -> None:
     room = layout.tile_width + layout.padding - _GAP
-    size = lettering.fitting_size(labels, room)
+    size = text.fitting_size(labels, room)
     for (x, y), label in zip(layout.corners(), labels, strict=True):
-        text = label if size < lettering.SIZES[0] else lettering.shortened(label, room)
-        below = (lettering.SIZES[0] - size) // 2  # small letters stand as close to their tile
-        lettering.write_line(image, (x, y + below), text, ink, size)
+        words = label if size < text.SIZES[0] else text.shortened(label, room)
+        below = (text.SIZES[0] - size) // 2  # small letters stand as close to their tile
+        text.write_line(image, (x, y + below), words, ink, size)
 
 
 def _as_floating(tiles: torch.Tensor, style: Style) -> torch.Tensor:
@@ -245,7 +244,7 @@ def _paint(
     pixels = laid_out(levels, 255 if is_colour else PADDING, repeat)
     if codes is not None:
         special = laid_out(codes, 0, layout.upscale)[..., 0]
-        for code in colormaps.SPECIAL_COLOURS:
+        for code in SPECIAL_COLOURS:
             pixels[special == code] = colours.palette[code] if is_colour else code
     if is_colour:
         return Image.fromarray(pixels)
