@@ -1,17 +1,82 @@
-"""What an argument may be: tensors of plain numbers, which maps of an activation, which indices."""
+"""What an argument may be: integers, numbers, choices; tensors of plain numbers; which maps and indices."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from math import isfinite
+from numbers import Real
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from torchlens_viz.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-)
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+
+T = TypeVar("T")
+
+
+def integer(value: object, name: str, *, least: int | None = None, most: int | None = None) -> int:
+    """Return an option named `name` as an int: numpy's and torch's count, a bool does not.
+
+    Raises:
+        InvalidArgumentError: It is below `least` or above `most`.
+        InvalidTypeError: It is no integer.
+    """
+    found = _as_index(value)
+    if found is None:
+        raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
+    if least is not None and found < least:
+        raise InvalidArgumentError(f"`{name}` must be at least {least}, got {found}")
+    if most is not None and found > most:
+        raise InvalidArgumentError(f"`{name}` must be at most {most}, got {found}")
+    return found
+
+
+def number(
+    value: object,
+    name: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> float:
+    """Return an option named `name` as a finite float; a bool is no number.
+
+    Raises:
+        InvalidArgumentError: It is not finite, below `least`, above `most`, or not above `above`.
+        InvalidTypeError: It is no real number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidTypeError(f"`{name}` must be a number, got {value!r}")
+    found = float(value)
+    rules = [
+        ("finite", isfinite(found)),
+        (f"at least {least}", least is None or found >= least),
+        (f"above {above}", above is None or found > above),
+        (f"at most {most}", most is None or found <= most),
+    ]
+    for rule, holds in rules:
+        if not holds:
+            raise InvalidArgumentError(f"`{name}` must be {rule}, got {value!r}")
+    return found
+
+
+def one_of(value: Any, name: str, choices: Sequence[T]) -> T:
+    """Return an option named `name` if it is one of `choices`, such as `get_args` has of a `Literal`.
+
+    Raises:
+        InvalidArgumentError: It is none of them.
+    """
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    *first, last = (f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices)
+    raise InvalidArgumentError(
+        f"`{name}` must be {', '.join(first)} or {last}, got {value!r}"
+        if first
+        else f"`{name}` must be {last}, got {value!r}"
+    )
 
 
 def maps_of(
@@ -139,6 +204,15 @@ def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
         )
     tensor = tensor.detach()
     return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers as a dense tensor: what a quantised one stands for, the zeros of a sparse one.
+
+    Where it is plain already, it is the tensor itself.
+    """
+    values = tensor.dequantize() if tensor.is_quantized else tensor
+    return values if values.layout is torch.strided else values.to_dense()
 
 
 def channel_tuple(channels: int | Sequence[int]) -> tuple[int, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from typing import Any
 
 
 class TorchlensVizError(Exception):
@@ -63,6 +65,32 @@ class MissingDependencyError(TorchlensVizError, ImportError):
 
 class ArchiveError(TorchlensVizError, OSError):
     """A file of activations cannot be written or read."""
+
+
+def needed(package: str, what: str, extra: str | None = None, *, otherwise: str = "") -> Any:
+    """Import a package that is not always there.
+
+    Args:
+        package: What to import, such as `"safetensors.torch"`.
+        what: What needs it, as the beginning of a sentence about the package: `"to_frame needs pandas"`.
+        extra: The extra of this package that brings it; None where none does.
+        otherwise: What can be done instead, such as `"or pass a writer"`.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingDependencyError: It is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"fails: {reason_of(error)}"
+        wanted = f'"torchlens_viz[{extra}]"' if extra else package.partition(".")[0]
+        more = f", {otherwise}" if otherwise else ""
+        raise MissingDependencyError(
+            f"{what}, which {why}; run `python -m pip install {wanted}`{more}"
+        ) from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -109,7 +109,8 @@ def maximize(
             `torchvision.transforms.Normalize`.
         transforms: `"robust"`, `"classic"`, `"none"` or `Transforms(...)`: what the images must survive.
         parametrization: What is optimised: `"pixels"`, `"fourier"` coefficients or, with the magnitudes
-            of natural images, their phases (`"maco"`); or one of `torchlens_viz.ascent.parametrization` with options.
+            of natural images, their phases (`"maco"`); or `Pixels`, `Fourier` or `FixedSpectrum` with
+            options.
         steps: Steps per image.
         lr: The learning rate; None is that of the parametrisation, 0.05 of the range of pixels per step.
         threshold: Stop an image once its objective exceeds this.

@@ -105,8 +105,8 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], **options: ob
     Args:
         image: The picture. A palette image is written to JPEG as RGB.
         path: The file; its suffix chooses the format.
-        **options: What `PIL.Image.Image.save` takes. Without any, PNG is written by `torchlens_viz.files.png`, and
-            WebP without loss.
+        **options: What `PIL.Image.Image.save` takes. Without any, PNG is written by our own
+            encoder, and WebP without loss.
 
     Returns:
         `path` as a `Path`, as it was given.

@@ -54,9 +54,9 @@ class Monitor:
             keyword arguments; or a DataLoader, of whose dataset 16 items are kept. None: `step` logs the
             weights alone, and `watch` is there for the rest.
         every: Log a step in so many: those whose number it divides, and the next one where that was skipped.
-        alarm: Called with a `torchlens_viz.monitor.health.Trouble` when values are not finite, when too many channels
-            are dead, or when the std is out of bounds: once, and again after it was gone. What it raises ends
-            the training. It warns by default; None turns it off.
+        alarm: Called with a `Trouble` when values are not finite, when too many channels are dead, or when
+            the std is out of bounds: once, and again after it was gone. What it raises ends the training. It
+            warns by default; None turns it off.
         max_dead: The share of dead channels above which there is an alarm, 0 to 1.
         std_range: (low, high); a std outside it raises the alarm.
         norms: Log the norm of each layer's parameters and of what the last step added to them.

@@ -64,7 +64,7 @@ class Extents(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Refuse: there are no values to work on. `torchlens_viz.receptive.rules` knows what to do instead."""
+        """Refuse: there are no values to work on. `receptive.rules` knows what to do instead."""
         raise UnknownOperationError(f"`{func}` of extents")
 
     __torch_dispatch__ = __torch_function__  # type: ignore[assignment]
