@@ -13,8 +13,9 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from torchlens_viz import __version__, cli, feature_grid, kernel_grid
+from torchlens_viz import __version__, feature_grid, kernel_grid
 from torchlens_viz.cli import commands
+from torchlens_viz.cli.main import main
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.zoo import load_model
 
@@ -86,7 +87,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def run(capsys):
     def call(*arguments: str | Path) -> tuple[int, list[str], list[str]]:
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return code, out.splitlines(), err.splitlines()
 
@@ -350,7 +351,7 @@ def test_a_bug_is_not_hidden(folder, monkeypatch):
 
     monkeypatch.setattr(commands, "draw_kernels", bug)
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.main([*NET, "-o", "k.png"])
+        main([*NET, "-o", "k.png"])
 
 
 # The program as a process
@@ -408,7 +409,7 @@ def test_help_and_a_mistyped_option_do_not_wait_for_torch():
 def test_ranking_pages_and_titles_reach_the_sheet(tmp_path, capsys):
     out = tmp_path / "k.png"
     options = ["--rank", "norm", "--max-tiles", "8", "--page", "1", "--title", "second page"]
-    assert cli.main(["kernels", "squeezenet1_1", "--weights", "none", "-o", str(out), *options]) == 0
+    assert main(["kernels", "squeezenet1_1", "--weights", "none", "-o", str(out), *options]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     model = load_model("squeezenet1_1", weights="none").model
     expected = kernel_grid(model, rank="norm", max_tiles=8, page=1, title="second page")

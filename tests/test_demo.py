@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from torchlens_viz import cli
 from torchlens_viz.cli import demo
 from torchlens_viz.cli.demo import run_demo
+from torchlens_viz.cli.main import _parser
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.grids.features import feature_grid
@@ -72,7 +72,7 @@ def test_the_pictures_are_those_of_the_network_and_the_photograph(tmp_path):
 
 def test_the_next_command_that_is_printed_can_be_parsed():
     program, *words = demo._NEXT_COMMAND.split()
-    arguments = cli._parser().parse_args(words)
+    arguments = _parser().parse_args(words)
     assert program == "torchlens-viz"
     assert (arguments.command, arguments.model) == ("maps", "resnet18")
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from torchlens_viz import Maximization, cli, maximize
+from torchlens_viz import Maximization, maximize
 from torchlens_viz.ascent.checkpoint import Resumption
+from torchlens_viz.cli.main import main
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.inputs import colours_as_in
 from torchlens_viz.models.zoo import load_model
@@ -80,7 +81,7 @@ def test_it_writes_a_folder_per_layer_with_what_maximize_finds(folder, capsys):
         "--steps",
         "6",
     ]
-    assert cli.main([*words, "--channels", "0-2", "--seed", "5", "--precision", "float32"]) == 0
+    assert main([*words, "--channels", "0-2", "--seed", "5", "--precision", "float32"]) == 0
     out = capsys.readouterr()
     assert out.out.splitlines() == [str(folder / "out" / name / "grid.png") for name in ("first", "second")]
     for layer in ("first", "second"):
@@ -123,10 +124,10 @@ def test_a_run_that_was_broken_off_goes_on(folder, capsys, monkeypatch, finished
 
     with monkeypatch.context() as broken:
         broken.setattr(Resumption, "keep", keep_some)
-        assert cli.main(words) == 130
+        assert main(words) == 130
     assert [path.suffix for path in (folder / "out" / "second").iterdir()] == [""]  # only the unfinished
     assert len(list((folder / "out" / "second" / "unfinished").glob("*.npz"))) == finished
-    assert cli.main(words) == 0
+    assert main(words) == 0
     got, whole = Maximization.load(folder / "out" / "second"), expected("second", steps=6)
     assert got.channels.tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(got.images, whole.images, rtol=0, atol=1e-3)
@@ -145,7 +146,7 @@ def test_a_run_that_was_broken_off_goes_on(folder, capsys, monkeypatch, finished
 )
 def test_bad_input_is_one_line_and_changes_nothing(folder, capsys, words, message):
     before = sorted(path for path in folder.rglob("*") if "__pycache__" not in path.parts)
-    assert cli.main(["maximize", *words, "-o", "out", "--steps", "2"]) == 2
+    assert main(["maximize", *words, "-o", "out", "--steps", "2"]) == 2
     out = capsys.readouterr()
     assert message in out.err
     assert out.err.count("\n") == 1

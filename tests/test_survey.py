@@ -799,10 +799,10 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(capsys):
-    from torchlens_viz import cli
+    from torchlens_viz.cli.main import main
 
     def call(*arguments):
-        code = cli.main([str(argument) for argument in ("survey", "survey_net:net", *arguments)])
+        code = main([str(argument) for argument in ("survey", "survey_net:net", *arguments)])
         out, err = capsys.readouterr()
         return code, out.splitlines(), err.splitlines()
 

@@ -385,7 +385,7 @@ def test_tracebacks_end_at_the_caller_s_line(name):
     assert len(traceback.extract_tb(caught.tb)) > 1  # there was something to hide
 
 
-@pytest.mark.parametrize("module", ["testing", "statistics"])
+@pytest.mark.parametrize("module", ["testing.assertions", "stats.running"])
 def test_examples_in_docstrings_are_true(module):
     found = doctest.testmod(importlib.import_module(f"torchlens_viz.{module}"))
     assert found.attempted > 3
