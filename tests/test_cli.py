@@ -16,6 +16,7 @@ from torch import nn
 from torchlens_viz import __version__, feature_grid, kernel_grid
 from torchlens_viz.cli import commands
 from torchlens_viz.cli.main import main
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.zoo import load_model
 
@@ -331,7 +332,7 @@ def test_a_failed_download_is_one_line(folder, run, monkeypatch):
 
 def test_an_error_of_several_lines_becomes_one(folder, run, monkeypatch):
     def fail(*_args, **_options):
-        raise cli.InvalidArgumentError("first\n  second")
+        raise InvalidArgumentError("first\n  second")
 
     monkeypatch.setattr(commands, "draw_kernels", fail)
     assert run(*NET, "-o", "k.png") == (2, [], ["torchlens-viz: error: first second"])
