@@ -56,7 +56,7 @@ def test_pinned_memory_is_bounded():
 
 @pytest.mark.parametrize("read", ["inside", "after", "repr"])
 def test_activations_are_never_read_before_they_are_complete(monkeypatch, read):
-    from torchlens_viz.hooks import capture as activations
+    from torchlens_viz.hooks import activations
 
     lane = SlowLane()
     monkeypatch.setattr(activations, "Transfers", lambda: Transfers(lane))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -13,7 +14,10 @@ from torchlens_viz.dataset.checkpoint import Logbook, Progress, fingerprint
 from torchlens_viz.dataset.loader import Batch, Numbering
 from torchlens_viz.dataset.tally import Observation, Tally
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.hooks.capture import capture
+from torchlens_viz.hooks.capture import Capture
+from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
+from torchlens_viz.hooks.sink import Sink, real_tensor
+from torchlens_viz.models.layers import Layer, unwrap
 from torchlens_viz.models.state import inference
 
 
@@ -23,7 +27,7 @@ class Pass:
 
     Args:
         model: The network.
-        names: Its layers that are surveyed.
+        layers: Its layers that are surveyed.
         numbering: What tells the input and the indices of a batch.
         book: Where to keep what was found so far; None keeps nothing.
         device: Where batches are moved to; None leaves them where they are.
@@ -34,7 +38,7 @@ class Pass:
     def __init__(
         self,
         model: nn.Module,
-        names: Sequence[str],
+        layers: Sequence[Layer],
         numbering: Numbering,
         book: Logbook | None,
         device: torch.device | None,
@@ -44,8 +48,9 @@ class Pass:
     ) -> None:
         self._model, self._numbering, self._book, self._device = model, numbering, book, device
         self._alike = alike
-        self._watched: dict[str, Observation] = {}
-        self.progress = Progress(tallies=dict.fromkeys(names, empty))
+        self._layers = tuple(layers)
+        self._watch = _Watch()
+        self.progress = Progress(tallies=dict.fromkeys((layer.name for layer in layers), empty))
 
     def go(self, loader: Iterable[Any], count: Callable[[int], object]) -> None:
         """Survey all batches, or those before Ctrl-C.
@@ -65,9 +70,7 @@ class Pass:
             count(before.inputs)
             return
         try:
-            with ExitStack() as stack:
-                stack.enter_context(inference(self._model))
-                watched = self._hook(stack)
+            with inference(self._model), self._hooks():
                 for raw in loader:
                     batch = self._numbering.read(raw)
                     if self.progress.batches == 0 and self._book is not None:
@@ -75,7 +78,7 @@ class Pass:
                     if before is not None and self.progress.batches < before.batches:
                         self._pass_over(batch, before)
                     else:
-                        self._survey(batch, watched)
+                        self._survey(batch)
                     count(len(batch.samples))
             self._numbering.finish()
             _refuse_repeated(self.progress.tallies)
@@ -98,20 +101,11 @@ class Pass:
             self._book.require_same_data(before, fingerprint(self._numbering.read(raw)))
             break
 
-    def _hook(self, stack: ExitStack) -> dict[str, Any]:
-        """Make every layer's calls reach the observation of the batch that is under way."""
-
-        def see(name: str, values: torch.Tensor) -> None:
-            self._watched[name].see(values)
-
-        def watcher(name: str) -> Callable[[torch.Tensor], None]:
-            return lambda values: see(name, values)
-
-        # A block for each, since a reduction is not told which layer it is for.
-        return {
-            name: stack.enter_context(capture(self._model, name, copy=False, reduce=watcher(name)))
-            for name in self.progress.tallies
-        }
+    def _hooks(self) -> Capture[None]:
+        """Make the calls of all layers reach the observations of the batch that is under way."""
+        refuse_torchscript(self._model)
+        check = partial(refuse_unhookable, self._model, self._layers, stop=False, compiled="eager")
+        return Capture(unwrap(self._model), self._layers, check, self._watch)
 
     def _begin(self, batch: Batch, before: Progress | None) -> Progress | None:
         """Note what the first batch is, and hold that of an earlier run to it."""
@@ -132,29 +126,23 @@ class Pass:
             self._book.require_same_count(before, self.progress.inputs)
             self.progress = before
 
-    def _survey(self, batch: Batch, watched: dict[str, Any]) -> None:
+    def _survey(self, batch: Batch) -> None:
         now, shape = self.progress, batch.shape
         inputs = len(batch.samples)
         if inputs == 0:  # all of it is another process's
             self.progress = now._replace(batches=now.batches + 1)
             return
         in_order = self._numbering.are_in_order(batch.samples)
-        self._watched = {
-            name: Observation(name, tally, batch.samples, in_order=in_order, alike=self._alike)
-            for name, tally in now.tallies.items()
-        }
+        self._watch.begin(
+            {
+                name: Observation(name, tally, batch.samples, in_order=in_order, alike=self._alike)
+                for name, tally in now.tallies.items()
+            }
+        )
         there = batch.to(self._device)
         self._model(*there.args, **there.kwargs)
         with torch.inference_mode(False), torch.no_grad():
-            tallies = {name: seen.finish() for name, seen in self._watched.items()}
-        for name, acts in watched.items():
-            calls = len(acts.calls(name)) if name in acts else 0
-            if self._watched[name].calls != calls:
-                raise InvalidArgumentError(
-                    f"`{name}` cannot be surveyed: it must put out one tensor, got "
-                    f"{self._watched[name].calls} in {calls} calls; choose a layer inside it"
-                )
-            acts.clear()
+            tallies = self._watch.end()
         # In one step, so that Ctrl-C never leaves half a batch.
         self.progress = Progress(
             tallies=tallies,
@@ -165,6 +153,51 @@ class Pass:
         )
         if self._book is not None:
             self._book.write_in_time(self.progress)
+
+
+@final
+class _Watch(Sink[None]):
+    """Hands what every layer puts out to its observation of the batch that is under way."""
+
+    __slots__ = ("_aliases", "_calls", "_seen")
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Observation] = {}
+        self._calls = Counter[str]()
+        self._aliases: dict[str, str] = {}
+
+    def begin(self, batch: dict[str, Observation]) -> None:
+        """Begin a batch; what a pass that was broken off left of the one before is forgotten."""
+        self._seen = batch
+        self._calls.clear()
+
+    def end(self) -> dict[str, Tally]:
+        """Return what is known of each layer with this batch.
+
+        Raises:
+            InvalidArgumentError: A layer put out something other than one tensor per call.
+        """
+        for name, calls in self._calls.items():
+            if self._seen[name].calls != calls:
+                raise InvalidArgumentError(
+                    f"`{name}` cannot be surveyed: it must put out one tensor, got "
+                    f"{self._seen[name].calls} in {calls} calls; choose a layer inside it"
+                )
+        found = {name: seen.finish() for name, seen in self._seen.items() if name not in self._aliases}
+        return {name: found[self._aliases.get(name, name)] for name in self._seen}
+
+    def open(self, layers: Sequence[str]) -> None:
+        """Begin; what comes before the first batch is not looked at."""
+
+    def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> None:
+        """Take in what a layer put out; nothing of it is kept."""
+        self._seen[layer].see(real_tensor(tensor, layer).detach())
+
+    def record(self, names: Sequence[str], kept: Any) -> None:
+        """Count a call, and note that what is known of one name is known of all."""
+        first, *others = names
+        self._calls[first] += 1
+        self._aliases.update(dict.fromkeys(others, first))
 
 
 def _refuse_repeated(tallies: Mapping[str, Tally]) -> None:

@@ -108,13 +108,13 @@ def survey(
         >>> found.dead("1").tolist(), found.samples_seen
         ([1], 6)
     """
-    names = [layer.name for layer in select(model, layers)]
+    selected = select(model, layers)
     top_k = _checked(top_k, checkpoint_seconds)
     rank, processes = world() if distributed else (0, 1)
     first = next(model.parameters(), None)
     place = torch.device(device) if device is not None else None if first is None else first.device
     settings = {
-        "layers": names,
+        "layers": [layer.name for layer in selected],
         "top_k": top_k,
         "channel_dim": channel_dim,
         "bins": bins if bins is None or isinstance(bins, str) else [float(edge) for edge in bins],
@@ -131,7 +131,7 @@ def survey(
         path = None if checkpoint is None else f"{os.fspath(checkpoint)}{f'.{rank}' if processes > 1 else ''}"
         book = None if path is None else Logbook(path, own, seconds=checkpoint_seconds)
         empty = empty_tally(top_k=top_k, channel_dim=channel_dim, bins=bins)
-        run = Pass(model, names, numbering, book, place, empty, alike=correlations)
+        run = Pass(model, selected, numbering, book, place, empty, alike=correlations)
         with counter(shown=progress and rank == 0, total=inputs_in(loader), unit="images") as count:
             run.go(loader, count)
         if processes == 1:
@@ -142,7 +142,7 @@ def survey(
 
     found = gathered(work) if processes > 1 else work()
     if processes > 1:
-        return _united(found, names, top_k, model)
+        return _united(found, [layer.name for layer in selected], top_k, model)
     if found[0].inputs == 0:
         raise NoDataError(_NOTHING)
     return _survey_of(found[0], top_k, model)

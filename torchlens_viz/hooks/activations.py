@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
@@ -11,6 +11,8 @@ import torch
 
 from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCallsError, TorchlensVizError
 from torchlens_viz.hooks import archive
+from torchlens_viz.hooks.retention import Retention, Transfers, size_in_bytes
+from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves, map_leaves, tensors
 from torchlens_viz.stats.channels import ChannelStats
@@ -209,22 +211,6 @@ class Activations(Mapping[str, Any]):
         ]
         return "\n".join(["Activations", *(f"  {line}" for line in lines)])
 
-    # What follows is for `activations.capture`, the only writer.
-
-    def _record(self, name: str, value: Any) -> None:
-        self._calls.setdefault(name, []).append(value)
-
-    def _gather(self, name: str, value: Any) -> None:
-        recorded = self._calls.get(name)
-        if recorded is None:
-            self._calls[name] = [_Gathered(value)]
-            return
-        recorded[0].add(name, value)
-        self._held_bytes -= sum(tensor.nbytes for tensor in tensors(value))
-
-    def _note_elsewhere(self, name: str) -> None:
-        self._elsewhere.add(name)
-
     def _why_not(self, name: str) -> str:
         if name in self._elsewhere:
             return (
@@ -235,6 +221,70 @@ class Activations(Mapping[str, Any]):
             "in eval mode, an earlier `stop=True`), or the model bypasses it: it calls `.forward()` or uses "
             "the weights directly, or the forward pass was compiled within the block"
         )
+
+
+@final
+class Recorder(Sink[Activations]):
+    """Writes what `capture` keeps into `Activations`, of which it is the only writer.
+
+    Args:
+        retention: What becomes of each tensor.
+    """
+
+    __slots__ = ("_acts", "_retention", "_transfers")
+
+    def __init__(self, retention: Retention) -> None:
+        self._retention = retention
+        self._acts = Activations(())
+        self._transfers = Transfers()
+
+    @property
+    def is_on_graph(self) -> bool:
+        """Whether what is kept stands in the graph for the tensor itself."""
+        return self._retention.is_on_graph
+
+    def open(self, layers: Sequence[str]) -> Activations:
+        """Return activations for this block, empty yet."""
+        self._transfers = Transfers()
+        self._acts = Activations(layers)
+        self._acts._complete = self._transfers.finish
+        return self._acts
+
+    def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> Any:
+        """Return what is to be kept of a tensor, and count its bytes."""
+        kept = self._retention.keep(tensor, layer, self._acts._held_bytes, self._transfers.send)
+        self._acts._held_bytes += size_in_bytes(kept)
+        return kept
+
+    def record(self, names: Sequence[str], kept: Any) -> None:
+        """Enter a call under each name of its layer, in memory of its own."""
+        write = self._gather if self._retention.gathers else self._append
+        write(names[0], kept)
+        if len(names) > 1:
+            self._transfers.finish()
+        for name in names[1:]:
+            own = self._retention.duplicate(kept, name, self._acts._held_bytes)
+            self._acts._held_bytes += size_in_bytes(own)
+            write(name, own)
+
+    def missed(self, names: Sequence[str]) -> None:
+        """Remember why these layers may have no calls."""
+        self._acts._elsewhere.update(names)
+
+    def close(self) -> None:
+        """Wait for what is on its way to the host."""
+        self._transfers.finish()
+
+    def _append(self, name: str, kept: Any) -> None:
+        self._acts._calls.setdefault(name, []).append(kept)
+
+    def _gather(self, name: str, kept: Any) -> None:
+        recorded = self._acts._calls.get(name)
+        if recorded is None:
+            self._acts._calls[name] = [_Gathered(kept)]
+            return
+        recorded[0].add(name, kept)
+        self._acts._held_bytes -= sum(tensor.nbytes for tensor in tensors(kept))
 
 
 def _describe(value: torch.Tensor | ChannelStats | None) -> tuple[str, str, str, str, str, str]:

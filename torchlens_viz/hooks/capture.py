@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, final
+from typing import Any, Generic, Literal, TypeVar, final
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch import nn
 from torchlens_viz.arguments import channel_tuple
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.activations import Activations as Activations
-from torchlens_viz.hooks.activations import InputOutput, Inputs
+from torchlens_viz.hooks.activations import InputOutput, Inputs, Recorder
 from torchlens_viz.hooks.forward import (
     StopForwardError,
     StopPoint,
@@ -23,9 +23,12 @@ from torchlens_viz.hooks.forward import (
     refuse_torchscript,
     refuse_unhookable,
 )
-from torchlens_viz.hooks.retention import Reduction, Retention, Transfers, size_in_bytes
+from torchlens_viz.hooks.retention import Reduction, Retention
+from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import Layer, Selector, select, unwrap
 from torchlens_viz.nested import map_tensors, tensors
+
+Opened = TypeVar("Opened")
 
 
 def capture(
@@ -43,7 +46,7 @@ def capture(
     stop: bool = False,
     max_bytes: int | None = None,
     compiled: Literal["eager", "error"] = "eager",
-) -> Capture:
+) -> Capture[Activations]:
     """Record what the chosen layers of a model put out, inside a `with` block.
 
     Only forward passes that run in the thread that entered the block are recorded, those of other asyncio
@@ -114,50 +117,55 @@ def capture(
     selected = select(model, layers)
     check = partial(refuse_unhookable, model, selected, stop=stop, compiled=compiled)
     check()
-    return Capture(unwrap(model), selected, check, io=io, retention=retention, stop=stop)
+    return Capture(unwrap(model), selected, check, Recorder(retention), io=io, stop=stop)
 
 
 @final
-class Capture:
-    """The context manager that `capture` returns: hooks stand from entry to exit, all of them or none."""
+class Capture(Generic[Opened]):
+    """The context manager that `capture` returns: hooks stand from entry to exit, all of them or none.
+
+    Args:
+        root: The model, without wrappers.
+        selected: The layers to hook.
+        check: Raises where hooks would not tell the truth; called at every entry.
+        sink: Where tensors and calls go. What its `open` returns is what `with` gives.
+        io: Whether layers give what they took, what they put out, or both.
+        stop: Whether to end a forward pass once every layer has run.
+    """
 
     def __init__(
         self,
         root: nn.Module,
         selected: Sequence[Layer],
         check: Callable[[], None],
+        sink: Sink[Opened],
         *,
-        io: str,
-        retention: Retention,
-        stop: bool,
+        io: Literal["output", "input", "both"] = "output",
+        stop: bool = False,
     ) -> None:
         self._root = root
         self._check = check
+        self._sink = sink
         self._io = io
-        self._retention = retention
         self._names: dict[nn.Module, list[str]] = {}
         for name, module in selected:
             self._names.setdefault(module, []).append(name)
         self._stop = StopForwardError() if stop else None
         self._waiting: set[nn.Module] = set()
         self._taken: list[tuple[nn.Module, dict[str, Any], Any]] = []
-        self._acts = Activations(())
-        self._transfers = Transfers()
         self._failure: TorchlensVizError | None = None
         self._thread = 0
         self._undo: ExitStack | None = None
 
-    def __enter__(self) -> Activations:
+    def __enter__(self) -> Opened:
         if self._undo is not None:
             raise CaptureError("this capture is active already; make a second one with `capture(...)`")
         self._check()  # once more: the model may have changed since
         self._failure = None
-        self._acts = Activations(name for names in self._names.values() for name in names)
-        self._transfers = Transfers()
-        self._acts._complete = self._transfers.finish
         self._thread = threading.get_ident()
+        opened = self._sink.open([name for names in self._names.values() for name in names])
         with ExitStack() as undo:
-            undo.callback(self._transfers.finish)
+            undo.callback(self._sink.close)
             undo.enter_context(eager_stance())
             for module in self._names:
                 if self._io != "output":
@@ -170,7 +178,7 @@ class Capture:
                 undo.enter_context(StopPoint(self._root, self._stop))
                 self._waiting = set(self._names)
             self._undo = undo.pop_all()
-        return self._acts
+        return opened
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -204,13 +212,13 @@ class Capture:
         else:
             kept = self._keep(module, output)
             self._record(module, kept)
-        if self._retention.is_on_graph and any(tensor.requires_grad for tensor in tensors(kept)):
+        if self._sink.is_on_graph and any(tensor.requires_grad for tensor in tensors(kept)):
             return map_tensors(torch.clone, kept)  # the network goes on from what was kept
         return None
 
     def excuse(self, error: Exception) -> None:
-        """Raise what went wrong, unless what keeps the tensors would rather go on."""
-        self._retention.excuse(error)
+        """Raise what went wrong, unless the sink would rather go on."""
+        self._sink.excuse(error)
 
     def _place_of_taken(self, module: nn.Module, kwargs: dict[str, Any]) -> int | None:
         # Entries above a call's own belong to calls that failed and were caught inside the model, perhaps of
@@ -224,52 +232,34 @@ class Capture:
         if self._undo is None:
             return False
         if threading.get_ident() != self._thread:
-            for name in self._names[module]:
-                self._acts._note_elsewhere(name)
+            self._sink.missed(self._names[module])
             return False
         if torch._C._is_tracing():
             raise CaptureError("torch.jit.trace is running: trace the model outside the `capture` block")
         return torch._C._current_graph_task_id() == -1  # else checkpointing runs it again, in backward
 
     def _keep(self, module: nn.Module, value: Any) -> Any:
-        acts, name = self._acts, self._names[module][0]
-
-        def keep(tensor: torch.Tensor) -> Any:
-            kept = self._retention.keep(tensor, name, acts._held_bytes, self._transfers.send)
-            acts._held_bytes += size_in_bytes(kept)
-            return kept
-
+        name = self._names[module][0]
         try:
             with _ordinary_tensors():
-                return map_tensors(keep, value)
+                return map_tensors(lambda tensor: self._sink.keep(tensor, name), value)
         except TorchlensVizError as failure:
             self._failure = self._failure or failure
             raise
 
     def _record(self, module: nn.Module, kept: Any) -> None:
-        first, *others = self._names[module]
-        record = self._gather if self._retention.gathers else self._acts._record
-        record(first, kept)
-        if others:
-            self._transfers.finish()
-        for name in others:
+        try:
             with _ordinary_tensors():
-                own = self._retention.duplicate(kept, name, self._acts._held_bytes)
-            self._acts._held_bytes += size_in_bytes(own)
-            record(name, own)
+                self._sink.record(self._names[module], kept)
+        except TorchlensVizError as failure:
+            self._failure = self._failure or failure
+            raise
         if self._stop is not None:
             self._waiting.discard(module)
             if not self._waiting:
                 self._waiting = set(self._names)
                 self._taken.clear()  # the calls that are going on will not return
                 raise self._stop
-
-    def _gather(self, name: str, kept: Any) -> None:
-        try:
-            self._acts._gather(name, kept)
-        except TorchlensVizError as failure:
-            self._failure = self._failure or failure
-            raise
 
 
 def _ordinary_tensors() -> AbstractContextManager[None]:
@@ -288,7 +278,7 @@ class _Hook:
 
     __slots__ = ("_capture", "_module")
 
-    def __init__(self, capture: Capture, module: nn.Module) -> None:
+    def __init__(self, capture: Capture[Any], module: nn.Module) -> None:
         self._capture = capture
         self._module = module
 

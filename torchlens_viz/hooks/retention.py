@@ -11,12 +11,12 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, cast, final
 import torch
 
 from torchlens_viz.errors import (
-    CaptureError,
     CaptureMemoryError,
     InvalidArgumentError,
     InvalidTypeError,
     TorchlensVizError,
 )
+from torchlens_viz.hooks.sink import real_tensor
 from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.stats.running import RunningStats
 
@@ -70,10 +70,6 @@ class Retention:
         changes = (self.dtype, self.device, self.channels, self.reduce)
         return self.grad and self.copy is True and all(change is None for change in changes)
 
-    def excuse(self, error: Exception) -> None:
-        """Raise what went wrong in a hook."""
-        raise error
-
     def keep(
         self,
         tensor: torch.Tensor | torch.fx.Proxy,
@@ -94,17 +90,8 @@ class Retention:
             CaptureMemoryError: Keeping it would pass `max_bytes`.
             InvalidArgumentError: It has no such channel.
         """
-        if isinstance(tensor, torch.fx.Proxy):
-            raise CaptureError(
-                f"`{layer}` ran inside torch.fx.symbolic_trace, which computes no values: trace the model "
-                "outside the `capture` block"
-            )
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            raise CaptureError(
-                f"`{layer}` ran inside torch.vmap or torch.func.grad, where its output exists only within "
-                "the transform: capture a plain forward pass instead"
-            )
-        kept: Any = tensor if self.grad else tensor.detach()
+        real = real_tensor(tensor, layer)
+        kept: Any = real if self.grad else real.detach()
         is_ours = False
         if self.channels is not None:
             self._check(held, layer, _bytes_of_channels(kept, self.channels, self.channel_dim, layer))

@@ -278,9 +278,9 @@ class Monitor:
     def _missing(self, observation: Observation) -> list[str]:
         return [name for name in self._modules.values() if name not in observation.layers]
 
-    def _capture(self, observation: Observation) -> Capture:
+    def _capture(self, observation: Observation) -> Capture[None]:
         root, selected = unwrap(self._model), self._selected
-        return Capture(root, selected, self._check, io="output", retention=observation, stop=False)
+        return Capture(root, selected, self._check, observation)
 
     def _log(self, step: int, seen: Mapping[str, Observed]) -> None:
         if self._probe is not None and not self._has_shown_inputs:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from torch import nn
 
-from torchlens_viz.errors import CaptureError, InvalidTypeError
-from torchlens_viz.hooks.retention import Retention
+from torchlens_viz.arguments import plain
+from torchlens_viz.errors import InvalidTypeError
+from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.stats.running import RunningStats
 
 # Values of a call that make its histogram: a full one costs more than the pass. The number is prime, so that
@@ -39,8 +40,10 @@ class Observed:
 
 @final
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Observation(Retention):
-    """Stands where `capture` keeps tensors, and never lets a failure reach the network.
+class Observation(Sink[None]):
+    """Takes in what the layers put out in a logged pass, and never lets a failure reach the network.
+
+    A layer that is reached by two names is seen under the first: it would show the same under another tag.
 
     Attributes:
         images: How many inputs to keep maps of.
@@ -58,13 +61,10 @@ class Observation(Retention):
     channel_dims: Mapping[str, int]
     layers: dict[str, Observed] = field(default_factory=dict)
 
-    def keep(
-        self,
-        tensor: torch.Tensor | torch.fx.Proxy,
-        layer: str,
-        held: int,
-        send: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
+    def open(self, layers: Sequence[str]) -> None:
+        """Begin; what is seen stands in `layers`."""
+
+    def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> None:
         """Take in what a layer put out."""
         try:
             self._take(tensor, layer)
@@ -75,13 +75,8 @@ class Observation(Retention):
         """Let the network go on."""
         self.on_error(error)
 
-    def duplicate(self, kept: Any, layer: str, held: int) -> None:
-        """Leave a second name of the same layer out: it would show the same under another tag."""
-
-    def _take(self, tensor: Any, layer: str) -> None:
-        is_tensor = isinstance(tensor, torch.Tensor)
-        if not is_tensor or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            raise CaptureError(f"`{layer}` ran inside a transform or a trace, where it has no values to log")
+    def _take(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> None:
+        tensor = real_tensor(tensor, layer)
         seen = self.layers.get(layer) or Observed()
         dim = self.channel_dims.get(layer, 1)
         channels = tensor.shape[dim] if -tensor.ndim <= dim < tensor.ndim else 0
@@ -89,9 +84,7 @@ class Observation(Retention):
         stats.update(tensor)
         seen.stats[channels] = stats
         self.layers[layer] = seen
-        values = tensor.detach()
-        if values.is_quantized:
-            values = values.dequantize()
+        values = plain(tensor.detach())
         if seen.maps is None and values.ndim == 4 and values.numel():
             seen.maps = values[: self.images, : self.maps].clone()
         if self.histograms and values.numel():
