@@ -172,7 +172,7 @@ def test_whoever_asks_in_between_changes_no_bit():
         if number % 11 == 10:
             values[3, 1, 4] = torch.nan
         for stats in (asked, left_alone):
-            stats.update_with_peaks(values)
+            stats._update_with_peaks(values)
         if number % 7 == 0:
             asked.compute()
     assert left_alone.to_dict().keys() == asked.to_dict().keys()
@@ -185,7 +185,7 @@ def test_merging_gives_the_same_bits_whoever_looked_at_the_other():
     def merged(*, is_read: bool) -> RunningStats:
         other = RunningStats()
         for number in range(9):
-            other.update_with_peaks(seeded(20, 3, 50) * (number + 1) + number)
+            other._update_with_peaks(seeded(20, 3, 50) * (number + 1) + number)
         if is_read:
             other = pickle.loads(pickle.dumps(other))
         return gathered(seeded(8, 3, 7)).merge(other)
@@ -209,7 +209,7 @@ def test_reading_in_one_thread_loses_nothing_that_another_takes_in():
         for reader in readers:
             reader.start()
         for _ in range(1000):
-            stats.update_with_peaks(torch.ones(2, 2))
+            stats._update_with_peaks(torch.ones(2, 2))
     finally:
         is_over.set()
         for reader in readers:
@@ -235,11 +235,11 @@ def test_what_is_handed_out_is_a_copy():
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 200_000, 2), (64, 100_000)])
 def test_what_waits_takes_little_memory(shape):
     stats, values = RunningStats(), torch.ones(shape)
-    stats.update_with_peaks(values)
+    stats._update_with_peaks(values)
     tracemalloc.start()
     try:
         for _ in range(70):
-            stats.update_with_peaks(values)
+            stats._update_with_peaks(values)
         held = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()

@@ -9,6 +9,7 @@ from typing import Any, Final, NamedTuple, final
 import numpy.typing as npt
 import torch
 
+from torchlens_viz.arguments import plain
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
 from torchlens_viz.stats.peaks import Peaks, find_peaks, united
 from torchlens_viz.stats.running import Bins, RunningStats
@@ -153,7 +154,7 @@ class Observation:
         """
         self.calls += 1
         try:
-            highest = self._stats.update_with_peaks(values)
+            highest = self._stats._update_with_peaks(values)
             if self._tally.top is not None or self._alike:
                 self._find_peaks(values, highest)
         except TorchlensVizError as error:
@@ -171,7 +172,7 @@ class Observation:
         try:
             after = replace(
                 before,
-                stats=before.stats.followed_by(self._stats),
+                stats=before.stats._followed_by(self._stats),
                 inputs=before.inputs + self._inputs,
                 most_calls=max(before.most_calls, self.calls),
             )
@@ -202,9 +203,8 @@ class Observation:
         return replace(tally, top=tally.top.with_peaks(peaks, samples, in_order=self._in_order))
 
     def _find_peaks(self, values: torch.Tensor, highest: npt.NDArray[Any] | None) -> None:
-        plain = values.dequantize() if values.is_quantized else values
-        plain = plain if plain.layout is torch.strided else plain.to_dense()
-        if plain.ndim < 2 or len(plain) != self._inputs or self._tally.stats.channel_dim % plain.ndim == 0:
+        rows = plain(values)
+        if rows.ndim < 2 or len(rows) != self._inputs or self._tally.stats.channel_dim % rows.ndim == 0:
             raise InvalidArgumentError(
                 f"it must put out one row per input, got shape {tuple(values.shape)} for {self._inputs} "
                 f"inputs with `channel_dim` {self._tally.stats.channel_dim}; choose another layer, or pass "
@@ -212,7 +212,7 @@ class Observation:
             )
         top = self._tally.top or RunningTop(1)
         peaks = find_peaks(
-            plain,
+            rows,
             self._tally.stats.channel_dim,
             k=top.k,
             bar=top.bar(),

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, final
 import numpy.typing as npt
 import torch
 
+from torchlens_viz.arguments import plain
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
 from torchlens_viz.stats.channels import ChannelStats, Moments, Sums, no_moments, stats_of, union, with_sums
 from torchlens_viz.stats.measure import measure
@@ -110,10 +111,10 @@ class RunningStats:
             InvalidArgumentError: It has no dimension `channel_dim`, or other channels than those before.
             InvalidTypeError: It is no tensor, or complex, nested or without values.
         """
-        self.update_with_peaks(values)
+        self._update_with_peaks(values)
         self._gathered = self._gathered.settled()
 
-    def update_with_peaks(self, values: torch.Tensor) -> npt.NDArray[Any] | None:
+    def _update_with_peaks(self, values: torch.Tensor) -> npt.NDArray[Any] | None:
         """Do as `update`, and return the peaks of the maps where these were found on the way.
 
         The little that is left to do is done for several tensors together, when there are many or somebody
@@ -142,9 +143,7 @@ class RunningStats:
                 f"`values` must have {before} channels as before, got {channels} (shape "
                 f"{tuple(values.shape)}, `channel_dim` {self.channel_dim}); call `reset()` to start anew"
             )
-        dense = values.detach()
-        dense = dense.dequantize() if dense.is_quantized else dense
-        dense = dense if dense.layout is torch.strided else dense.to_dense()
+        dense = plain(values.detach())
         found = measure(dense, self.channel_dim, self._edges_on(dense.device))
         if isinstance(found.moments, Sums):
             self._gathered = self._gathered.then((found.moments,))
@@ -176,7 +175,7 @@ class RunningStats:
             self._take(theirs)
         return self
 
-    def followed_by(self, other: RunningStats) -> RunningStats:
+    def _followed_by(self, other: RunningStats) -> RunningStats:
         """Return a new gathering of what this one has seen and of the tensors of another one after that.
 
         Args:
