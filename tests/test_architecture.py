@@ -51,107 +51,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "__main__": {"cli"},
 }
-FLAT = {  # modules on their way into a room
-    "activations": "hooks",
-    "algebra": "backprop",
-    "archive": "hooks",
-    "ascent": "ascent",
-    "batches": "dataset",
-    "blending": "draw",
-    "boards": "monitor",
-    "canvas": "draw",
-    "captions": "draw",
-    "channel_stats": "stats",
-    "checkpoints": "models",
-    "cli": "cli",
-    "climbing": "ascent",
-    "climbs": "ascent",
-    "colormaps": "draw",
-    "commands": "cli",
-    "comoments": "dataset",
-    "cutting": "backprop",
-    "dataset": "dataset",
-    "demo": "cli",
-    "demo_net": "models",
-    "dense": "arguments",
-    "dependence": "receptive",
-    "duplicates": "dataset",
-    "extents": "receptive",
-    "filenames": "files",
-    "files": "files",
-    "findings": "testing",
-    "folders": "grids",
-    "health": "monitor",
-    "hookable": "hooks",
-    "images": "ascent",
-    "inputs": "models",
-    "kernels": "models",
-    "layers": "models",
-    "ledgers": "dataset",
-    "lettering": "draw",
-    "lightning_callback": "monitor",
-    "logbooks": "dataset",
-    "maximization": "ascent",
-    "measuring": "stats",
-    "memory": "backprop",
-    "modes": "models",
-    "moments": "stats",
-    "monitor": "monitor",
-    "norms": "monitor",
-    "observation": "monitor",
-    "overlays": "grids",
-    "pairs": "grids",
-    "passes": "dataset",
-    "patches": "dataset",
-    "patterns": "grids",
-    "peaks": "stats",
-    "picture_folders": "files",
-    "pictures": "files",
-    "planning": "ascent",
-    "png": "files",
-    "portraits": "monitor",
-    "probes": "monitor",
-    "ranges": "draw",
-    "readings": "testing",
-    "receptive": "receptive",
-    "records": "hooks",
-    "redirection": "backprop",
-    "regions": "receptive",
-    "regression": "testing",
-    "remarks": "monitor",
-    "resumption": "ascent",
-    "retention": "hooks",
-    "samplers": "dataset",
-    "scales": "monitor",
-    "scaling": "draw",
-    "schedule": "monitor",
-    "scoring": "backprop",
-    "shadow": "backprop",
-    "sheets": "grids",
-    "slots": "ascent",
-    "spatial": "receptive",
-    "stance": "hooks",
-    "starts": "ascent",
-    "statistics": "stats",
-    "stopping": "hooks",
-    "style": "draw",
-    "survey_command": "cli",
-    "survey_report": "cli",
-    "surveys": "dataset",
-    "tables": "dataset",
-    "tallies": "dataset",
-    "tensors": "files",
-    "testing": "testing",
-    "tiling": "draw",
-    "topk": "stats",
-    "topsheets": "dataset",
-    "transfers": "hooks",
-    "transforms": "ascent",
-    "updates": "ascent",
-    "waking": "ascent",
-    "windows": "receptive",
-    "zoo": "models",
-}
 TO_COME = {"attribution", "atlas"}  # rooms that have their place, and no module yet
 DOORS = {"testing"}  # rooms whose `__init__` hands names on
 HOOKS_ARE_REGISTERED_IN = "hooks.capture"
@@ -175,7 +74,7 @@ SOURCES = read_package()
 
 
 def room_of(module: str) -> str:
-    return FLAT.get(module) or module.partition(".")[0]
+    return module.partition(".")[0]
 
 
 def is_sign(module: str, sources: Sources) -> bool:
@@ -261,6 +160,28 @@ def test_a_module_imports_only_what_its_room_may(module):
     assert goes_up(module, SOURCES) == set()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torchlens_viz.grids.kernels import kernel_grid",
+        "import torchlens_viz.grids.kernels",
+        "from torchlens_viz.grids import kernels",
+        "from torchlens_viz import grids",
+        "from torchlens_viz import maximize",
+        "def f():\n    from torchlens_viz.cli.main import main",
+        "from .palette import Palette",
+        "from torchlens_viz.unheard_of import thing",
+        "from torchlens_viz.draw.unheard_of import thing",
+    ],
+)
+def test_the_guard_on_imports_can_fail(line):
+    assert goes_up("draw.canvas", {**SOURCES, "draw.canvas": line})
+    fine = (
+        "from torchlens_viz.errors import CaptureError\nfrom torchlens_viz.draw import palette\nimport torch"
+    )
+    assert not goes_up("draw.canvas", {**SOURCES, "draw.canvas": fine})
+
+
 def test_rows_name_only_rows_above_them():
     assert rows_out_of_order(ALLOWED) == set()
 
@@ -272,6 +193,15 @@ def test_the_guard_on_the_order_of_rows_can_fail():
 
 def test_no_modules_import_each_other():
     assert circle(SOURCES) == []
+
+
+def test_the_guard_on_circles_can_fail():
+    within_a_room = SOURCES["draw.palette"] + "\nfrom torchlens_viz.draw.canvas import draw\n"
+    assert {"draw.palette", "draw.canvas"} <= set(circle({**SOURCES, "draw.palette": within_a_room}))
+
+
+def test_forward_hooks_are_registered_in_one_place():
+    assert {module for module in SOURCES if registers_hooks(SOURCES[module])} == {HOOKS_ARE_REGISTERED_IN}
 
 
 @pytest.mark.parametrize(
@@ -291,10 +221,18 @@ def test_the_guard_on_names_of_rooms_can_fail():
     assert {"capture", "hooks"} & set(torchlens_viz.__all__) == {"capture"}
 
 
+def test_no_module_is_two_concepts_long():
+    assert too_long(SOURCES) == {}
+
+
 def test_the_guard_on_length_can_fail():
     assert too_long({"draw.canvas": "\n" * MOST_LINES, "draw.text": "\n" * (MOST_LINES + 1)}) == {
         "draw.text": MOST_LINES + 1
     }
+
+
+def test_no_room_is_too_full():
+    assert too_full(SOURCES) == {}
 
 
 def test_the_guard_on_full_rooms_can_fail():
