@@ -11,15 +11,15 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isnan
 from pathlib import Path
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, final
 
 import torch
 from PIL import Image
 from torch import nn
 
 from torchlens_viz.cli.commands import Outcome, own_gpu
+from torchlens_viz.dataset.findings import Finding
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.dataset.survey import survey
 from torchlens_viz.distributed import gathered, joined
@@ -38,22 +38,10 @@ from torchlens_viz.models.layers import select
 from torchlens_viz.models.zoo import LoadedModel, load_model
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
-_MOST_PAIRS: Final = 100  # of duplicates in a layer
-
-
-class Finding(NamedTuple):
-    """Something that is wrong with a layer, as a row of `findings.csv`."""
-
-    severity: float
-    kind: str
-    layer: str
-    channels: str
-    figure: float
-    meaning: str
 
 
 @final
-class _Source:
+class _Files:
     """All pictures by index, as `Survey.grid` takes them."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -84,11 +72,13 @@ def write_report(
     Returns:
         The files, and what there is to tell.
     """
-    findings = findings_of(found)
+    findings = found.findings()
     rows = found.rows()
     spoilt = dict(bad)
     tables: dict[str, list[dict[str, Any]]] = {
-        "findings.csv": [finding._asdict() for finding in findings],
+        "findings.csv": [
+            {**each._asdict(), "channels": " ".join(map(str, each.channels))} for each in findings
+        ],
         "statistics.csv": rows,
         "pictures.csv": [
             {"index": index, "file": str(path), "problem": spoilt.get(index, "")}
@@ -113,7 +103,7 @@ def write_report(
         try:
             sheet = found.grid(
                 name,
-                _Source(files),
+                _Files(files),
                 channels=drawn,
                 preprocess=loaded.preprocess,
                 invert=invert,
@@ -137,46 +127,6 @@ def _inverse(loaded: LoadedModel) -> Callable[[torch.Tensor], torch.Tensor] | No
         return None
     black, white = colours(torch.zeros(1, 3, 1, 1)), colours(torch.ones(1, 3, 1, 1))
     return lambda batch: (batch.float().cpu() - black) / (white - black)
-
-
-def findings_of(found: Survey) -> list[Finding]:
-    """List what is wrong with the layers of a survey, the worst first.
-
-    NaN and Inf come first, then dead channels, saturated ones and duplicates; among each kind what concerns
-    the largest share of a layer.
-    """
-    listed: list[Finding] = []
-    for name, stats in found.stats.items():
-        spoilt = stats.nonfinite.nonzero().flatten().tolist()
-        if spoilt:
-            share = int(stats.nonfinite.sum()) / max(1, int(stats.count.sum()))
-            listed.append(
-                _shared(4, "nonfinite", name, spoilt, share, f"{share:.1%} of the values are NaN or Inf")
-            )
-        dead = found.dead(name).tolist()
-        if dead:
-            share = len(dead) / stats.channels
-            listed.append(
-                _shared(3, "dead", name, dead, share, f"{len(dead)} of {stats.channels} never exceed 0")
-            )
-        saturated = found.saturated(name).tolist() if found.top_k else []
-        if saturated:
-            share = len(saturated) / stats.channels
-            words = f"{len(saturated)} of {stats.channels} peak at their bound"
-            listed.append(_shared(2, "saturated", name, saturated, share, words))
-        for pair in found.duplicates(name)[:_MOST_PAIRS]:
-            one, other = pair.channels
-            figures = {"cosine of kernels": pair.cosine, "correlation of peaks": pair.correlation}
-            known = (f"{what} {figure:.4f}" for what, figure in figures.items() if not isnan(figure))
-            words = f"{one} and {other}: {', '.join(known)}"
-            listed.append(
-                Finding(1 + pair.likeness, "duplicate", name, f"{one} {other}", pair.likeness, words)
-            )
-    return sorted(listed, key=lambda each: -each.severity)
-
-
-def _shared(base: int, kind: str, name: str, channels: list[int], share: float, words: str) -> Finding:
-    return Finding(base + share, kind, name, " ".join(map(str, channels)), share, words)
 
 
 def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -1,8 +1,8 @@
-"""Filters that are nearly the same: their weights point the same way, or their channels respond alike."""
+"""What is wrong with the layers of a survey, and its figures as lists, rows and a data frame."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +16,7 @@ from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.topk import Top
 
+_MOST_PAIRS: Final = 100  # of duplicates in a layer
 _FIGURES: Final = ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")
 
 
@@ -37,6 +38,89 @@ class Duplicate(NamedTuple):
     def likeness(self) -> float:
         """The larger of the two figures that are known."""
         return max(figure for figure in (self.cosine, self.correlation, -1.0) if not isnan(figure))
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a layer.
+
+    Attributes:
+        severity: How bad it is: 4 and more for NaN and Inf, 3 for dead channels, 2 for saturated ones, 1 for
+            duplicates, each with the figure added.
+        kind: `"nonfinite"`, `"dead"`, `"saturated"` or `"duplicate"`.
+        layer: The layer's name.
+        channels: The channels it is about.
+        figure: The share of the layer's values or channels; of duplicates, how alike they are.
+        meaning: The same in words.
+    """
+
+    severity: float
+    kind: str
+    layer: str
+    channels: tuple[int, ...]
+    figure: float
+    meaning: str
+
+
+def findings_in(
+    layer: str,
+    stats: ChannelStats,
+    dead: Sequence[int],
+    saturated: Sequence[int],
+    duplicates: Sequence[Duplicate],
+) -> list[Finding]:
+    """List what is wrong with one layer.
+
+    Args:
+        layer: Its name.
+        stats: The statistics of its channels.
+        dead: The channels that never fire.
+        saturated: The channels that peak at their bound.
+        duplicates: The pairs that are nearly the same, the most alike first; 100 of them are listed.
+    """
+    found: list[Finding] = []
+    spoilt = stats.nonfinite.nonzero().flatten().tolist()
+    values = int(stats.nonfinite.sum()) / max(1, int(stats.count.sum()))
+    for base, kind, channels, share, words in (
+        (4, "nonfinite", spoilt, values, f"{values:.1%} of the values are NaN or Inf"),
+        (3, "dead", dead, len(dead) / stats.channels, f"{len(dead)} of {stats.channels} never exceed 0"),
+        (
+            *(2, "saturated", saturated, len(saturated) / stats.channels),
+            f"{len(saturated)} of {stats.channels} peak at their bound",
+        ),
+    ):
+        if channels:
+            found.append(Finding(base + share, kind, layer, tuple(channels), share, words))
+    for pair in duplicates[:_MOST_PAIRS]:
+        figures = {"cosine of kernels": pair.cosine, "correlation of peaks": pair.correlation}
+        known = (f"{what} {figure:.4f}" for what, figure in figures.items() if not isnan(figure))
+        words = f"{pair.channels[0]} and {pair.channels[1]}: {', '.join(known)}"
+        found.append(Finding(1 + pair.likeness, "duplicate", layer, pair.channels, pair.likeness, words))
+    return found
+
+
+def saturated_in(
+    stats: ChannelStats, best: tuple[torch.Tensor, torch.Tensor], *, least: float
+) -> torch.Tensor:
+    """Return the channels that peak at the same largest value on several inputs, (S,) int64, increasing.
+
+    Args:
+        stats: The statistics of the layer.
+        best: The largest peak of each channel and on how many inputs it occurs, (C,) each.
+        least: On how many inputs it must.
+    """
+    highest, count = (part.cpu() for part in best)
+    is_dead = (stats.max == 0) & (stats.min == 0)
+    return ((count >= least) & (count > 1) & highest.isfinite() & ~is_dead).nonzero().flatten()
+
+
+def described(stats: Mapping[str, ChannelStats], dead: Mapping[str, int]) -> list[str]:
+    """Return a line per layer: how many channels it has, and how many of them are dead or spoilt."""
+    lines = []
+    for name, own in stats.items():
+        spoilt = int(own.nonfinite.sum())
+        more = f", {spoilt:,} values NaN or Inf" if spoilt else ""
+        lines.append(f"  {name or '(the model)'}: {own.channels} channels, {dead[name]} dead{more}")
+    return lines
 
 
 def kernel_cosine(model: nn.Module, layer: Selector) -> torch.Tensor | None:

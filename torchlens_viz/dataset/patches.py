@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Any, Final, NamedTuple, final
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from torchlens_viz.arguments import indices_of
 from torchlens_viz.dataset.loader import InputOf, input_of
 from torchlens_viz.draw.canvas import check_size, draw
 from torchlens_viz.draw.style import Style
@@ -20,6 +22,7 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
+from torchlens_viz.stats.topk import Top
 
 _REMEMBERED: Final = 64  # inputs that are kept, because several channels may like the same
 
@@ -38,31 +41,49 @@ class Patch(NamedTuple):
     box: tuple[slice, ...]
 
 
+class Source(NamedTuple):
+    """The inputs that were surveyed, and how to make of one what the model takes and what a person sees.
+
+    Attributes:
+        inputs: What `pick` finds inputs in.
+        preprocess: Makes of an input what the model takes, (C, H, W) or (1, C, H, W).
+        invert: Makes of the model's input, (1, C, H, W), pixels in [0, 1].
+        input_of: Which part of an item is the input.
+    """
+
+    inputs: Any
+    preprocess: Callable[[Any], torch.Tensor] | None
+    invert: Callable[[torch.Tensor], torch.Tensor] | None
+    input_of: InputOf
+
+
+class View(NamedTuple):
+    """What looks at the inputs.
+
+    Attributes:
+        model: The model that was surveyed.
+        layer: The layer whose positions are meant.
+        shape: (C, H, W) of the inputs that were surveyed; None where they differed.
+    """
+
+    model: nn.Module
+    layer: str
+    shape: tuple[int, ...] | None
+
+
 @final
 class Cutter:
     """Cuts patches from the inputs of a survey.
 
     Args:
-        model: The model that was surveyed.
-        layer: The layer whose positions are meant.
+        view: What looks at the inputs.
+        source: How pictures are made of them.
         inputs: The inputs by index, from `pick`.
-        preprocess: Makes of one of them what the model takes, (C, H, W) or (1, C, H, W).
-        invert: Makes of the model's input, (1, C, H, W), pixels in [0, 1].
-        shape: (C, H, W) of the inputs that were surveyed; None where they differed.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        inputs: Mapping[int, Any],
-        *,
-        preprocess: Callable[[Any], torch.Tensor] | None,
-        invert: Callable[[torch.Tensor], torch.Tensor] | None,
-        shape: tuple[int, ...] | None,
-    ) -> None:
-        self._model, self._layer, self._inputs = model, layer, inputs
-        self._preprocess, self._invert, self._shape = preprocess, invert, shape
+    def __init__(self, view: View, source: Source, inputs: Mapping[int, Any]) -> None:
+        self._model, self._layer, self._shape = view
+        self._preprocess, self._invert, self._inputs = source.preprocess, source.invert, inputs
         self._fields: dict[tuple[int, ...], ReceptiveField] = {}
         self._read: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
@@ -106,6 +127,49 @@ class Cutter:
         if shape not in self._fields:
             self._fields[shape] = receptive_field(self._model, self._layer, (1, *shape))
         return self._fields[shape]
+
+
+def cut_patches(top: Top, channels: Sequence[int], source: Source, view: View) -> list[list[Patch]]:
+    """Cut what the peaks of channels see: a list per channel, the highest peak first.
+
+    Raises:
+        InvalidArgumentError: A channel is out of range, or the source holds other inputs.
+    """
+    chosen = indices_of(list(channels), len(top.values), "channels")
+    samples, positions = top.samples[chosen].tolist(), top.positions[chosen].tolist()
+    wanted = [sample for row in samples for sample in row if sample >= 0]
+    cutter = Cutter(view, source, pick(source.inputs, wanted, source.input_of))
+    return [
+        [cutter.cut(sample, place) for sample, place in zip(row, places, strict=True) if sample >= 0]
+        for row, places in zip(samples, positions, strict=True)
+    ]
+
+
+def draw_patches(
+    top: Top, channels: Sequence[int], source: Source, view: View, *, tile: int, style: Style
+) -> Image.Image:
+    """Draw what the peaks of channels see: a row per channel, each patch with its peak and its input's index.
+
+    Raises:
+        InvalidArgumentError: As in `cut_patches`, the channels have no peak, or the sheet would be too large.
+    """
+    is_there = top.samples[list(channels)] >= 0
+    columns = int(is_there.sum(1).amax()) if is_there.numel() else 0
+    if columns == 0:
+        raise InvalidArgumentError(
+            f"these channels of `{view.layer}` have no top inputs, because they put out nothing but NaN"
+        )
+    rows = cut_patches(top, channels, source, view)
+    words = [
+        [
+            f"{channel}: {value:.3g} #{sample}"
+            for value, sample in zip(top.values[channel].tolist(), top.samples[channel].tolist(), strict=True)
+            if sample >= 0
+        ]
+        for channel in channels
+    ]
+    pixels = [[patch.pixels for patch in row] for row in rows]
+    return draw_rows(pixels, words, tile=tile, style=replace(style, nrow=columns))
 
 
 def pick(source: Any, samples: Iterable[int], rule: InputOf) -> Mapping[int, Any]:

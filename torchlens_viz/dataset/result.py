@@ -6,46 +6,23 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.arguments import indices_of
+from torchlens_viz.arguments import indices_of, integer
+from torchlens_viz.dataset import findings
 from torchlens_viz.dataset.checkpoint import read_ledger, write_ledger
-from torchlens_viz.dataset.findings import (
-    Duplicate,
-    frame_of,
-    kernel_cosine,
-    lists_of,
-    near_duplicates,
-    rows_of,
-)
+from torchlens_viz.dataset.findings import Duplicate, Finding
 from torchlens_viz.dataset.loader import InputOf
-from torchlens_viz.dataset.patches import Cutter, Patch, draw_rows, pick
-from torchlens_viz.dataset.tally import Tally, correlation
+from torchlens_viz.dataset.patches import Patch, Source, View, cut_patches, draw_patches
+from torchlens_viz.dataset.tally import ByLayer, Tally, correlation
 from torchlens_viz.draw.style import Style
-from torchlens_viz.errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    LayerNotCapturedError,
-)
-from torchlens_viz.models.layers import nearest
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.topk import Top
-
-V = TypeVar("V")
-
-
-class ByLayer(dict[str, V]):
-    """A value for each layer that ran, by name."""
-
-    def __missing__(self, name: str) -> V:
-        raise LayerNotCapturedError(
-            f"the survey knows nothing of `{name}`: it was not selected, or did not run; "
-            f"{nearest(name, list(self))}"
-        )
 
 
 @final
@@ -68,9 +45,8 @@ class Survey:
         self.samples_seen: int = about["samples_seen"]
         self.top_k: int = about["top_k"]
         self.is_complete: bool = about["is_complete"]
-        self.input_shape: tuple[int, ...] | None = (
-            None if about["input_shape"] is None else tuple(about["input_shape"])
-        )
+        shape = about["input_shape"]
+        self.input_shape: tuple[int, ...] | None = None if shape is None else tuple(shape)
         self.not_called = tuple(name for name, tally in self._tallies.items() if tally.inputs == 0)
 
     @cached_property
@@ -130,11 +106,7 @@ class Survey:
             raise InvalidArgumentError(
                 "`saturated` needs the peaks; make the survey with `top_k` of 1 or more"
             )
-        highest, count = (part.cpu() for part in top.best())
-        is_saturated = (count >= share * self.inputs_seen[layer]) & (count > 1) & highest.isfinite()
-        is_dead = torch.zeros_like(is_saturated)
-        is_dead[(self.stats[layer].max == 0) & (self.stats[layer].min == 0)] = True
-        return (is_saturated & ~is_dead).nonzero().flatten()
+        return findings.saturated_in(self.stats[layer], top.best(), least=share * self.inputs_seen[layer])
 
     def duplicates(
         self, layer: str, *, threshold: float = 0.98, model: nn.Module | None = None
@@ -152,16 +124,15 @@ class Survey:
         Raises:
             InvalidArgumentError: There is neither a kernel nor a correlation to go by.
         """
-        tally, owner = self._tally(layer), model or self._model
-        cosine = None if owner is None else kernel_cosine(owner, layer)
-        if cosine is not None and len(cosine) != self.stats[layer].channels:
-            cosine = None
-        if cosine is None and tally.alike is None:
+        owner = model or self._model
+        if not self._is_comparable(layer, owner):
             raise InvalidArgumentError(
                 f"there is nothing to compare the channels of `{layer}` by: make the survey with "
                 "`correlations=True`, or pass the `model` and the name of a convolution"
             )
-        return near_duplicates(cosine, tally.alike, threshold=threshold)
+        return findings.near_duplicates(
+            self._cosine(layer, owner), self._tally(layer).alike, threshold=threshold
+        )
 
     def patches(
         self,
@@ -194,8 +165,8 @@ class Survey:
         Raises:
             InvalidArgumentError: `source` holds other inputs, or the layer ran several times for one batch.
         """
-        (found,) = self._cut(layer, [channel], source, preprocess, invert, input_of, model)
-        return found
+        inputs = Source(source, preprocess, invert, input_of)
+        return cut_patches(self._top(layer), [channel], inputs, self._view(layer, model))[0]
 
     def grid(
         self,
@@ -235,30 +206,26 @@ class Survey:
         Raises:
             InvalidArgumentError: As in `patches`, an index is out of range, or the sheet would be too large.
         """
-        if tile < 1:
-            raise InvalidArgumentError(f"`tile` must be at least 1, got {tile}")
+        integer(tile, "tile", least=1)
         top = self._top(layer)
-        chosen = list(indices_of(channels, len(top.values), "channels"))
-        columns = int((top.samples[chosen] >= 0).sum(1).amax()) if chosen and top.samples.shape[1] else 0
-        if columns == 0:
-            raise InvalidArgumentError(
-                f"these channels of `{layer}` have no top inputs, because they put out nothing but NaN"
-            )
-        style = Style(
-            normalize=False, nrow=columns, upscale=upscale, padding=padding, labels=labels, title=title
-        )
-        rows = self._cut(layer, chosen, source, preprocess, invert, input_of, model)
-        words = [
-            [
-                f"{channel}: {value:.3g} #{sample}"
-                for value, sample in zip(
-                    top.values[channel].tolist(), top.samples[channel].tolist(), strict=True
-                )
-                if sample >= 0
-            ]
-            for channel in chosen
-        ]
-        return draw_rows([[patch.pixels for patch in row] for row in rows], words, tile=tile, style=style)
+        chosen = indices_of(channels, len(top.values), "channels")
+        style = Style(normalize=False, upscale=upscale, padding=padding, labels=labels, title=title)
+        inputs = Source(source, preprocess, invert, input_of)
+        return draw_patches(top, chosen, inputs, self._view(layer, model), tile=tile, style=style)
+
+    def findings(self) -> list[Finding]:
+        """List what is wrong with the layers, the worst first.
+
+        NaN and Inf come first, then dead channels, saturated ones and duplicates; among each kind what
+        concerns the largest share of a layer. Of what the survey did not gather nothing is said: without top
+        inputs of saturated channels, without a model or correlations of duplicates.
+        """
+        found: list[Finding] = []
+        for name, stats in self.stats.items():
+            saturated = self.saturated(name).tolist() if self.top_k else []
+            alike = self.duplicates(name) if self._is_comparable(name, self._model) else []
+            found += findings.findings_in(name, stats, self.dead(name).tolist(), saturated, alike)
+        return sorted(found, key=lambda each: -each.severity)
 
     def merge(self, other: Survey) -> Survey:
         """Return what both surveys found together, for data that was surveyed in parts.
@@ -278,8 +245,8 @@ class Survey:
                 f"{list(other._tallies)} with {other.top_k} for {list(self._tallies)} with {self.top_k}"
             )
         about = {
+            **self._about(),
             "samples_seen": self.samples_seen + other.samples_seen,
-            "top_k": self.top_k,
             "is_complete": self.is_complete and other.is_complete,
             "input_shape": self.input_shape if self.input_shape == other.input_shape else None,
         }
@@ -312,14 +279,14 @@ class Survey:
     def to_dict(self) -> dict[str, Any]:
         """Return everything in plain numbers and lists, as JSON takes them; NaN stays NaN."""
         layers = {
-            name: {"inputs_seen": self.inputs_seen[name], **lists_of(stats, self.top.get(name))}
+            name: {"inputs_seen": self.inputs_seen[name], **findings.lists_of(stats, self.top.get(name))}
             for name, stats in self.stats.items()
         }
         return {**self._about(), "not_called": list(self.not_called), "layers": layers}
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a row per channel: layer, channel, its statistics, and its highest peak with its input."""
-        return rows_of(self.stats, self.top)
+        return findings.rows_of(self.stats, self.top)
 
     def to_frame(self) -> Any:
         """Return `rows` as a pandas DataFrame.
@@ -327,16 +294,12 @@ class Survey:
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        return frame_of(self.rows())
+        return findings.frame_of(self.rows())
 
     def __repr__(self) -> str:
         ended = "" if self.is_complete else ", broken off"
         lines = [f"Survey of {len(self.stats)} layers over {self.samples_seen:,} inputs{ended}"]
-        for name, stats in self.stats.items():
-            dead = len(self.dead(name))
-            spoilt = int(stats.nonfinite.sum())
-            more = f", {spoilt:,} values NaN or Inf" if spoilt else ""
-            lines.append(f"  {name or '(the model)'}: {stats.channels} channels, {dead} dead{more}")
+        lines += findings.described(self.stats, {name: len(self.dead(name)) for name in self.stats})
         if self.not_called:
             lines.append(f"  not called: {', '.join(self.not_called)}")
         return "\n".join(lines)
@@ -361,17 +324,16 @@ class Survey:
             raise InvalidArgumentError("there are no top inputs; make the survey with `top_k` of 1 or more")
         return self.top[layer]
 
-    def _cut(
-        self,
-        layer: str,
-        channels: Sequence[int],
-        source: Any,
-        preprocess: Callable[[Any], torch.Tensor] | None,
-        invert: Callable[[torch.Tensor], torch.Tensor] | None,
-        rule: InputOf,
-        model: nn.Module | None,
-    ) -> list[list[Patch]]:
-        top, owner = self._top(layer), model or self._model
+    def _cosine(self, layer: str, model: nn.Module | None) -> torch.Tensor | None:
+        """Return the cosine of every two kernels, where there is one for each channel."""
+        cosine = None if model is None else findings.kernel_cosine(model, layer)
+        return cosine if cosine is not None and len(cosine) == self.stats[layer].channels else None
+
+    def _is_comparable(self, layer: str, model: nn.Module | None) -> bool:
+        return self._tally(layer).alike is not None or self._cosine(layer, model) is not None
+
+    def _view(self, layer: str, model: nn.Module | None) -> View:
+        owner = model or self._model
         if owner is None:
             raise InvalidArgumentError("`model` must be given, since a survey from a file comes without one")
         if self._tally(layer).most_calls > 1:
@@ -379,11 +341,4 @@ class Survey:
                 f"`{layer}` ran {self._tally(layer).most_calls} times for one batch, so that it cannot be "
                 "told what a peak of it sees; survey a layer that runs once"
             )
-        chosen = list(indices_of(list(channels), len(top.values), "channels"))
-        samples, positions = top.samples[chosen], top.positions[chosen].tolist()
-        inputs = pick(source, [sample for sample in samples.flatten().tolist() if sample >= 0], rule)
-        cutter = Cutter(owner, layer, inputs, preprocess=preprocess, invert=invert, shape=self.input_shape)
-        return [
-            [cutter.cut(sample, place) for sample, place in zip(row, places, strict=True) if sample >= 0]
-            for row, places in zip(samples.tolist(), positions, strict=True)
-        ]
+        return View(owner, layer, self.input_shape)

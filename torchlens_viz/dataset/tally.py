@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, TypeVar, final
 
 import numpy.typing as npt
 import torch
 
 from torchlens_viz.arguments import plain
-from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
+from torchlens_viz.errors import InvalidArgumentError, LayerNotCapturedError, TorchlensVizError
+from torchlens_viz.models.layers import nearest
 from torchlens_viz.stats.peaks import Peaks, find_peaks, united
 from torchlens_viz.stats.running import Bins, RunningStats
 from torchlens_viz.stats.topk import RunningTop
+
+V = TypeVar("V")
 
 _PARTS: Final = ("stats", "top", "alike")
 # How many inputs and bytes may be pending: more would take memory, or let much pass that is below the newest
@@ -21,6 +24,16 @@ _PARTS: Final = ("stats", "top", "alike")
 _MOST_PENDING: Final = 256
 _PENDING_SHARE: Final = 1 / 4
 _PENDING_BYTES: Final = 2**22
+
+
+class ByLayer(dict[str, V]):
+    """A value for each layer that ran, by name."""
+
+    def __missing__(self, name: str) -> V:
+        raise LayerNotCapturedError(
+            f"the survey knows nothing of `{name}`: it was not selected, or did not run; "
+            f"{nearest(name, list(self))}"
+        )
 
 
 @final
