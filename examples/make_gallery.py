@@ -40,7 +40,7 @@ def demo_net() -> Pictures:
     yield (
         "demo_ranked",
         kernel_grid(
-            net, "features.6", rank="norm", max_tiles=32, nrow=8, padding=4, labels=True, legend=True,
+            net, "features.6", sort_by="norm", max_tiles=32, nrow=8, padding=4, labels=True, legend=True,
             title="The strongest kernels on input channel 0",
         ),
     )  # fmt: skip
@@ -52,12 +52,14 @@ def demo_net() -> Pictures:
     )
     yield (
         "demo_maps",
-        feature_grid(maps, rank="std", max_tiles=12, nrow=4, padding=2, labels=True, legend=True, upscale=1),
+        feature_grid(
+            maps, sort_by="std", max_tiles=12, nrow=4, padding=2, labels=True, legend=True, upscale=1
+        ),
     )
     yield (
         "demo_scale_each",
         feature_grid(
-            maps, rank="std", max_tiles=12, nrow=4, padding=2, labels=True, legend=True, upscale=1,
+            maps, sort_by="std", max_tiles=12, nrow=4, padding=2, labels=True, legend=True, upscale=1,
             scale_each=True,
         ),
     )  # fmt: skip
@@ -65,22 +67,22 @@ def demo_net() -> Pictures:
     yield (
         "demo_deep_maps",
         feature_grid(
-            deep, rank="max", max_tiles=8, nrow=4, padding=4, labels=True, legend=True, cmap="hot",
+            deep, sort_by="max", max_tiles=8, nrow=4, padding=4, labels=True, legend=True, cmap="hot",
             upscale=6, interpolation="bicubic", title="After the ReLU of the deepest layer",
         ),
     )  # fmt: skip
     yield (
         "demo_pairs",
         pair_grid(
-            net, "features.0", cat, preprocess=preprocess, scale_each=True, nrow=3, order="picture",
+            net, "features.0", cat, preprocess=preprocess, scale_each=True, nrow=3, sort_by="picture",
             channels=[49, 50, 31, 45, 24, 5, 7, 62, 1, 16, 14, 0],
         ),
     )  # fmt: skip
     yield (
         "demo_overlay",
         overlay_grid(
-            net, "features.1", shapes(), preprocess=preprocess, rank="max", max_tiles=6, nrow=3, alpha=0.85,
-            legend=True,
+            net, "features.1", shapes(), preprocess=preprocess, sort_by="max", max_tiles=6, nrow=3,
+            alpha=0.85, legend=True,
         ),
     )  # fmt: skip
 
@@ -134,7 +136,7 @@ def mobilenet_v2() -> Pictures:
     yield (
         "mobilenet_v2_depthwise",
         kernel_grid(
-            net, "features.2.conv.1.0", rank="norm", max_tiles=36, nrow=12, padding=3, labels=True,
+            net, "features.2.conv.1.0", sort_by="norm", max_tiles=36, nrow=12, padding=3, labels=True,
             legend=True,
         ),
     )  # fmt: skip
@@ -153,7 +155,7 @@ def vit() -> Pictures:
     yield (
         "vit_tokens",
         feature_grid(
-            tokens, grid=(14, 14), rank="std", max_tiles=12, nrow=6, upscale=5, padding=3, labels=True,
+            tokens, grid=(14, 14), sort_by="std", max_tiles=12, nrow=6, upscale=5, padding=3, labels=True,
             legend=True, scale_each=True,
         ),
     )  # fmt: skip

@@ -409,10 +409,10 @@ def test_help_and_a_mistyped_option_do_not_wait_for_torch():
 
 def test_ranking_pages_and_titles_reach_the_sheet(tmp_path, capsys):
     out = tmp_path / "k.png"
-    options = ["--rank", "norm", "--max-tiles", "8", "--page", "1", "--title", "second page"]
+    options = ["--sort-by", "norm", "--max-tiles", "8", "--page", "1", "--title", "second page"]
     assert main(["kernels", "squeezenet1_1", "--weights", "none", "-o", str(out), *options]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     model = load_model("squeezenet1_1", weights="none").model
-    expected = kernel_grid(model, rank="norm", max_tiles=8, page=1, title="second page")
+    expected = kernel_grid(model, sort_by="norm", max_tiles=8, page=1, title="second page")
     with Image.open(out) as image:
         assert image.convert("RGB").tobytes() == expected.convert("RGB").tobytes()

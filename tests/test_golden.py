@@ -72,7 +72,7 @@ def pairs() -> Image.Image:
     with torch.no_grad():
         model[0].weight.copy_((gratings(6, 3, 5) * 16).round() / 16)  # sums without any rounding
     image = (waves(3, 24, 24, signed=False) * 16).round() / 16
-    return pair_grid(model, "0", image, labels=False, order="channel")
+    return pair_grid(model, "0", image, labels=False, sort_by="channel")
 
 
 SHEETS: dict[str, Callable[[], Image.Image]] = {
@@ -86,7 +86,7 @@ SHEETS: dict[str, Callable[[], Image.Image]] = {
         waves(32, 5, 5).view(4, 8, 5, 5), filters=[3, 0, 1], channels=[1, 7, 2, 0]
     ),
     "kernels-ranked": lambda: kernel_grid(
-        gratings(6, 2, 5) * torch.tensor([1.0, 4, 2, 6, 3, 5]).view(6, 1, 1, 1), rank="norm"
+        gratings(6, 2, 5) * torch.tensor([1.0, 4, 2, 6, 3, 5]).view(6, 1, 1, 1), sort_by="norm"
     ),
     "kernels-matrix": lambda: kernel_grid(waves(1, 24, 40).view(24, 40, 1, 1)),
     "kernels-slices": lambda: kernel_grid(gratings(6, 3, 5).view(2, 3, 3, 5, 5).transpose(1, 2)),

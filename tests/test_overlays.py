@@ -19,7 +19,7 @@ from torchlens_viz.models.demo_net import preprocess as demo_preprocess
 from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.receptive.find import ReceptiveField, receptive_field
 
-PLAIN = {"labels": False, "upscale": 1, "backdrop": "colour"}
+PLAIN = {"labels": False, "upscale": 1, "backdrop": "color"}
 
 
 def pixels_of(picture: Image.Image) -> np.ndarray:
@@ -243,7 +243,9 @@ def test_ranked_limited_and_labelled(net):
     image = torch.rand(3, 16, 16)
     means = net[:2](image[None])[0].mean((1, 2))
     best = means.argsort(descending=True)[:2].tolist()
-    ranked = overlay_grid(net, "1", image, rank="mean", max_tiles=2, labels=[f"unit {i}" for i in range(6)])
+    ranked = overlay_grid(
+        net, "1", image, sort_by="mean", max_tiles=2, labels=[f"unit {i}" for i in range(6)]
+    )
     chosen = overlay_grid(net, "1", image, channels=best, labels=[f"unit {i}" for i in best])
     assert np.array_equal(np.asarray(ranked)[: chosen.height, : chosen.width], np.asarray(chosen))
     assert ranked.height > chosen.height  # a line says how many there are
@@ -369,13 +371,13 @@ def test_pairs_take_the_same_images():
         ({"alpha": float("nan")}, r"`alpha` must be from 0 to 1, got nan"),
         ({"cmap": "sunny"}, r"`cmap` must be"),
         ({"interpolation": "cubic"}, r"`interpolation` must be"),
-        ({"backdrop": "grey"}, r'`backdrop` must be "gray" or "colour", got \'grey\''),
+        ({"backdrop": "grey"}, r'`backdrop` must be "gray" or "color", got \'grey\''),
         ({"channels": 6}, r"`channels` must be indices from 0 to 5, got 6"),
         ({"channels": []}, r"`channels` must choose at least one"),
         ({"nrow": 0}, r"`nrow` must be at least 1"),
         ({"upscale": 0}, r"`upscale` must be at least 1"),
         ({"max_tiles": 0}, r"`max_tiles` must be at least 1"),
-        ({"rank": "size"}, r"`rank` must be one of"),
+        ({"sort_by": "size"}, r"`sort_by` must be one of"),
         ({"labels": ["a"]}, r"`labels` must be 6 strings"),
         ({"value_range": (1, 0)}, r"`value_range` must be \(low, high\)"),
         ({"value_range": (0, 1), "scale_each": True}, r"`scale_each` and `value_range` exclude each other"),

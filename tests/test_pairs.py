@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from torchlens_viz import pair_grid
+from torchlens_viz import pair_grid, save_pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.models.state import inference
 
@@ -52,7 +52,7 @@ def split(sheet: np.ndarray, kernel_width: int, map_size: tuple[int, int], colum
 def test_kernel_stands_left_of_the_map_it_makes():
     image = torch.rand(3, 34, 34)
     image[:, 1, 1], image[:, 32, 32] = 0.0, 1.0
-    sheet = pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=3))
+    sheet = pixels(pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=3))
     assert sheet.shape == (6 + 98 + 6, 6 + 3 * (98 + 2 + 98 + 6), 3)
     maps = image[:, 1:-1, 1:-1]  # each channel by itself, without its border
     low, high = maps.min(), maps.max()
@@ -66,7 +66,7 @@ def test_kernel_stands_left_of_the_map_it_makes():
 
 
 def test_kernel_and_map_are_framed_on_white():
-    sheet = pixels(pair_grid(network(), "0", torch.rand(3, 34, 34), order="channel", labels=False, nrow=1))
+    sheet = pixels(pair_grid(network(), "0", torch.rand(3, 34, 34), sort_by="channel", labels=False, nrow=1))
     row = sheet[6 + 50, :, 0].tolist()
     assert row[:7] == [WHITE] * 6 + [FRAME]
     assert row[6 + 97 : 6 + 101] == [FRAME, WHITE, WHITE, FRAME]
@@ -101,8 +101,8 @@ def test_one_range_holds_for_all_maps_unless_each_has_its_own():
     shared, each = (
         [drawn for _, drawn in split(pixels(sheet), 96, (96, 96), 3)]
         for sheet in (
-            pair_grid(network(), "0", image, order="channel", labels=False, nrow=3),
-            pair_grid(network(), "0", image, order="channel", labels=False, nrow=3, scale_each=True),
+            pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=3),
+            pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=3, scale_each=True),
         )
     )
     assert shared[1].max() < 40
@@ -115,7 +115,7 @@ def test_values_are_those_before_an_in_place_relu():
     with torch.no_grad():
         model[0].weight.neg_()
     ((_, drawn), *_) = split(
-        pixels(pair_grid(model, "0", torch.rand(3, 34, 34), order="channel", labels=False, nrow=3)),
+        pixels(pair_grid(model, "0", torch.rand(3, 34, 34), sort_by="channel", labels=False, nrow=3)),
         96,
         (96, 96),
         3,
@@ -142,7 +142,7 @@ def test_chosen_channels_are_drawn_in_their_order(chosen):
     image[:, 1, 1], image[:, 32, 32] = 0.0, 1.0
     everything, some = (
         split(
-            pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=count, **options)),
+            pixels(pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=count, **options)),
             96,
             (96, 96),
             count,
@@ -164,10 +164,10 @@ def test_sheet_of_pairs_is_near_square(count, columns):
 def test_labels_stand_above_and_change_no_pair():
     image = torch.rand(3, 34, 34)
     plain = split(
-        pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=2)), 96, (96, 96), 2
+        pixels(pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=2)), 96, (96, 96), 2
     )
     for labels in (True, ["one", "two", "three"]):
-        sheet = pixels(pair_grid(network(), "0", image, order="channel", labels=labels, nrow=2))
+        sheet = pixels(pair_grid(network(), "0", image, sort_by="channel", labels=labels, nrow=2))
         labelled = split(sheet, 96, (96, 96), 2, HEADER)
         for before, after in zip(plain, labelled, strict=True):
             assert np.array_equal(before[0], after[0])
@@ -177,7 +177,7 @@ def test_labels_stand_above_and_change_no_pair():
 
 def test_first_pairs_are_drawn_as_if_they_were_all_and_the_rest_is_mentioned():
     model, image = nn.Conv2d(3, 32, 3), torch.rand(3, 34, 34)
-    few = pixels(pair_grid(model, None, image, order="channel", max_tiles=3, labels=False))
+    few = pixels(pair_grid(model, None, image, sort_by="channel", max_tiles=3, labels=False))
     chosen = pixels(pair_grid(model, None, image, channels=range(3), labels=False))
     assert few.shape[1] == chosen.shape[1]
     assert np.array_equal(few[: len(chosen)], chosen)
@@ -186,7 +186,7 @@ def test_first_pairs_are_drawn_as_if_they_were_all_and_the_rest_is_mentioned():
 
 def test_labels_of_pairs_that_are_not_drawn_may_be_given():
     image = torch.rand(3, 34, 34)
-    few = pixels(pair_grid(network(), "0", image, order="channel", max_tiles=1, labels=["a", "b", "c"]))
+    few = pixels(pair_grid(network(), "0", image, sort_by="channel", max_tiles=1, labels=["a", "b", "c"]))
     alone = pixels(pair_grid(network(), "0", image, channels=0, labels=["a"]))
     assert np.array_equal(few[: len(alone)], alone)
 
@@ -194,9 +194,9 @@ def test_labels_of_pairs_that_are_not_drawn_may_be_given():
 def test_values_that_are_not_finite_are_visible_and_alone():
     image = torch.rand(3, 34, 34)
     image[0, 1, 1], image[0, 2, 2] = 0.0, 1.0
-    clean = pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=3))
+    clean = pixels(pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=3))
     image[0, 17, 17] = math.inf
-    dirty = pixels(pair_grid(network(), "0", image, order="channel", labels=False, nrow=3))
+    dirty = pixels(pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=3))
     ((_, drawn), *_) = split(dirty, 96, (96, 96), 3)
     assert tuple(drawn[49, 49]) == (0, 255, 0)
     expected = clean.copy()
@@ -237,7 +237,7 @@ def test_preprocessing_makes_what_the_model_takes():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_photograph_is_drawn_by_models_of_other_precision(dtype):
     picture = Image.linear_gradient("L").resize((34, 34))
-    sheet = pixels(pair_grid(network()[0].to(dtype), None, picture, order="channel", labels=False, nrow=3))
+    sheet = pixels(pair_grid(network()[0].to(dtype), None, picture, sort_by="channel", labels=False, nrow=3))
     for _, drawn in split(sheet, 96, (96, 96), 3):
         assert (np.diff(drawn[:, 50, 0].astype(int)) >= 0).all()
         assert drawn[0, 50, 0] < 20
@@ -443,11 +443,11 @@ def scene():
         (None, [2, 1, 0]),
         ("picture", [2, 1, 0]),
         ("edges", [0, 1, 2]),
-        ("colour", [1, 0, 2]),
+        ("color", [1, 0, 2]),
     ],
 )
 def test_pairs_are_sorted_by_what_the_kernels_keep(scene, order, expected):
-    sheet = pair_grid(Three(), None, scene, order=order, labels=False, scale_each=True, nrow=3)
+    sheet = pair_grid(Three(), None, scene, sort_by=order, labels=False, scale_each=True, nrow=3)
     by_hand = pair_grid(Three(), None, scene, channels=expected, labels=False, scale_each=True, nrow=3)
     assert sheet.tobytes() == by_hand.tobytes()
 
@@ -459,11 +459,20 @@ def test_most_telling_pairs_are_those_that_stay(scene):
 
 
 def test_own_labels_go_with_their_pairs(scene):
-    labelled = pair_grid(Three(), None, scene, labels=["a", "b", "c"], order="picture")
+    labelled = pair_grid(Three(), None, scene, labels=["a", "b", "c"], sort_by="picture")
     by_hand = pair_grid(Three(), None, scene, labels=["c", "b", "a"], channels=[2, 1, 0])
     assert labelled.tobytes() == by_hand.tobytes()
 
 
 def test_unknown_order_is_refused(scene):
-    with pytest.raises(InvalidArgumentError, match="`order` must be one of picture, edges, colour, channel"):
-        pair_grid(Three(), None, scene, order="size")
+    with pytest.raises(InvalidArgumentError, match="`sort_by` must be"):
+        pair_grid(Three(), None, scene, sort_by="size")
+
+
+def test_pairs_go_to_a_file(tmp_path):
+    image = torch.rand(3, 34, 34)
+    path = save_pair_grid(network(), "0", image, tmp_path / "new" / "pairs.png", sort_by="channel", nrow=2)
+    assert path == tmp_path / "new" / "pairs.png"
+    with Image.open(path) as stored:
+        expected = pair_grid(network(), "0", image, sort_by="channel", nrow=2)
+        assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(expected))

@@ -29,7 +29,7 @@ def test_colour_share_is_the_energy_off_the_gray_axis():
     one_channel = torch.stack([torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2)])
     kernels = torch.stack([gray, opponent, one_channel, torch.zeros(3, 2, 2)])
     found = measure_patterns(kernels, torch.rand(4, 5, 5), torch.rand(3, 5, 5))
-    assert found.colour.tolist() == pytest.approx([0, 1, 2 / 3, 0], abs=1e-6)
+    assert found.color.tolist() == pytest.approx([0, 1, 2 / 3, 0], abs=1e-6)
 
 
 def test_edge_kernels_and_colour_kernels_differ_as_they_should():
@@ -52,7 +52,7 @@ def test_constant_map_correlates_with_nothing():
 
 def test_other_than_three_channels_have_no_colour():
     found = measure_patterns(torch.rand(2, 1, 3, 3), torch.rand(2, 8, 8), torch.rand(1, 16, 16))
-    assert found.colour.isnan().all()
+    assert found.color.isnan().all()
     assert found.picture.isfinite().all()
 
 

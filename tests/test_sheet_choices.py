@@ -70,8 +70,8 @@ def test_maps_are_shown_in_the_order_of_their_figure(rank):
     maps = torch.randn(9, 5, 4) * torch.rand(9, 1, 1) + torch.randn(9, 1, 1)
     order = ranked(maps, rank)
     assert order != list(range(9))
-    assert same(feature_grid(maps, rank=rank), feature_grid(maps, channels=order))
-    labelled = feature_grid(maps, rank=rank, labels=True)
+    assert same(feature_grid(maps, sort_by=rank), feature_grid(maps, channels=order))
+    labelled = feature_grid(maps, sort_by=rank, labels=True)
     assert same(labelled, feature_grid(maps, channels=order, labels=True))
 
 
@@ -81,7 +81,9 @@ def test_kernels_are_shown_in_the_order_of_their_figure(rank, inputs):
     weight = torch.randn(7, inputs, 3, 3) * torch.rand(7, 1, 1, 1)
     seen = weight if inputs == 3 else weight[:, :1]
     order = ranked(seen, rank)
-    assert same(kernel_grid(weight, rank=rank, labels=True), kernel_grid(weight, filters=order, labels=True))
+    assert same(
+        kernel_grid(weight, sort_by=rank, labels=True), kernel_grid(weight, filters=order, labels=True)
+    )
 
 
 @pytest.mark.parametrize("rank", FIGURES)
@@ -89,20 +91,20 @@ def test_row_of_several_channels_is_ranked_as_a_whole(rank):
     weight = torch.randn(6, 8, 3, 3) * torch.rand(6, 1, 1, 1)
     order = ranked(weight[:, [1, 7, 2]], rank)
     ordered = kernel_grid(weight, filters=order, channels=[1, 7, 2], labels=True)
-    assert same(kernel_grid(weight, channels=[1, 7, 2], rank=rank, labels=True), ordered)
+    assert same(kernel_grid(weight, channels=[1, 7, 2], sort_by=rank, labels=True), ordered)
 
 
 def test_ranking_is_among_the_chosen():
     maps = torch.randn(9, 5, 4)
     chosen = [8, 1, 5, 2]
     order = [chosen[place] for place in ranked(maps[chosen], "std")]
-    ranked_sheet = feature_grid(maps, channels=chosen, rank="std", labels=True)
+    ranked_sheet = feature_grid(maps, channels=chosen, sort_by="std", labels=True)
     assert same(ranked_sheet, feature_grid(maps, channels=order, labels=True))
 
 
 def test_labels_of_the_caller_go_with_their_tiles():
     maps = torch.tensor([1.0, 3.0, 2.0])[:, None, None].expand(3, 40, 40)
-    sheet = feature_grid(maps, rank="mean", labels=["low", "high", "middle"])
+    sheet = feature_grid(maps, sort_by="mean", labels=["low", "high", "middle"])
     assert same(sheet, feature_grid(maps[[1, 2, 0]], labels=["high", "middle", "low"]))
 
 
@@ -111,7 +113,9 @@ def test_equal_figures_keep_their_order(rank):
     maps = torch.ones(40, 2, 2)
     maps[30] = torch.tensor([[1.0, 9.0], [9.0, 1.0]])
     order = [30, *(index for index in range(40) if index != 30)]
-    assert same(feature_grid(maps, rank=rank, labels=True), feature_grid(maps, channels=order, labels=True))
+    assert same(
+        feature_grid(maps, sort_by=rank, labels=True), feature_grid(maps, channels=order, labels=True)
+    )
 
 
 @pytest.mark.parametrize("rank", FIGURES)
@@ -121,21 +125,21 @@ def test_numbers_that_are_not_finite_count_as_zero_in_a_rank(rank):
     maps[3] = math.nan
     order = ranked(maps, rank)
     assert order[-1] == 3
-    assert same(feature_grid(maps, rank=rank), feature_grid(maps, channels=order))
+    assert same(feature_grid(maps, sort_by=rank), feature_grid(maps, channels=order))
 
 
 def test_ranks_of_other_types_are_those_of_their_values():
     for dtype in (torch.uint8, torch.int64, torch.float16, torch.bool):
         maps = (torch.rand(6, 4, 4) * 9).to(dtype)
-        assert same(feature_grid(maps, rank="mean"), feature_grid(maps, channels=ranked(maps, "mean")))
+        assert same(feature_grid(maps, sort_by="mean"), feature_grid(maps, channels=ranked(maps, "mean")))
 
 
 @pytest.mark.parametrize("rank", ["Norm", "", "median", 1])
 def test_unknown_rank_raises(rank):
     with pytest.raises(
-        InvalidArgumentError, match=r"`rank` must be one of norm, mean, std, max, or None, got "
+        InvalidArgumentError, match=r"`sort_by` must be one of norm, mean, std, max, or None, got "
     ):
-        feature_grid(torch.rand(2, 3, 3), rank=rank)
+        feature_grid(torch.rand(2, 3, 3), sort_by=rank)
 
 
 # Pages.
@@ -145,8 +149,8 @@ def test_caption_says_how_many_are_shown_and_why_these(monkeypatch):
     lines = written(monkeypatch)
     maps = torch.rand(20, 40, 40)
     feature_grid(maps, max_tiles=7)
-    feature_grid(maps, max_tiles=7, page=1, rank="norm")
-    feature_grid(maps, max_tiles=7, page=2, rank="std")
+    feature_grid(maps, max_tiles=7, page=1, sort_by="norm")
+    feature_grid(maps, max_tiles=7, page=2, sort_by="std")
     assert lines == [
         "7 of 20 shown",
         "8 to 14 of 20 shown, ranked by norm",
@@ -156,7 +160,9 @@ def test_caption_says_how_many_are_shown_and_why_these(monkeypatch):
 
 def test_legend_stands_with_the_count(monkeypatch):
     lines = written(monkeypatch)
-    feature_grid(torch.rand(20, 40, 40), max_tiles=7, rank="max", legend=True, title="Maps", scale_each=True)
+    feature_grid(
+        torch.rand(20, 40, 40), max_tiles=7, sort_by="max", legend=True, title="Maps", scale_each=True
+    )
     assert lines == [
         "Maps",
         "each tile has its own range",
@@ -172,7 +178,7 @@ def test_every_tile_is_on_exactly_one_page(size, rank):
     seen = []
     for page in range(math.ceil(12 / size)):
         options = {"max_tiles": size, "page": page, "value_range": (0, 250), "padding": 0, "nrow": 1}
-        pixels = np.array(feature_grid(values, rank=rank, cmap="viridis", **options))
+        pixels = np.array(feature_grid(values, sort_by=rank, cmap="viridis", **options))
         seen += [int(pixels[top, 0]) for top in range(0, 32 * min(size, 12 - page * size), 32)]
     assert sorted(seen) == list(range(12))
     assert seen == sorted(seen, reverse=True)
@@ -219,7 +225,7 @@ def test_pages_that_do_not_exist_raise(draw):
     ids=["channels", "named map", "slices", "slices in colour"],
 )
 def test_pages_hold_whole_rows(monkeypatch, weight, options, most, rank):
-    options = {**options, "value_range": (0, 1), "padding": 0, "upscale": 1, "rank": rank}
+    options = {**options, "value_range": (0, 1), "padding": 0, "upscale": 1, "sort_by": rank}
     whole = colours(kernel_grid(weight, **options))
     assert whole.shape == (5 * 32, 3 * 32, 3)
     size = most // 3 * 3
@@ -319,8 +325,8 @@ def test_large_matrix_is_as_large_as_its_numbers():
 def test_matrix_is_ranked_by_rows_and_says_so(monkeypatch):
     weight = torch.randn(6, 9, 1, 1)
     lines = written(monkeypatch)
-    sheet = kernel_grid(weight, rank="norm", legend=True)
-    assert same(kernel_grid(weight, rank="norm"), kernel_grid(weight, filters=ranked(weight, "norm")))
+    sheet = kernel_grid(weight, sort_by="norm", legend=True)
+    assert same(kernel_grid(weight, sort_by="norm"), kernel_grid(weight, filters=ranked(weight, "norm")))
     assert sheet.mode == "P"
     assert lines[2:] == ["6 x 9 kernels of 1 x 1", "rows: filters, ranked by norm; columns: input channels"]
 
@@ -551,8 +557,8 @@ def test_sheets_are_saved_in_both_formats(tmp_path, suffix, options):
         assert image.format == suffix[1:].upper()
         assert np.array_equal(colours(image), colours(feature_grid(maps, **options)))
     weight = torch.randn(5, 3, 6, 6)
-    with Image.open(save_kernel_grid(weight, tmp_path / f"kernels{suffix}", rank="std")) as image:
-        assert np.array_equal(colours(image), colours(kernel_grid(weight, rank="std")))
+    with Image.open(save_kernel_grid(weight, tmp_path / f"kernels{suffix}", sort_by="std")) as image:
+        assert np.array_equal(colours(image), colours(kernel_grid(weight, sort_by="std")))
 
 
 def moving(count: int = 5) -> list[Image.Image]:

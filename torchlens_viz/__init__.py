@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchlens_viz.grids.overlay import overlay_grid as overlay_grid
     from torchlens_viz.grids.overlay import save_overlay_grid as save_overlay_grid
     from torchlens_viz.grids.pairs import pair_grid as pair_grid
+    from torchlens_viz.grids.pairs import save_pair_grid as save_pair_grid
     from torchlens_viz.hooks.capture import Activations as Activations
     from torchlens_viz.hooks.capture import capture as capture
     from torchlens_viz.monitor.monitor import Monitor as Monitor
@@ -56,6 +57,7 @@ _HOME = {
     "save_kernel_grid": "grids.kernels",
     "save_kernel_sheets": "grids.folders",
     "save_overlay_grid": "grids.overlay",
+    "save_pair_grid": "grids.pairs",
     "survey": "dataset.survey",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "save_kernel_grid",
     "save_kernel_sheets",
     "save_overlay_grid",
+    "save_pair_grid",
     "survey",
 ]
 

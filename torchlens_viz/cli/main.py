@@ -20,7 +20,7 @@ _PROGRAM = "torchlens-viz"
 _MAX_NUMBERS = 100_000
 _DRAWING_OPTIONS = (
     "cmap", "nrow", "padding", "scale_each", "value_range", "filters", "channels", "upscale",
-    "interpolation", "labels", "legend", "title", "rank", "max_tiles", "page",
+    "interpolation", "labels", "legend", "title", "sort_by", "max_tiles", "page",
 )  # fmt: skip
 _CLIMBING_OPTIONS = (
     "channels", "size", "steps", "lr", "threshold", "objective", "transforms", "parametrization", "method",
@@ -309,7 +309,7 @@ def _add_drawing(parser: argparse.ArgumentParser, *, channels: str) -> None:
     group.add_argument("--labels", action="store_true", default=None, help="number every tile")
     group.add_argument("--legend", action="store_true", default=None, help="draw the scale of values")
     group.add_argument("--title", metavar="TEXT", help="a line above the sheet")
-    group.add_argument("--rank", metavar="FIGURE", help="norm, mean, std or max: the greatest first")
+    group.add_argument("--sort-by", metavar="FIGURE", help="norm, mean, std or max: the greatest first")
     group.add_argument("--max-tiles", type=int, metavar="N", help="draw at most this many tiles")
     group.add_argument("--page", type=int, metavar="N", help="with --max-tiles, which of the pages, from 0")
 

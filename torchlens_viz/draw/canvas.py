@@ -17,7 +17,7 @@ from torchlens_viz.draw import text
 from torchlens_viz.draw.grid import compose
 from torchlens_viz.draw.palette import LEVELS, PADDING, SPECIAL_COLOURS, TEXT, Colormap, colormap
 from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
-from torchlens_viz.draw.style import Rank, Style, own_labels
+from torchlens_viz.draw.style import Style, own_labels
 from torchlens_viz.draw.text import captioned, entry
 from torchlens_viz.errors import InvalidArgumentError
 
@@ -46,15 +46,90 @@ def draw(
     Returns:
         An image of mode "RGB" for colours, "L" for finite values in gray, else "P".
     """
-    count = len(tiles)
-    labels = own_labels(style, count) or labels
-    shown = _page(style, count)
-    if order is None:
-        tiles = tiles.detach()[shown.start : shown.stop]
-        labels = labels[shown.start : shown.stop]
-    else:
-        places = [order[index] for index in shown]
-        tiles, labels = tiles.detach()[places], [labels[place] for place in places]
+    choice = choose(style, len(tiles), order)
+    labels = choice.labels(own_labels(style, len(tiles)) or labels)
+    places: list[int] | slice = choice.places
+    if order is None:  # they follow one another, so that nothing needs to be copied
+        places = slice(choice.places[0], choice.places[-1] + 1)
+    return _draw(tiles.detach()[places], style, labels, choice.lines, notes, scale=True)
+
+
+def draw_chosen(
+    tiles: torch.Tensor, choice: Choice, style: Style, *, labels: Sequence[str], lines: Sequence[str]
+) -> Image.Image:
+    """Draw finished tiles as one sheet.
+
+    Args:
+        tiles: (K, 3, H, W) uint8, those of `choice` in its order.
+        choice: Which tiles these are, of how many.
+        style: How to lay them out; what concerns colours and sizes of tiles is not looked at.
+        labels: A label for each that could have been chosen, for when the style asks for labels and does not
+            bring its own.
+        lines: Lines to write below, after how many of them are shown.
+
+    Returns:
+        An image of mode "RGB".
+    """
+    own = choice.labels(own_labels(style, choice.count) or labels)
+    plain = replace(style, normalize=False, upscale=1, interpolation="nearest", cmap="auto")
+    return _draw(tiles, plain, own, [*choice.lines, *lines], (), scale=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of so many tiles a sheet shows.
+
+    Attributes:
+        places: Their places, in the order in which they are shown.
+        count: How many there are to choose from.
+        lines: What is to be said of it: nothing where all are shown.
+    """
+
+    places: list[int]
+    count: int
+    lines: list[str]
+
+    def labels(self, all_labels: Sequence[str]) -> list[str]:
+        """Return the labels of those that are shown."""
+        return [all_labels[place] for place in self.places]
+
+
+def choose(style: Style, count: int, order: Sequence[int] | None = None) -> Choice:
+    """Choose the tiles of a page.
+
+    Args:
+        style: Says how many, and which page.
+        count: How many tiles there are.
+        order: Their order, where it is not their own.
+
+    Raises:
+        InvalidArgumentError: There is no such page.
+    """
+    size = count if style.max_tiles is None else style.max_tiles
+    pages = max(1, ceil(count / size))
+    if style.page >= pages:
+        raise InvalidArgumentError(
+            f"`page` must be below {pages} ({count} tiles, {size} on each), got {style.page}"
+        )
+    shown = range(style.page * size, min((style.page + 1) * size, count))
+    lines = []
+    if len(shown) < count:
+        first = f"{len(shown)}" if shown.start == 0 else f"{shown.start + 1} to {shown.stop}"
+        by = f", ranked by {style.sort_by}" if style.sort_by else ""
+        lines.append(f"{first} of {count} shown{by}")
+    return Choice([index if order is None else order[index] for index in shown], count, lines)
+
+
+def _draw(
+    tiles: torch.Tensor,
+    style: Style,
+    labels: Sequence[str],
+    lines: Sequence[str],
+    notes: Sequence[str],
+    *,
+    scale: bool,
+) -> Image.Image:
+    """Draw these tiles and no others; `lines` stand below always, `notes` and the scale in the legend."""
     layout = _Layout.of(tiles.shape, style)  # refuses what is too large, so it comes before the work
     tiles = _as_floating(tiles, style)
     limits = find_limits(
@@ -66,13 +141,11 @@ def draw(
     image = _paint(tiles, limits, colours, style, layout)
     if style.labels is not False:
         _write_labels(image, labels, layout, entry(image, colours, TEXT))
-    lines = [] if len(shown) == count else [_shown(shown, count, style.rank)]
-    if style.legend:
-        lines += notes
-    if not (lines or style.legend or style.title):
+    below = [*lines, *(notes if style.legend else [])]
+    if not (below or style.legend or style.title):
         return image
-    scale = limits if style.legend else None
-    return captioned(image, colours, title=style.title, limits=scale, lines=lines)
+    limits_shown = limits if style.legend and scale else None
+    return captioned(image, colours, title=style.title, limits=limits_shown, lines=below)
 
 
 def check_size(shape: Sequence[int], style: Style) -> None:
@@ -86,7 +159,7 @@ def check_size(shape: Sequence[int], style: Style) -> None:
         InvalidArgumentError: The sheet would have too many pixels.
     """
     count, *rest = shape
-    _Layout.of((len(_page(replace(style, page=0), count)), *rest), style)
+    _Layout.of((len(choose(replace(style, page=0), count).places), *rest), style)
 
 
 def check_size_of_each(shape: Sequence[int], style: Style) -> None:
@@ -172,24 +245,8 @@ class _Layout:
 
 def _alone(style: Style) -> Style:
     return replace(
-        style, nrow=1, padding=0, labels=False, legend=False, title=None, max_tiles=None, page=0, rank=None
+        style, nrow=1, padding=0, labels=False, legend=False, title=None, max_tiles=None, page=0, sort_by=None
     )
-
-
-def _page(style: Style, count: int) -> range:
-    """Return the places of the tiles to show."""
-    size = count if style.max_tiles is None else style.max_tiles
-    pages = max(1, ceil(count / size))
-    if style.page >= pages:
-        raise InvalidArgumentError(
-            f"`page` must be below {pages} ({count} tiles, {size} on each), got {style.page}"
-        )
-    return range(style.page * size, min((style.page + 1) * size, count))
-
-
-def _shown(shown: range, count: int, rank: Rank | None) -> str:
-    first = f"{len(shown)}" if shown.start == 0 else f"{shown.start + 1} to {shown.stop}"
-    return f"{first} of {count} shown" + (f", ranked by {rank}" if rank else "")
 
 
 def _write_labels(

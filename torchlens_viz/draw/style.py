@@ -12,7 +12,7 @@ from torchlens_viz.draw.palette import Colormap, Table, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
-Rank: TypeAlias = Literal["norm", "mean", "std", "max"]
+SortBy: TypeAlias = Literal["norm", "mean", "std", "max"]
 
 _MATRIX_SIZE: Final = 768  # about as large as a matrix is enlarged to, and each of its cells
 _MATRIX_CELL: Final = 12
@@ -32,7 +32,7 @@ class StyleOptions(TypedDict, total=False):
     labels: bool | Sequence[str]
     legend: bool
     title: str | None
-    rank: Rank | None
+    sort_by: SortBy | None
     max_tiles: int | None
     page: int
 
@@ -53,7 +53,7 @@ class Style:
     legend: bool = False
     max_tiles: int | None = None
     page: int = 0
-    rank: Rank | None = None
+    sort_by: SortBy | None = None
     title: str | None = None
 
     def __post_init__(self) -> None:
@@ -80,9 +80,9 @@ class Style:
             )
         if self.has_own_colours:
             colormap(self.cmap)
-        if self.rank not in (None, *get_args(Rank)):
+        if self.sort_by not in (None, *get_args(SortBy)):
             raise InvalidArgumentError(
-                f"`rank` must be one of {', '.join(get_args(Rank))}, or None, got {self.rank!r}"
+                f"`sort_by` must be one of {', '.join(get_args(SortBy))}, or None, got {self.sort_by!r}"
             )
         if self.page and self.max_tiles is None:
             raise InvalidArgumentError(
@@ -95,14 +95,14 @@ class Style:
         return not (isinstance(self.cmap, str) and self.cmap == "auto")
 
 
-def ranking(values: torch.Tensor, rank: Rank | None) -> list[int] | None:
+def ranking(values: torch.Tensor, sort_by: SortBy | None) -> list[int] | None:
     """Return the order of K things by a figure of theirs, the greatest first, or None for no ranking.
 
     Args:
         values: (K, ...), the numbers of each; those that are not finite count as zero.
-        rank: Which figure.
+        sort_by: Which figure.
     """
-    if rank is None:
+    if sort_by is None:
         return None
     flat = values.detach().flatten(1).double().nan_to_num(0, 0, 0)
     figures = {
@@ -110,7 +110,7 @@ def ranking(values: torch.Tensor, rank: Rank | None) -> list[int] | None:
         "mean": flat.mean(1),
         "std": flat.std(1, correction=0),
         "max": flat.amax(1),
-    }[rank]
+    }[sort_by]
     order: list[int] = figures.sort(descending=True, stable=True).indices.tolist()
     return order
 

@@ -62,7 +62,7 @@ def feature_grid(
     chosen = indices_of(channels, len(maps), "channels")
     tiles = maps if channels is None else maps[chosen]
     notes = [f"{len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}"]
-    order = ranking(tiles, style.rank)
+    order = ranking(tiles, style.sort_by)
     return draw(tiles[:, None], style, labels=[str(index) for index in chosen], notes=notes, order=order)
 
 

@@ -66,7 +66,7 @@ def kernel_grid(
                 tile.
             legend (False): Write limits, layer and choice of channels below the sheet.
             title (None): A line above the sheet.
-            rank (None): Show the tiles with the greatest `"norm"`, `"mean"`, `"std"` or `"max"` first.
+            sort_by (None): Show the tiles with the greatest `"norm"`, `"mean"`, `"std"` or `"max"` first.
             max_tiles (None): Draw no more tiles than this, and say below the sheet how many there are. Where
                 each filter has a row of several tiles, whole rows are drawn: as many as do not exceed it.
             page (0): With `max_tiles`, which page of tiles to draw, from 0.
@@ -141,7 +141,7 @@ def _draw_rows(
     """Draw (O, P, C, H, W): a tile per filter, or where there are several of each, a row per filter."""
     each = tiles.shape[1]
     style = in_rows(style, each)
-    order = ranking(tiles, style.rank)
+    order = ranking(tiles, style.sort_by)
     if order is not None:
         order = [filter_ * each + place for filter_ in order for place in range(each)]
     columns = columns if len(columns) == each else [str(place) for place in range(each)]
@@ -151,9 +151,9 @@ def _draw_rows(
 
 def _draw_matrix(matrix: torch.Tensor, style: Style, notes: Sequence[str]) -> Image.Image:
     style = as_matrix(style, *matrix.shape)
-    order = ranking(matrix, style.rank)
+    order = ranking(matrix, style.sort_by)
     rows = matrix if order is None else matrix[order]
-    note = "rows: filters" + (f", ranked by {style.rank}" if order else "") + "; columns: input channels"
+    note = "rows: filters" + (f", ranked by {style.sort_by}" if order else "") + "; columns: input channels"
     return draw(rows[None, None], style, labels=[""], notes=[*notes, note])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from math import ceil, sqrt
+from math import ceil
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, TypedDict, Unpack, get_args
 
@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.arguments import indices_of
+from torchlens_viz.arguments import indices_of, one_of
 from torchlens_viz.draw.blend import Blend
-from torchlens_viz.draw.canvas import draw
-from torchlens_viz.draw.palette import Colormap, Table, colormap
-from torchlens_viz.draw.style import Interpolation, Rank, Style, own_labels, ranking
-from torchlens_viz.draw.text import captioned
+from torchlens_viz.draw.canvas import choose, draw_chosen
+from torchlens_viz.draw.palette import Colormap, Table
+from torchlens_viz.draw.style import Interpolation, SortBy, Style, ranking
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
@@ -26,7 +25,7 @@ from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference, like_parameters
 from torchlens_viz.receptive.find import ReceptiveField, receptive_field
 
-Backdrop: TypeAlias = Literal["gray", "colour"]
+Backdrop: TypeAlias = Literal["gray", "color"]
 
 _TILE_SIZE: Final = 128
 _LUMINANCE: Final = (0.299, 0.587, 0.114)
@@ -48,7 +47,7 @@ class OverlayOptions(TypedDict, total=False):
     nrow: int | None
     labels: bool | Sequence[str]
     legend: bool
-    rank: Rank | None
+    sort_by: SortBy | None
     max_tiles: int | None
 
 
@@ -70,7 +69,7 @@ def overlay_grid(
     nrow: int | None = None,
     labels: bool | Sequence[str] = True,
     legend: bool = False,
-    rank: Rank | None = None,
+    sort_by: SortBy | None = None,
     max_tiles: int | None = None,
 ) -> Image.Image:
     """Draw the maps of a layer over an image, each value over the middle of the region that it comes from.
@@ -91,7 +90,7 @@ def overlay_grid(
             cannot be told, with the range of its values spread over [0, 1].
         alpha: How much of the picture the strongest value hides, from 0 to 1; weaker ones hide less, and
             zero nothing.
-        backdrop: Show the image in shades of `"gray"`, so that all colour is the map's, or in `"colour"`.
+        backdrop: Show the image in shades of `"gray"`, so that all colour is the map's, or in `"color"`.
         cmap: As in `kernel_grid`. `"auto"` is `"RdBu_r"` if there are negative values, else `"hot"` from 0
             on.
         scale_each: Give each map its own range, instead of one range for all that are shown.
@@ -101,7 +100,7 @@ def overlay_grid(
         nrow: Maps per row; None is near-square.
         labels: Write channel numbers above the maps, or these strings.
         legend: Write the layer, its receptive field and the limits below.
-        rank: Show the maps with the greatest `"norm"`, `"mean"`, `"std"` or `"max"` first.
+        sort_by: Show the maps with the greatest `"norm"`, `"mean"`, `"std"` or `"max"` first.
         max_tiles: Draw no more maps than this, and say below how many there are.
 
     Returns:
@@ -122,18 +121,15 @@ def overlay_grid(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    if backdrop not in get_args(Backdrop):
-        raise InvalidArgumentError(f'`backdrop` must be "gray" or "colour", got {backdrop!r}')
-    sheet = Style(nrow=nrow, labels=labels, max_tiles=max_tiles, rank=rank, upscale=upscale)
+    one_of(backdrop, "backdrop", get_args(Backdrop))
+    sheet = Style(nrow=nrow, upscale=upscale, labels=labels, max_tiles=max_tiles, sort_by=sort_by)
     Style(interpolation=interpolation)
     batch = like_parameters(as_batch(image if preprocess is None else preprocess(image)), model)
     field = receptive_field(model, layer, batch.shape)
     name, maps = _maps(model, layer, batch, field)
     chosen = indices_of(channels, len(maps), "channels")
-    own = own_labels(sheet, len(chosen)) or [str(index) for index in chosen]
-    order = ranking(maps[chosen], rank) or list(range(len(chosen)))
-    places = order[:max_tiles]
-    shown = maps[[chosen[place] for place in places]]
+    choice = choose(sheet, len(chosen), ranking(maps[chosen], sort_by))
+    shown = maps[[chosen[place] for place in choice.places]]
     blend = Blend.of(shown, alpha=alpha, cmap=cmap, scale_each=scale_each, value_range=value_range)
     pixels = as_pixels(batch, image, preprocess=preprocess, invert=invert)
     if backdrop == "gray":
@@ -148,19 +144,8 @@ def overlay_grid(
         interpolation=interpolation,
         upscale=factor,
     )
-    style = Style(
-        normalize=False,
-        nrow=nrow or ceil(sqrt(len(places))),
-        upscale=1,
-        labels=labels and [own[place] for place in places],
-    )
-    picture = draw(tiles, style, labels=[""] * len(tiles), notes=())
-    lines = []
-    if len(places) < len(chosen):
-        lines.append(f"{len(places)} of {len(chosen)} shown" + (f", ranked by {rank}" if rank else ""))
-    if legend:
-        lines += [*blend.legend(), _note(name, field)]
-    return captioned(picture, colormap("gray"), title=None, limits=None, lines=lines) if lines else picture
+    lines = [*blend.legend(), _note(name, field)] if legend else []
+    return draw_chosen(tiles, choice, sheet, labels=[str(index) for index in chosen], lines=lines)
 
 
 def save_overlay_grid(

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, isnan, sqrt
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
 
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from torchlens_viz.arguments import indices_of, maps_of
-from torchlens_viz.draw.canvas import draw, in_colour
-from torchlens_viz.draw.palette import colormap
-from torchlens_viz.draw.style import Style, own_labels
-from torchlens_viz.draw.text import captioned
+from torchlens_viz.arguments import indices_of, maps_of, one_of
+from torchlens_viz.draw.canvas import choose, draw_chosen, in_colour
+from torchlens_viz.draw.style import Style
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.kernels import kernels_of
 from torchlens_viz.models.layers import Selector
-from torchlens_viz.models.state import inference
+from torchlens_viz.models.state import inference, like_parameters
 
-Order: TypeAlias = Literal["picture", "edges", "colour", "channel"]
+PairOrder: TypeAlias = Literal["picture", "edges", "color", "channel"]
 
 _MAP_SIZE: Final = 96
 _WHITE: Final = 255
 _FRAME: Final = 192
 _LUMINANCE: Final = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class PairOptions(TypedDict, total=False):
+    """The options of `pair_grid`."""
+
+    channels: int | Sequence[int] | None
+    preprocess: Callable[[Any], torch.Tensor] | None
+    scale_each: bool
+    sort_by: PairOrder | None
+    nrow: int | None
+    labels: bool | Sequence[str]
+    max_tiles: int | None
 
 
 def pair_grid(
@@ -40,7 +53,7 @@ def pair_grid(
     channels: int | Sequence[int] | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     scale_each: bool = False,
-    order: Order | None = None,
+    sort_by: PairOrder | None = None,
     nrow: int | None = None,
     labels: bool | Sequence[str] = True,
     max_tiles: int | None = None,
@@ -62,8 +75,8 @@ def pair_grid(
             taken as it is and a picture as RGB values in [0, 1].
         scale_each: Give each kernel and each map its own range, instead of one range for all kernels and one
             for all maps.
-        order: Which pairs come first: those that keep the `"picture"`, its `"edges"`, those with most
-            `"colour"`, or `"channel"` for the order of the channels. None is `"picture"`, or the order of
+        sort_by: Which pairs come first: those that keep the `"picture"`, its `"edges"`, those with most
+            `"color"`, or `"channel"` for the order of the channels. None is `"picture"`, or the order of
             `channels` where these are given.
         nrow: Pairs per row; None is near-square.
         labels: Write channel numbers and what the kernels keep above the pairs, or these strings.
@@ -86,8 +99,8 @@ def pair_grid(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    if order not in (None, *get_args(Order)):
-        raise InvalidArgumentError(f"`order` must be one of {', '.join(get_args(Order))}, got {order!r}")
+    if sort_by is not None:
+        one_of(sort_by, "sort_by", get_args(PairOrder))
     weight, name = kernels_of(model, layer)
     if weight.ndim != 4:
         raise InvalidArgumentError(f"`{name}` must have kernels (O, I, kH, kW), got {tuple(weight.shape)}")
@@ -96,41 +109,57 @@ def pair_grid(
     batch = as_batch(image if preprocess is None else preprocess(image))
     maps = _maps(model, name, batch, weight)
     patterns = measure_patterns(weight[chosen], maps[chosen], batch[0])
-    places = _places(patterns, order or ("picture" if channels is None else "channel"))[:max_tiles]
-    if labels is True:
-        sheet = replace(sheet, labels=_captions(chosen, patterns))
-    own = own_labels(sheet, len(chosen))
+    order = _order(patterns, sort_by or ("picture" if channels is None else "channel"))
+    choice = choose(sheet, len(chosen), order)
     if nrow is None:  # a pair is about twice as wide as high
-        sheet = replace(sheet, nrow=ceil(sqrt(len(places) / 2)))
-    sheet = replace(sheet, max_tiles=None, labels=own and [own[place] for place in places])
-    lines = [f"{len(places)} of {len(chosen)} shown"] if len(places) < len(chosen) else []
-    if labels is True:
-        lines.append("p: picture kept, e: its edges kept, c: colour of the kernel")
-    shown = [chosen[place] for place in places]
+        sheet = replace(sheet, nrow=ceil(sqrt(len(choice.places) / 2)))
+    shown = [chosen[place] for place in choice.places]
     pairs = _drawn(weight[shown], maps[shown], Style(scale_each=scale_each))
-    picture = draw(pairs, sheet, labels=[""] * len(pairs), notes=())
-    if not lines:
-        return picture
-    return captioned(picture, colormap("gray"), title=None, limits=None, lines=lines)
+    words = ["p: picture kept, e: its edges kept, c: colour of the kernel"] if labels is True else []
+    return draw_chosen(pairs, choice, sheet, labels=_captions(chosen, patterns), lines=words)
+
+
+def save_pair_grid(
+    model: nn.Module,
+    layer: Selector | None,
+    image: torch.Tensor | Image.Image,
+    path: str | os.PathLike[str],
+    **options: Unpack[PairOptions],
+) -> Path:
+    """Draw the kernels of a convolution beside the maps they make of an image into a file.
+
+    Args:
+        model: A model that takes one image batch.
+        layer: Which layer; None is the first convolution.
+        image: A tensor (1, C, H, W) or (C, H, W), or a picture.
+        path: The file; its ending names the format. Missing folders are made, and a file of that name is
+            replaced in one step.
+        options: As in `pair_grid`.
+
+    Returns:
+        The path.
+
+    Raises:
+        PictureError: The file cannot be written; nothing is left behind, and what stood there still stands.
+    """
+    return save_picture(pair_grid(model, layer, image, **options), path)
 
 
 def _maps(model: nn.Module, name: str, batch: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    first = next((each for each in model.parameters() if each.is_floating_point()), weight)
-    batch = batch.to(first.device, first.dtype if batch.is_floating_point() else None)
     with inference(model), capture(model, name, stop=True) as acts:
-        model(batch)
+        model(like_parameters(batch, model))
     maps = maps_of(acts[name], sample=0)
     if len(maps) != len(weight):
         raise InvalidArgumentError(f"`{name}` has {len(weight)} kernels and puts out {len(maps)} maps")
     return maps
 
 
-def _places(patterns: Patterns, order: Order) -> list[int]:
-    if order == "channel":
+def _order(patterns: Patterns, sort_by: PairOrder) -> list[int]:
+    if sort_by == "channel":
         return list(range(len(patterns.picture)))
-    figures = getattr(patterns, order).nan_to_num(0)
-    places: list[int] = figures.sort(descending=True, stable=True).indices.tolist()
-    return places
+    figures = getattr(patterns, sort_by).nan_to_num(0)
+    order: list[int] = figures.sort(descending=True, stable=True).indices.tolist()
+    return order
 
 
 def _captions(chosen: Sequence[int], patterns: Patterns) -> list[str]:
@@ -166,13 +195,13 @@ class Patterns(NamedTuple):
     `picture` (K,) in [0, 1]: how clearly the picture is still there, as the absolute correlation of the map
     with the luminance of the input. `edges` (K,) in [-1, 1]: how much only its outlines are, as the
     correlation of the map's distance from its mean with the strength of the edges in the luminance.
-    `colour` (K,) in [0, 1]: the share of the kernel's energy in differences between the input's three
+    `color` (K,) in [0, 1]: the share of the kernel's energy in differences between the input's three
     channels; NaN for kernels with other than three. A constant map correlates with nothing: 0.
     """
 
     picture: torch.Tensor
     edges: torch.Tensor
-    colour: torch.Tensor
+    color: torch.Tensor
 
 
 def measure_patterns(kernels: torch.Tensor, maps: torch.Tensor, image: torch.Tensor) -> Patterns:
@@ -195,7 +224,7 @@ def measure_patterns(kernels: torch.Tensor, maps: torch.Tensor, image: torch.Ten
         >>> gray, red = torch.full((3, 1, 1), 1 / 3), torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
         >>> kernels = torch.stack([gray, red])
         >>> maps = torch.nn.functional.conv2d(image[None], kernels)[0]
-        >>> [round(share, 2) for share in measure_patterns(kernels, maps, image).colour.tolist()]
+        >>> [round(share, 2) for share in measure_patterns(kernels, maps, image).color.tolist()]
         [0.0, 0.67]
     """
     if len(kernels) != len(maps):
@@ -210,7 +239,7 @@ def measure_patterns(kernels: torch.Tensor, maps: torch.Tensor, image: torch.Ten
     return Patterns(
         picture=_correlation(values, seen.flatten()).abs().float(),
         edges=_correlation((values - values.mean(1, keepdim=True)).abs(), _edges(seen).flatten()).float(),
-        colour=_colour_share(kernels).float(),
+        color=_colour_share(kernels).float(),
     )
 
 
