@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar, final
 
-from torchlens_viz.errors import MissingDependencyError
+from torchlens_viz.errors import needed
 
 T = TypeVar("T")
 
 # The amount done may be a fraction.
 _WHOLE: Final = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
+
+
+def is_shown(progress: bool | None) -> bool:
+    """Tell whether to show a bar: None shows one where tqdm is installed and somebody can see it."""
+    if progress is not None:
+        return progress
+    return importlib.util.find_spec("tqdm") is not None and (sys.stderr.isatty() or _is_notebook())
+
+
+def _is_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 def tracked(items: Iterable[T], *, shown: bool, total: int, unit: str) -> Iterator[T]:
@@ -61,14 +75,14 @@ def counter(*, shown: bool, total: int | None, unit: str) -> Iterator[Callable[[
     """Give a function that adds to a bar on stderr, which shows the rate as well, where `shown`.
 
     Args:
-        shown: Whether there is to be a bar; there is none without tqdm.
+        shown: Whether there is to be a bar.
         total: How much there is to do, where that is known.
         unit: Of what.
+
+    Raises:
+        MissingDependencyError: A bar was asked for and tqdm is not installed.
     """
-    try:
-        bar = _tqdm()(total=total, unit=unit) if shown else None
-    except MissingDependencyError:
-        bar = None
+    bar = _tqdm()(total=total, unit=unit) if shown else None
     try:
         yield (lambda amount: None) if bar is None else bar.update
     finally:
@@ -77,11 +91,4 @@ def counter(*, shown: bool, total: int | None, unit: str) -> Iterator[Callable[[
 
 
 def _tqdm() -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise MissingDependencyError(
-            "`progress=True` needs tqdm, which is not installed; run "
-            '`python -m pip install "torchlens_viz[progress]"`'
-        ) from error
-    return tqdm
+    return needed("tqdm", "`progress=True` needs tqdm", "progress").tqdm

@@ -48,8 +48,8 @@ class Resumption:
         for name in {**before, **settings}:
             if before.get(name) != settings.get(name):
                 raise ArchiveError(
-                    f"`resume` must be a folder that was begun with the same settings: in {str(folder)!r} "
-                    f"`{name}` was {before.get(name)!r} and now is {settings.get(name)!r}; choose "
+                    "`checkpoint` must be a folder that was begun with the same settings: in "
+                    f"{str(folder)!r} `{name}` was {before.get(name)!r} and now is {settings.get(name)!r}; choose "
                     "another folder"
                 )
 

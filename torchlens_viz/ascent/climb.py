@@ -9,7 +9,6 @@ from typing import Final, final
 
 import torch
 
-from torchlens_viz.ascent.optimizer import Adam, as_it_is, normalised
 from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.ascent.slots import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
 from torchlens_viz.backprop.device import is_out_of_memory
@@ -36,19 +35,22 @@ def climb(
     Args:
         requests: The images to make.
         plan: How.
-        scorer: What they are to maximise, after it has looked.
+        scorer: What they are to maximise.
         batch_size: How many to make at a time.
         show: Called after every step with how many images the work on those under way amounts to.
     """
     waiting = deque(requests)
     while waiting:
-        slots = _Slots(plan, scorer)
+        slots: _Slots | None = None
         on_the_way: list[Request] = []
         try:
             while waiting or on_the_way:
                 new = _next(waiting, batch_size - len(on_the_way), scorer, is_empty=not on_the_way)
                 on_the_way += new  # before anything else: memory may run out at once
-                slots.fill(new)
+                if slots is None:
+                    slots = _Slots(plan, scorer, new)
+                else:
+                    slots.fill(new)
                 slots.step()
                 for climb in slots.finished():
                     on_the_way.remove(climb.request)
@@ -88,14 +90,14 @@ def _next(waiting: deque[Request], room: int, scorer: Scorer, *, is_empty: bool)
 class _Slots:
     """The batch. Slots that are done stay until others take their place, so that it keeps its shape."""
 
-    def __init__(self, plan: Plan, scorer: Scorer) -> None:
-        self.runs: list[Run] = []
+    def __init__(self, plan: Plan, scorer: Scorer, requests: Sequence[Request]) -> None:
         self._plan = plan
         self._scorer = scorer
         self._starts = Starts(plan, scorer.device, scorer.sensitivity if scorer.is_affine else None)
-        self._rows: Rows | None = None
+        self.runs = [self._starts.run(request, attempt=0) for request in requests]
+        self._rows = self._starts.rows(self.runs)
         self._done: list[int] = []
-        self._adam = Adam(plan.rate, like_keras=plan.is_classic)
+        self._optimizer = plan.method.optimizer(plan.rate)
         self._look_every = 1 if scorer.device.type == "cpu" else LOOK_EVERY
         self._count = 0
 
@@ -108,9 +110,6 @@ class _Slots:
         """Let these begin to climb, first in the places of those that are done."""
         runs = [self._starts.run(request, attempt=0) for request in requests]
         places, self._done = self._done, []
-        if self._rows is None:
-            self.runs, self._rows = runs, self._starts.rows(runs)
-            return
         if runs:
             old, new = runs[: len(places)], runs[len(places) :]
             if old:
@@ -127,7 +126,6 @@ class _Slots:
     def step(self) -> None:
         """Move every image one step uphill."""
         rows, plan = self._rows, self._plan
-        assert rows is not None
         parameters = rows.parameters.requires_grad_()
         is_redirecting = any(run.is_redirected for run in self.runs)
         with Redirection(rows.redirected, rows.narrow) if is_redirecting else nullcontext():
@@ -145,7 +143,6 @@ class _Slots:
     def finished(self) -> list[Climb]:
         """Take the images that have come to their end."""
         rows, steps = self._rows, self._plan.steps
-        assert rows is not None
         at_end = [bool(run.ending) or (run.step >= steps and not run.is_waking) for run in self.runs]
         if any(at_end) or self._count % self._look_every == 0:
             active = rows.active.tolist()
@@ -156,7 +153,6 @@ class _Slots:
 
     def _transformed(self, images: torch.Tensor) -> torch.Tensor:
         plan, rows, as_they_are = self._plan, self._rows, images
-        assert rows is not None
         if plan.transforms.moves:
             numbers = rows.numbers[torch.arange(len(images), device=images.device), rows.step]
             images = plan.transforms.place(images, numbers, plan.parametrization.middle)
@@ -174,16 +170,16 @@ class _Slots:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Change what still climbs; return which images have a gradient, and which climb, both (N,) bool."""
         plan = self._plan
-        slope = as_it_is(gradient) if plan.is_classic else normalised(gradient)
+        slope = plan.method.slope(gradient)
         is_fine = scores.isfinite() & slope.peak.isfinite()
         moving = rows.active & is_fine
         rows.history.scatter_(1, rows.step[:, None], scores.where(rows.active, torch.nan)[:, None])
-        change = self._adam.change(slope.gradient, rows.age, rows.mean, rows.square)
-        if not plan.is_classic:  # what has no gradient yet must go far
+        change = self._optimizer.change(slope.gradient, rows.age, rows.mean, rows.square)
+        if plan.method.wakes:  # what has no gradient yet must go far
             change *= torch.where(rows.redirected, _HURRY, 1.0).view(-1, *[1] * (change.ndim - 1))
         rows.parameters += change.where(moving.view(-1, *[1] * (change.ndim - 1)), 0)
-        if plan.smoothing is not None:
-            plan.smoothing.apply_(rows.parameters, rows.step, moving)
+        if (smoothing := plan.parametrization.smoothing) is not None:
+            smoothing.apply_(rows.parameters, rows.step, moving)
         plan.parametrization.confine_(rows.parameters)
         if plan.threshold is not None:
             rows.over |= moving & (scores > plan.threshold)
@@ -195,7 +191,6 @@ class _Slots:
     def _judge(self, has_gradient: torch.Tensor, moving: torch.Tensor) -> None:
         """Redirect, restart or give up those that have no gradient where it is time to look."""
         rows, plan = self._rows, self._plan
-        assert rows is not None
         watched = [is_watched(run, plan) for run in self.runs]
         seen = torch.stack((has_gradient, moving)).tolist() if any(watched) else None
         for place, run in enumerate(self.runs):
@@ -215,13 +210,12 @@ class _Slots:
                     self._put([place], [anew])
 
     def _put(self, places: list[int], runs: list[Run]) -> None:
-        assert self._rows is not None
         self._rows.put_(places, self._starts.rows(runs))
         for place, run in zip(places, runs, strict=True):
             self.runs[place] = run
 
     def _film(self, images: torch.Tensor) -> None:
-        every = self._plan.frames_every
+        every = self._plan.method.frames
         for place, run in enumerate(self.runs):
             if every is not None and run.step % every == 0:
                 run.frames.append(as_frame(images[place], self._plan.parametrization))
@@ -236,7 +230,7 @@ class _Slots:
         climbs = []
         for index, place in enumerate(places):
             run = self.runs[place]
-            if plan.frames_every is not None:
+            if plan.method.frames is not None:
                 run.frames.append(as_frame(images[index], plan.parametrization))
             own = history[index]
             status, evidence = verdict(

@@ -7,18 +7,19 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from statistics import median
-from typing import Final, Literal, TypeAlias
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import nn
 
+from torchlens_viz.arguments import integer, number
 from torchlens_viz.ascent.checkpoint import Resumption
 from torchlens_viz.ascent.climb import climb
+from torchlens_viz.ascent.method import Method, MethodName, method_of
 from torchlens_viz.ascent.options import (
     channel_means,
     check_independence,
-    check_numbers,
     chosen_channels,
     fitting_batch,
     image_channels,
@@ -26,13 +27,11 @@ from torchlens_viz.ascent.options import (
     requests_for,
     settings_of,
     size_of,
-    smoothing_of,
     start_of,
 )
 from torchlens_viz.ascent.parametrization import (
     Parametrization,
     ParametrizationName,
-    Pixels,
     parametrization_of,
 )
 from torchlens_viz.ascent.plan import Climb, Plan, Request
@@ -42,18 +41,12 @@ from torchlens_viz.backprop.device import Precision, isolated, resolve_precision
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.distributed import gathered, world
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidTypeError
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.layers import Selector
 from torchlens_viz.models.state import device_of
 from torchlens_viz.objectives import ObjectiveName, objective_of
-from torchlens_viz.progress import Bar
-
-Method: TypeAlias = Literal["normalized", "classic"]
-
-_RESTARTS: Final = 4
-_CLASSIC_RATE: Final = 2.5
-_CLASSIC_RANGE: Final = (128.0, 148.0)
+from torchlens_viz.progress import Bar, is_shown
 
 
 def maximize(
@@ -73,17 +66,11 @@ def maximize(
     batch_size: int | Literal["auto"] = "auto",
     seed: int = 0,
     precision: Precision = "auto",
-    compile: bool = False,
-    method: Method = "normalized",
-    restarts: int = _RESTARTS,
-    decay: float = 0.0,
-    blur: float = 0.0,
-    blur_every: int | None = None,
+    method: MethodName | Method = "normalized",
     references: torch.Tensor | None = None,
-    frames: int | None = None,
     channel_dim: int = 1,
-    resume: str | os.PathLike[str] | None = None,
-    progress: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
 ) -> Maximization:
     """Find, for each channel of a layer, the image that drives it hardest, by gradient ascent.
 
@@ -107,7 +94,7 @@ def maximize(
             channels as the first convolution takes.
         preprocess: Makes of images (N, C, H, W) what the model takes, differentiably, for example
             `torchvision.transforms.Normalize`.
-        transforms: `"robust"`, `"classic"`, `"none"` or `Transforms(...)`: what the images must survive.
+        transforms: `"robust"`, `"gentle"`, `"none"` or `Transforms(...)`: what the images must survive.
         parametrization: What is optimised: `"pixels"`, `"fourier"` coefficients or, with the magnitudes
             of natural images, their phases (`"maco"`); or `Pixels`, `Fourier` or `FixedSpectrum` with
             options.
@@ -119,25 +106,16 @@ def maximize(
         seed: What all random numbers follow from.
         precision: What the network computes gradients in: `"auto"` is bfloat16 where the hardware has it,
             else float32. Images, optimiser and scores are float32 in any case.
-        compile: Run the network's share of each step through `torch.compile`, which takes its time at the
-            first step. On a CPU this has been slower than without wherever it was measured.
         method: `"normalized"` scales the gradient of each image to unit root mean square, so that one
-            learning rate serves all layers. `"classic"` is the plain recipe of Keras: every channel begins
-            from the same image, uniform in [128, 148] (with `seed=42`, the well-known one), Adam with
-            Keras' epsilon, no limits, no redirection; the learning rate (None is 2.5) is in units of 0 to
-            255.
-        restarts: From how many further starts to try where there is no gradient. What has none under the
-            transforms from any of them is tried without, and `evidence` says so.
-        decay: With pixels, the share of the distance to mid-gray that is taken back at every step.
-        blur: With pixels, standard deviation in pixels of a Gaussian blur after every `blur_every` steps.
-        blur_every: See `blur`; None is 4.
+            learning rate serves all layers; `Normalized(...)` has its options. `"classic"` is the plain
+            recipe of Keras, see `Classic`.
         references: (R, C, H, W), images to compare with: `z_means` and `z_ranks` of the result are relative
             to them, and a channel without a gradient is tried on the one that drives it hardest.
-        frames: Keep the image at every so many steps, for `Maximization.save_animation`.
         channel_dim: Which dimension of the layer's output counts its channels: -1 for tokens (N, L, C).
-        resume: A folder for what is finished. A run that was broken off goes on from there, to the same
+        checkpoint: A folder for what is finished. A run that was broken off goes on from there, to the same
             result.
-        progress: Show a bar with the channels done, the time left and the median score.
+        progress: Show a bar with the channels done, the time left and the median score; None shows it where
+            tqdm is installed and somebody can see it.
 
     Returns:
         K images and what became of each.
@@ -148,7 +126,7 @@ def maximize(
         CaptureMemoryError: There is no room for a single image.
         InvalidArgumentError: An argument has a value that cannot be used, a channel is out of range, the
             network cannot take such images, or the objective has no gradient path to them.
-        ArchiveError: `resume` was begun with other settings.
+        ArchiveError: `checkpoint` was begun with other settings.
 
     Source:
         Erhan et al., "Visualizing Higher-Layer Features of a Deep Network", 2009; Olah, Mordvintsev &
@@ -161,82 +139,53 @@ def maximize(
         >>> result.images.shape, result.ranks.shape
         (torch.Size([2, 3, 16, 16]), torch.Size([2]))
     """
-    check_numbers(
-        steps=steps,
-        lr=lr,
-        threshold=threshold,
-        batch_size=batch_size,
-        restarts=restarts,
-        frames=frames,
-        seed=seed,
-        compile=compile,
-        is_classic=method == "classic",
-    )
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
-    if method not in ("normalized", "classic"):
-        raise InvalidArgumentError(f'`method` must be "normalized" or "classic", got {method!r}')
     refuse_torchscript(model)
+    steps, seed = integer(steps, "steps", least=1), integer(seed, "seed")
+    if batch_size != "auto":
+        batch_size = integer(batch_size, "batch_size", least=1)
     check_independence(model, batch_size)
-    is_classic = method == "classic"
-    if is_classic and (parametrization != "pixels" or transforms not in (None, "none")):
-        raise InvalidArgumentError(
-            '`method="classic"` has neither `parametrization` nor `transforms`; leave them out'
-        )
-    climbs_by = (
-        Pixels(low=None, high=None, uniform=_CLASSIC_RANGE)
-        if is_classic
-        else parametrization_of(parametrization)
-    )
+    how, must_survive = method_of(method), transforms_of(transforms)
+    by = how.parametrization(parametrization_of(parametrization), must_survive, seed)
+    rate = how.learning_rate(by) if lr is None else number(lr, "lr", above=0)
     goal = objective_of(objective)
-    start = None if image is None else start_of(image, climbs_by, is_classic=is_classic)
-    height, width = size_of(size, start)
-    rate = lr or (_CLASSIC_RATE if is_classic else climbs_by.learning_rate)
-    smoothing = smoothing_of(climbs_by, decay=decay, blur=blur, every=blur_every)
-    if is_classic and restarts != _RESTARTS:
-        raise InvalidArgumentError('`restarts` has no effect with `method="classic"`; leave it out')
+    start = None if image is None else start_of(image, by, how)
+    shape = (image_channels(model) if start is None else len(start), *size_of(size, start))
     with isolated(device := device_of(model)):
-        dtype = resolve_precision(precision, device)
         scorer = Scorer(
             model,
             layer,
             goal,
+            torch.full((1, *shape), by.middle, device=device),
             preprocess=preprocess,
-            dtype=dtype,
+            dtype=resolve_precision(precision, device),
             channel_dim=channel_dim,
-            is_compiled=compile,
+            is_compiled=how.compile,
         )
-        depth = image_channels(model) if start is None else len(start)
-        seen = scorer.look(torch.full((1, depth, height, width), climbs_by.middle, device=device))
-        chosen = chosen_channels(channels, goal, seen[1])
-        shape = (depth, height, width)
-        real = None if references is None else references_of(references, shape, climbs_by, device)
+        chosen = chosen_channels(channels, goal, scorer.channels)
+        real = None if references is None else references_of(references, shape, by, device)
         plan = Plan(
-            parametrization=climbs_by,
-            transforms=transforms_of(transforms),
+            parametrization=by,
+            transforms=must_survive,
             size=shape[1:],
-            image_channels=depth,
+            image_channels=shape[0],
             start=start,
             references=None if real is None else real.cpu(),
             reference_means=None if real is None else channel_means(scorer, real),
             steps=steps,
             rate=rate,
-            threshold=threshold,
+            threshold=None if threshold is None else number(threshold, "threshold"),
             seed=seed,
-            is_classic=is_classic,
-            restarts=restarts,
-            smoothing=smoothing,
-            frames_every=frames,
+            method=how,
         )
         store = None
-        if resume is not None:
-            store = Resumption(
-                Path(resume), settings_of(plan, scorer, model, preprocess, channel_dim, chosen)
-            )
+        if checkpoint is not None:
+            settings = settings_of(plan, scorer, model, preprocess, channel_dim, chosen)
+            store = Resumption(Path(checkpoint), settings)
+        requests = requests_for(chosen)
         climbs = gathered(
-            lambda: _share(
-                requests_for(chosen), plan, scorer, store, batch_size=batch_size, progress=progress
-            )
+            lambda: _share(requests, plan, scorer, store, batch_size=batch_size, progress=progress)
         )
     return _result(climbs, plan, scorer, is_complete=len(climbs) == len(chosen))
 
@@ -248,7 +197,7 @@ def _share(
     store: Resumption | None,
     *,
     batch_size: int | Literal["auto"],
-    progress: bool,
+    progress: bool | None,
 ) -> list[Climb]:
     """Make this process's share of the images."""
     rank, count = world()
@@ -265,7 +214,7 @@ def _share(
         incomplete = {request.channel for request in missing}
         missing = [request for request in mine if request.channel in incomplete]
         climbs = [one for one in climbs if one.request.channel not in incomplete]
-    with Bar(shown=progress and rank == 0, total=len(mine), unit="channels") as bar:
+    with Bar(shown=rank == 0 and is_shown(progress), total=len(mine), unit="channels") as bar:
         if not missing:
             return climbs
 
@@ -304,7 +253,7 @@ def _result(climbs: Sequence[Climb], plan: Plan, scorer: Scorer, *, is_complete:
         is_complete=is_complete,
         names_channels=scorer.objective.uses_target,
         reference_means=plan.reference_means,
-        frames=None if plan.frames_every is None else tuple(_filmed(one) for one in climbs),
+        frames=None if plan.method.frames is None else tuple(_filmed(one) for one in climbs),
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from math import ceil, isfinite
-from numbers import Real
+from math import ceil
 from typing import Any, Final
 
 import torch
@@ -14,25 +13,24 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.arguments import indices_of
-from torchlens_viz.ascent.optimizer import Smoothing
-from torchlens_viz.ascent.parametrization import Parametrization, Pixels, Size
+from torchlens_viz.ascent.method import Method
+from torchlens_viz.ascent.parametrization import Parametrization, Size
 from torchlens_viz.ascent.plan import Plan, Request
 from torchlens_viz.backprop.device import free_bytes, is_out_of_memory
 from torchlens_viz.backprop.objective import Objective
 from torchlens_viz.backprop.scorer import Scorer
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.errors import InvalidArgumentError, LayerNotFoundError
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.kernels import convolutions
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
 _SIZE: Final = 224
-_BLUR_EVERY: Final = 4
 _KEPT_AT_ONCE: Final = 160 * 2**20
 _MEMORY_SHARE: Final = 0.6
 _PLANNED: Final = (
     "parametrization", "transforms", "size", "image_channels", "steps", "rate", "threshold", "seed",
-    "is_classic", "restarts", "smoothing", "frames_every",
+    "method",
 )  # fmt: skip
 
 
@@ -79,29 +77,11 @@ def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
     return ceil(count / ceil(count / most))
 
 
-def smoothing_of(by: Parametrization, *, decay: float, blur: float, every: int | None) -> Smoothing | None:
-    """Return what smooths the pixels between steps, if anything is to."""
-    if not 0 <= decay < 1 or not 0 <= blur <= 100 or (every is not None and every < 1):
-        raise InvalidArgumentError(
-            "`decay` must be from 0 to below 1, `blur` from 0 to 100 and `blur_every` at least 1, got "
-            f"{decay}, {blur} and {every}"
-        )
-    if every is not None and not blur:
-        raise InvalidArgumentError("`blur_every` has no effect without `blur`; give the blur in pixels")
-    if not decay and not blur:
-        return None
-    if not isinstance(by, Pixels):
-        raise InvalidArgumentError(
-            '`decay` and `blur` work on pixels; leave them out, or use `parametrization="pixels"`'
-        )
-    return Smoothing(decay=decay, blur=blur, every=every or _BLUR_EVERY, middle=by.middle)
-
-
-def start_of(image: torch.Tensor | Image.Image, by: Parametrization, *, is_classic: bool) -> torch.Tensor:
+def start_of(image: torch.Tensor | Image.Image, by: Parametrization, method: Method) -> torch.Tensor:
     """Return the image to begin from, (C, H, W) float32 on the CPU; a picture, over the range of pixels."""
     start = as_batch(image)[0].detach().to("cpu", torch.float32)
     if isinstance(image, Image.Image):
-        start = 255 * start if is_classic else (by.low or 0.0) + by.width * start
+        start = method.pixels_of(start, by)
     _check_values(start, by, "image")
     return start
 
@@ -184,7 +164,6 @@ def settings_of(
         "preprocess": None if preprocess is None else _named(preprocess),
         "channel_dim": channel_dim,
         "precision": str(scorer.dtype),
-        "compile": scorer.is_compiled,
         "start": checksum(plan.start),
         "references": checksum(plan.references),
         "compared": sorted(channels) if scorer.objective.couples else None,
@@ -198,34 +177,6 @@ def _named(function: object) -> str:
     if name is not None:
         return f"{getattr(function, '__module__', '')}.{name}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(function))  # the address is another one in every process
-
-
-def check_numbers(**given: Any) -> None:
-    """Refuse plain options of `maximize` that cannot be used, by name."""
-    for name, least in (("steps", 1), ("restarts", 0), ("frames", 1), ("batch_size", 1)):
-        value = given[name]
-        if value is None or (name == "batch_size" and value == "auto"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
-        if value < least:
-            raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
-    for name in ("lr", "threshold"):
-        value = given[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise InvalidTypeError(f"`{name}` must be a number, got {value!r}")
-    if given["lr"] is not None and not 0 < given["lr"] < float("inf"):
-        raise InvalidArgumentError(f"`lr` must be positive and finite, got {given['lr']!r}")
-    if given["threshold"] is not None and not isfinite(given["threshold"]):
-        raise InvalidArgumentError(f"`threshold` must be finite, got {given['threshold']!r}")
-    if not isinstance(given["compile"], bool):
-        raise InvalidTypeError(f"`compile` must be True or False, got {given['compile']!r}")
-    if isinstance(given["seed"], bool) or not isinstance(given["seed"], int):
-        raise InvalidTypeError(f"`seed` must be an int, got {given['seed']!r}")
-    if given["is_classic"] and not 0 <= given["seed"] < 2**32:
-        raise InvalidArgumentError(
-            f'`seed` must be from 0 to 2**32 - 1 with `method="classic"`, got {given["seed"]}'
-        )
 
 
 def check_independence(model: nn.Module, batch_size: int | str) -> None:

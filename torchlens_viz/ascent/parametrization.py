@@ -10,6 +10,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 import torch
 
+from torchlens_viz.ascent.optimizer import Smoothing
 from torchlens_viz.errors import InvalidArgumentError
 
 Size: TypeAlias = tuple[int, int]
@@ -18,6 +19,7 @@ ParametrizationName: TypeAlias = Literal["pixels", "fourier", "maco"]
 # Square root of the covariance of the colours of natural images, rows for red, green and blue, as measured
 # for "Feature Visualization" (Olah et al., Distill 2017); to be divided by its largest column norm.
 _COLOUR_ROOT: Final = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+_BLUR_EVERY: Final = 4
 _BOLDER: Final = 5.0  # how much stronger the noise of the second start is, and that of the third again
 _BOLDEST: Final = 25.0  # louder noise finds no more: most pixels, or their sigmoids, are at their limits
 _NEAR_LIMIT: Final = 1e-3  # a sigmoid never reaches its limits, and its slope is gone long before
@@ -78,6 +80,11 @@ class Parametrization(ABC):
         """The rate that suits gradients of unit root mean square, per step."""
 
     @property
+    def smoothing(self) -> Smoothing | None:
+        """What smooths the parameters between steps; None where nothing does."""
+        return None
+
+    @property
     def middle(self) -> float:
         """The value half way between the limits; 0 without limits."""
         return 0.0 if self.low is None or self.high is None else (self.low + self.high) / 2
@@ -97,10 +104,35 @@ class Pixels(Parametrization):
             first step takes 0.05; noise above that would leave its own pattern in the image.
         uniform: Begin from noise that is uniform between these two, the same for every channel, as
             `numpy.random.seed(seed); numpy.random.random((1, H, W, C))` gives it.
+        decay: The share of the distance to mid-gray that is taken back at every step, from 0 to below 1.
+        blur: Standard deviation in pixels of a Gaussian blur after every `blur_every` steps; 0 is none.
+        blur_every: See `blur`; None is 4.
     """
 
     sd: float = 0.02
     uniform: tuple[float, float] | None = None
+    decay: float = 0.0
+    blur: float = 0.0
+    blur_every: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        every = self.blur_every
+        if not 0 <= self.decay < 1 or not 0 <= self.blur <= 100 or (every is not None and every < 1):
+            raise InvalidArgumentError(
+                "`decay` must be from 0 to below 1, `blur` from 0 to 100 and `blur_every` at least 1, got "
+                f"{self.decay}, {self.blur} and {every}"
+            )
+        if every is not None and not self.blur:
+            raise InvalidArgumentError("`blur_every` has no effect without `blur`; give the blur in pixels")
+
+    @property
+    def smoothing(self) -> Smoothing | None:
+        """Decay and blur."""
+        if not self.decay and not self.blur:
+            return None
+        every = self.blur_every or _BLUR_EVERY
+        return Smoothing(decay=self.decay, blur=self.blur, every=every, middle=self.middle)
 
     @property
     def learning_rate(self) -> float:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-from torchlens_viz.ascent.optimizer import Smoothing
+from torchlens_viz.ascent.method import Method
 from torchlens_viz.ascent.parametrization import Parametrization, Size
 from torchlens_viz.ascent.transforms import Transforms
 
@@ -68,15 +68,12 @@ class Plan:
     rate: float
     threshold: float | None
     seed: int
-    is_classic: bool
-    restarts: int
-    smoothing: Smoothing | None
-    frames_every: int | None
+    method: Method
 
     @property
     def starts(self) -> int:
-        """From how many starts to try where there is no gradient."""
-        return 1 + self.restarts + (self.references is not None)
+        """From how many starts to try where there is no gradient; the last is a reference image, if any."""
+        return self.method.starts + (self.references is not None)
 
     @property
     def attempts(self) -> int:
@@ -93,7 +90,8 @@ class Plan:
 
     def is_narrow(self, attempt: int) -> bool:
         """Tell whether an attempt, from 0, pulls on one unit of a map only: the last one from noise."""
-        return self.restarts > 0 and self.start_of(attempt) == self.restarts
+        last = self.method.starts - 1
+        return last > 0 and self.start_of(attempt) == last
 
 
 def verdict(
@@ -110,7 +108,7 @@ def verdict(
         stopped: Whether something else stopped it before its last step.
     """
     numbers = history[~history.isnan()]
-    if is_dead and plan.is_classic:
+    if is_dead and not plan.method.wakes:
         return "dead", "no gradient at the start"
     from_all = f" from {plan.starts} starts" if plan.starts > 1 else ""
     if is_dead:

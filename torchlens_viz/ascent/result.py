@@ -197,7 +197,8 @@ class Maximization:
         """
         if self.frames is None:
             raise InvalidArgumentError(
-                "there are no frames; give `maximize` the option `frames=1`, or every n steps"
+                "there are no frames; give `maximize` the option `method=Normalized(frames=1)`, or every n "
+                "steps"
             )
         if not -len(self.frames) <= place < len(self.frames):
             raise InvalidArgumentError(f"`place` must be below {len(self.frames)}, got {place}")

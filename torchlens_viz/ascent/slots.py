@@ -164,15 +164,15 @@ class Starts:
         number = plan.start_of(run.attempt)  # without the transforms from the same starts
         if number > 0:
             image = None
-            if plan.references is not None and plan.reference_means is not None and number > plan.restarts:
-                means = plan.reference_means[:, run.request.channel % plan.reference_means.shape[1]]
-                image = plan.references[int(means.argmax())]
+            real, means = plan.references, plan.reference_means
+            if real is not None and means is not None and number >= plan.method.starts:
+                image = real[int(means[:, run.request.channel % means.shape[1]].argmax())]
         generator = self._generator(run, "start")
         return plan.parametrization.start(plan.image_channels, plan.size, generator, image, number)
 
     def _generator(self, run: Run, purpose: str) -> torch.Generator:
         generator = torch.Generator("cpu")  # so that every device gets the same numbers
-        if self._plan.is_classic:  # every channel begins from the same image
+        if self._plan.method.shares_start:
             return generator.manual_seed(self._plan.seed)
         number = self._plan.start_of(run.attempt)
         return generator.manual_seed(stream(self._plan.seed, run.request, number, purpose))
@@ -193,7 +193,7 @@ def is_watched(run: Run, plan: Plan) -> bool:
 
     It depends on the run alone, so that an image ends up the same in every company.
     """
-    if plan.is_classic or run.ending:
+    if not plan.method.wakes or run.ending:
         return run.step == 0
     return run.is_waking or run.flat > 0 or run.step % LOOK_EVERY == 0
 
@@ -229,7 +229,7 @@ def next_action(run: Run, is_flat: bool | None, plan: Plan) -> Action:
 
 def _help(run: Run, plan: Plan) -> Action:
     run.flat = 0
-    if plan.is_classic:
+    if not plan.method.wakes:
         run.ending = "dead"
         return Action.NONE
     is_in_vain = run.is_redirected or run.redirections == _REDIRECTIONS

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from torchlens_viz.errors import InvalidArgumentError
 
-TransformsName: TypeAlias = Literal["none", "classic", "robust"]
+TransformsName: TypeAlias = Literal["none", "gentle", "robust"]
 
 NUMBERS: Final = 5
 """How many random numbers place an image at one step."""
@@ -96,7 +96,7 @@ class Transforms:
 
 _PRESETS: Final = {
     "none": Transforms(),
-    "classic": Transforms(jitter=0.02, rotate=1.0),
+    "gentle": Transforms(jitter=0.02, rotate=1.0),
     "robust": Transforms(jitter=0.05, scale=(0.9, 1.1), rotate=10.0, pad=0.05, noise=0.02),
 }
 

@@ -12,6 +12,7 @@ from torchlens_viz.backprop.device import autocasting, is_out_of_memory
 from torchlens_viz.backprop.network import Cut, shadow_of
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
+from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.models.state import device_of
@@ -53,10 +54,17 @@ class Scorer:
         model: The network.
         layer: Which of its layers, by a selector that finds exactly one.
         objective: What to score.
+        example: (1, C, H, W) float32, an image like those to come: the network runs once on it, to learn
+            what shapes it has.
         preprocess: Makes of images what the model takes; None takes them as they are.
         dtype: What the network computes gradients in.
         channel_dim: Which dimension of the layer's output counts its channels.
         is_compiled: Whether `torch.compile` is to be used for the gradients.
+
+    Raises:
+        CaptureError: The layer does not run.
+        CaptureMemoryError: There is no room for a single image.
+        InvalidArgumentError: The network cannot take such images, or the layer puts out no channels.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Scorer:
         model: nn.Module,
         layer: Selector,
         objective: Objective,
+        example: torch.Tensor,
         *,
         preprocess: Callable[[torch.Tensor], torch.Tensor] | None,
         dtype: torch.dtype,
@@ -83,29 +92,23 @@ class Scorer:
         self._layers = [self.layer, *sorted({*self._others.values()} - {self.layer})]
         self._exact = shadow_of(model)
         self._fast = shadow_of(model, dtype=dtype)  # another one in any case: it is cut for good
-        self._taken_shape: torch.Size | None = None
+        self._module = select_one(self._exact, self.layer).module
         self._layout = torch.channels_last
-        self._cut: Cut | None = None
+        acts = self._look(example)
+        taken, output = acts.calls(self.layer)[0]
+        self._check_rows(output, len(example))
+        self.channels = int(self._by_channel(output).shape[1])
+        self._taken_shape = taken.shape[1:] if self._stands_for(acts, taken) else None
+        io: Literal["input", "output"] = "input" if self.is_affine else "output"
+        self._cut = Cut(self._fast, self._layers, io=io, is_compiled=is_compiled)
 
     @property
     def is_affine(self) -> bool:
         """Whether the layer itself need not run: `sensitivity` stands for it and the objective."""
         return self._taken_shape is not None
 
-    def look(self, images: torch.Tensor) -> torch.Size:
-        """Run the network once, to learn what shapes it has; to be called before anything else.
-
-        Args:
-            images: (1, C, H, W) float32.
-
-        Returns:
-            The shape of what the layer puts out, (1, C, ...).
-
-        Raises:
-            CaptureError: The layer does not run.
-            CaptureMemoryError: There is no room for these images.
-            InvalidArgumentError: The network cannot take such images, or the layer puts out no channels.
-        """
+    def _look(self, images: torch.Tensor) -> Activations:
+        """Run the network once, and return what the layers took and put out."""
         prepared = self._prepared(images)
         looking = capture(self._exact, self._layers, io="both", stop=True)
         try:
@@ -138,8 +141,10 @@ class Scorer:
             )
         for name in self._layers:
             _check_output(name, acts.calls(name)[0].output)
-        taken, output = acts.calls(self.layer)[0]
-        if len(output) != len(images):
+        return acts
+
+    def _check_rows(self, output: torch.Tensor, images: int) -> None:
+        if len(output) != images:
             raise InvalidArgumentError(
                 f"`layer` must put out one row per image, (N, C, ...), got {_kind(output)} from "
                 f"`{self.layer}` for one image: it folds windows into the batch, or counts the batch in "
@@ -150,23 +155,21 @@ class Scorer:
                 f"`channel_dim` must be a dimension after the first of {tuple(output.shape)}, "
                 f"got {self._channel_dim}"
             )
-        module = select_one(self._exact, self.layer).module
+
+    def _stands_for(self, acts: Activations, taken: object) -> bool:
+        """Tell whether the objective is affine in what the layer takes, so that the layer need not run."""
+        module = self._module
         has_hooks = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         runs_once = len(acts.calls(self.layer)) == 1 and len(self._layers) == 1
         is_plain = type(module) in _LINEAR and not has_hooks and isinstance(taken, torch.Tensor)
-        if self.objective.is_linear and runs_once and is_plain:
-            self._taken_shape = taken.shape[1:]
-        io: Literal["input", "output"] = "input" if self.is_affine else "output"
-        self._cut = Cut(self._fast, self._layers, io=io, is_compiled=self.is_compiled)
-        return self._by_channel(output).shape
+        return self.objective.is_linear and runs_once and is_plain
 
     def sensitivity(self, images: torch.Tensor, channels: torch.Tensor) -> Sensitivity:
         """Return what an affine objective is for N channels: one backward pass through the layer alone."""
         assert self._taken_shape is not None
-        module = select_one(self._exact, self.layer).module
         taken = torch.zeros(len(channels), *self._taken_shape, device=self.device, requires_grad=True)
         with torch.enable_grad():  # also where a climb begins anew, amid steps without a graph
-            output = self._by_channel(module(taken))
+            output = self._by_channel(self._module(taken))
             offset = self.objective(self._scene(images, channels, {self.layer: output}))
             (slope,) = torch.autograd.grad(offset.sum(), taken)
         if slope.ndim == 4:
@@ -191,7 +194,6 @@ class Scorer:
             sensitivity: For an affine objective, that of these channels.
             eagerly: Run in plain Python even if it is compiled.
         """
-        assert self._cut is not None
         prepared = self._prepared(seen)
         with autocasting(self.device, self.dtype):
             values = self._cut(prepared, eagerly=eagerly)

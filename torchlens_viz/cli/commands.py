@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,8 +156,8 @@ def maximize_layers(
                 loaded.model,
                 name,
                 preprocess=colours,
-                resume=unfinished,
-                **{"size": size, "progress": sys.stderr.isatty(), **options},
+                checkpoint=unfinished,
+                **{"size": size, **options},
             )
             if not result.is_complete:
                 raise KeyboardInterrupt  # what is finished stays where the next run finds it

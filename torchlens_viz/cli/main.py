@@ -227,7 +227,7 @@ def _add_maximize(commands: Any) -> None:
     parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default: 0.05 of the range)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="stop an image beyond this score")
     parser.add_argument("--objective", metavar="NAME", help="mean, max or center of a map (default: mean)")
-    parser.add_argument("--transforms", metavar="NAME", help="none, classic or robust (default: none)")
+    parser.add_argument("--transforms", metavar="NAME", help="none, gentle or robust (default: none)")
     parser.add_argument("--parametrization", metavar="NAME", help="pixels, fourier or maco (default: pixels)")
     parser.add_argument("--method", metavar="NAME", help="normalized or classic (default: normalized)")
     parser.add_argument("--seed", type=int, metavar="N", help="what random numbers follow from (default: 0)")

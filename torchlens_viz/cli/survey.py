@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -208,7 +207,6 @@ def survey_folder(
                 top_k=top_k,
                 indices=lambda batch: batch[1],
                 correlations=True,
-                progress=sys.stderr.isatty(),
                 checkpoint=unfinished,
             )
         except TorchlensVizError as error:

@@ -24,7 +24,7 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.layers import Selector, select
-from torchlens_viz.progress import counter
+from torchlens_viz.progress import counter, is_shown
 from torchlens_viz.stats.running import Bins
 
 _NOTHING: Final = "`loader` must yield at least one batch, got none; was it used up before?"
@@ -42,7 +42,7 @@ def survey(
     channel_dim: int = 1,
     bins: Bins = None,
     correlations: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
     distributed: bool = True,
@@ -77,7 +77,8 @@ def survey(
         channel_dim: The dimension of the channels; -1 for tokens (N, L, C).
         bins: Edges of a histogram, as in `RunningStats`.
         correlations: Gather the correlation of every two channels' peaks too, for `Survey.duplicates`.
-        progress: Show a bar with images per second, where tqdm is installed.
+        progress: Show a bar with images per second; None shows it where tqdm is installed and somebody can
+            see it.
         checkpoint: A file in which to keep what was found so far. A survey that was broken off, even by
             kill -9, goes on from there when it is started again: inputs that are in it are read and passed
             over. Each process has its own, with its rank appended to the name.
@@ -132,7 +133,7 @@ def survey(
         book = None if path is None else Logbook(path, own, seconds=checkpoint_seconds)
         empty = empty_tally(top_k=top_k, channel_dim=channel_dim, bins=bins)
         run = Pass(model, selected, numbering, book, place, empty, alike=correlations)
-        with counter(shown=progress and rank == 0, total=inputs_in(loader), unit="images") as count:
+        with counter(shown=rank == 0 and is_shown(progress), total=inputs_in(loader), unit="images") as count:
             run.go(loader, count)
         if processes == 1:
             return [run.progress]
