@@ -1,4 +1,4 @@
-"""Lines of text are those that Pillow writes, pixel by pixel."""
+"""Words on a sheet: labels, titles, legends and counts, in any script, beside pixels that do not change."""
 
 from __future__ import annotations
 
