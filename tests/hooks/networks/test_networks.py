@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from catalogue import NETWORKS, Network, parameters
-from recorder import Frozen, Recorder, freeze, same, same_tensor
 from torch import nn
 
+from tests.hooks.networks.catalogue import NETWORKS, Network, parameters
+from tests.hooks.networks.recorder import Frozen, Recorder, freeze, same, same_tensor
+from tests.nets import everything
 from torchlens_viz import capture
 from torchlens_viz.records import InputOutput, Inputs
 
@@ -28,10 +29,6 @@ HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-def everything(name: str, module: nn.Module) -> bool:
-    return True
 
 
 def convolutions(name: str, module: nn.Module) -> bool:

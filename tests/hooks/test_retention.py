@@ -1,4 +1,4 @@
-"""Moving tensors to the host: bounded, in order, and never handed out before they are complete."""
+"""What becomes of a recorded tensor: its channels, type and device, a statistic of it, a limit on it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,96 @@ import pytest
 import torch
 from torch import nn
 
+from tests.nets import Catches, Gives, hook_count
 from torchlens_viz import capture
+from torchlens_viz.errors import CaptureMemoryError
 from torchlens_viz.transfers import Transfers
+
+# Options.
+
+
+def test_dtype_device_channels_and_reduce(net, x):
+    with torch.no_grad():
+        expected = net.conv1(x)
+    with torch.no_grad(), capture(net, "conv1", dtype=torch.float16) as acts:
+        net(x)
+    assert torch.equal(acts["conv1"], expected.half())
+    with torch.no_grad(), capture(net, "conv1", channels=[2, 0]) as acts:
+        net(x)
+    assert torch.equal(acts["conv1"], expected[:, [2, 0]])
+    with torch.no_grad(), capture(net, "conv1", reduce=lambda t: t[:, 0]) as acts:
+        net(x)
+    assert torch.equal(acts["conv1"], expected[:, 0])
+    with torch.no_grad(), capture(net, "conv1", device="meta") as acts:
+        net(x)
+    assert acts["conv1"].is_meta
+    assert acts["conv1"].shape == expected.shape
+
+
+def test_integers_keep_their_dtype():
+    model = nn.Sequential(Gives(lambda t: t.long()))
+    with capture(model, "0", dtype=torch.float16) as acts:
+        model(torch.ones(2))
+    assert acts["0"].dtype == torch.int64
+
+
+def test_memory_limit_stops_before_the_copy_that_would_pass_it(net, x):
+    fits = 2 * 4 * 6 * 6 * 4
+    with pytest.raises(CaptureMemoryError, match=r"`conv2` needs 640 bytes, 1,152 are held .* is 1,791"):
+        with capture(net, nn.Conv2d, max_bytes=fits + 639) as acts:
+            net(x)
+    assert list(acts) == ["conv1"]
+    assert hook_count(net) == 0
+    with capture(net, nn.Conv2d, max_bytes=fits + 640) as acts:
+        net(x)
+        acts.clear()
+        net(x)
+    assert len(acts) == 2
+
+
+def test_an_error_that_the_model_catches_is_raised_at_the_end_of_the_block():
+    model = Catches()
+    with pytest.raises(CaptureMemoryError, match=r"`second` needs 4 bytes, 4 are held"):
+        with torch.no_grad(), capture(model, nn.Conv2d, max_bytes=7):
+            model(torch.ones(1, 1, 1, 1))
+    assert hook_count(model) == 0
+
+
+def test_channels_out_of_range_name_the_layer(net, x):
+    with pytest.raises(
+        ValueError, match=r"`channels` must be below 4 for `conv1`, got 4 \(shape \(2, 4, 6, 6\)"
+    ):
+        with capture(net, "conv1", channels=4):
+            net(x)
+    assert hook_count(net) == 0
+
+
+# Lifetime.
+
+
+@pytest.mark.cuda
+def test_cuda_capture_is_exact_and_offloads_complete_tensors(net, x):
+    net, x = net.cuda(), x.cuda()
+    with torch.no_grad(), capture(net, nn.Conv2d) as acts:
+        net(x)
+    assert acts["conv1"].is_cuda
+    with torch.no_grad():
+        torch.testing.assert_close(acts["conv1"], net.conv1(x), rtol=0, atol=0)
+    with torch.no_grad(), capture(net, nn.Conv2d, device="cpu", channels=[1]) as moved:
+        net(x)
+    assert torch.equal(moved["conv1"], acts["conv1"][:, [1]].cpu())
+
+
+@pytest.mark.cuda
+def test_cuda_capture_does_not_wait_for_the_device(net, x):
+    net, x = net.cuda(), x.cuda()
+    net(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad(), capture(net, "*", io="both"):
+            net(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 class SlowLane:
