@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import nn
+
+from torchlens_viz import ChannelStats, RunningStats
 
 
 class Repeats(nn.Module):
@@ -60,3 +64,53 @@ def hook_count(model: nn.Module) -> int:
 def instance_state(model: nn.Module) -> list[set[str]]:
     """Name what every module holds, and so whatever somebody has left there."""
     return [set(module.__dict__) for module in model.modules()]
+
+
+def seeded(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Normal random numbers, always the same."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def gathered(*parts: torch.Tensor, **options) -> RunningStats:
+    """Running statistics of the parts together."""
+    stats = RunningStats(**options)
+    for part in parts:
+        stats.update(part)
+    return stats
+
+
+def stats_of(*parts: torch.Tensor, **options) -> ChannelStats:
+    """Statistics of the parts together."""
+    return gathered(*parts, **options).compute()
+
+
+def numpys_statistics(values: torch.Tensor, channel_dim: int = 1) -> dict[str, np.ndarray]:
+    """Two passes in float64 over the finite values of each channel, by numpy."""
+    rows = values.double().movedim(channel_dim, 0).flatten(1).numpy()
+    found = {name: [] for name in ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")}
+    for row in rows:
+        kept = row[np.isfinite(row)]
+        nothing = kept.size == 0
+        found["mean"].append(np.nan if nothing else kept.mean())
+        found["std"].append(np.nan if nothing else np.sqrt(((kept - kept.mean()) ** 2).mean()))
+        found["min"].append(np.nan if nothing else kept.min())
+        found["max"].append(np.nan if nothing else kept.max())
+        found["zero_fraction"].append(np.nan if nothing else (kept == 0).mean())
+        found["nonfinite"].append(row.size - kept.size)
+        found["count"].append(row.size)
+    return {name: np.array(column) for name, column in found.items()}
+
+
+def assert_statistics_right(stats: ChannelStats, values: torch.Tensor, channel_dim: int = 1) -> None:
+    """Hold statistics against numpy's two passes, to the precision of float64."""
+    expected = numpys_statistics(values, channel_dim)
+    for name in ("min", "max", "zero_fraction", "nonfinite", "count"):
+        np.testing.assert_array_equal(getattr(stats, name).numpy(), expected[name], err_msg=name)
+    scale = np.nan_to_num(np.abs([expected["mean"], expected["std"]])).max(0)
+    assert np.all(np.isnan(expected["mean"]) == np.isnan(stats.mean.numpy()))
+    for name in ("mean", "std"):
+        known = ~np.isnan(expected[name])
+        is_near = np.abs(getattr(stats, name).numpy() - expected[name])[known] <= 1e-12 * scale[known]
+        assert is_near.all(), (name, getattr(stats, name), expected[name])
+    seen = expected["std"] > 1e-12 * scale  # numpy's own rounding makes a spread of what is constant
+    np.testing.assert_allclose(stats.std.numpy()[seen], expected["std"][seen], rtol=1e-6)

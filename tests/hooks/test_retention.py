@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.nets import Catches, Gives, hook_count
-from torchlens_viz import capture
-from torchlens_viz.errors import CaptureMemoryError
+from tests.nets import Catches, Gives, assert_statistics_right, hook_count, seeded
+from torchlens_viz import RunningStats, capture
+from torchlens_viz.errors import CaptureError, CaptureMemoryError
 from torchlens_viz.transfers import Transfers
 
 # Options.
@@ -192,3 +192,144 @@ def test_offloading_does_not_wait_for_the_device_during_the_forward_pass():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(acts["1"], acts["0"].relu())
+
+
+# In a capture.
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)).eval()
+
+
+def test_capture_gathers_over_all_calls_and_keeps_no_activation(net):
+    batches = [seeded(2, 3, 8, 8).float(), seeded(3, 3, 9, 7).float() + 1]
+    with torch.no_grad(), capture(net, ["0", "1"], reduce=RunningStats) as acts:
+        net(batches[0])
+        held = acts._held_bytes
+        assert_statistics_right(
+            acts["0"], net[0](batches[0]).transpose(0, 1).flatten(1).T
+        )  # a call of its own
+        for batch in batches[1:] * 5:
+            net(batch)
+    seen = [net[0](batch).detach() for batch in [batches[0], batches[0], *batches[1:] * 5]]
+    flat = torch.cat([part.transpose(0, 1).flatten(1) for part in seen], 1).T
+    # The call after the first one was caught by the hook too, so that it is in the later reading alone.
+    assert_statistics_right(acts["0"], flat)
+    assert len(acts.calls("0")) == 1
+    assert acts._held_bytes == held < 1000
+    assert acts["1"].zero_fraction.min() > 0
+    assert acts["0"].zero_fraction.max() == 0
+
+
+def test_capture_takes_the_options_of_an_example(net):
+    example = RunningStats(channel_dim=-1, bins=[0])
+    with torch.no_grad(), capture(net, "0", reduce=example) as acts:
+        net(torch.zeros(1, 3, 8, 9))
+    assert acts["0"].channels == 7
+    assert acts["0"].histogram.shape == (7, 2)
+    assert repr(example) == "RunningStats(nothing yet)"
+    with torch.no_grad(), capture(net, "0", reduce=RunningStats, channels=[3, 1]) as acts:
+        net(seeded(1, 3, 8, 9).float())
+    assert_statistics_right(acts["0"], net[0](seeded(1, 3, 8, 9).float())[:, [3, 1]].detach())
+    with torch.no_grad(), capture(net, "0", reduce=RunningStats, channel_dim=2) as acts:
+        net(torch.zeros(1, 3, 8, 9))
+    assert acts["0"].channels == 6
+
+
+def test_capture_gathers_for_both_names_of_a_shared_module():
+    relu = nn.ReLU()
+    net = nn.Sequential(relu, nn.Conv2d(3, 3, 1), relu).eval()
+    x = seeded(2, 3, 4, 4).float()
+    with torch.no_grad(), capture(net, ["0", "2"], reduce=RunningStats) as acts:
+        y = net(x)
+    for name in ("0", "2"):
+        assert_statistics_right(acts[name], torch.cat([x.relu(), y]))
+
+
+def test_capture_gathers_what_is_in_tuples_and_inputs(net):
+    lstm = nn.LSTM(3, 5, batch_first=True)
+    with torch.no_grad(), capture(lstm, "", reduce=RunningStats(channel_dim=-1)) as acts:
+        output, (hidden, _) = lstm(seeded(2, 7, 3).float())
+    assert_statistics_right(acts[""][0], output, -1)
+    assert_statistics_right(acts[""][1][0], hidden, -1)
+    x = seeded(2, 3, 8, 8).float()
+    with torch.no_grad(), capture(net, "1", io="both", reduce=RunningStats) as acts:
+        net(x)
+        net(x)
+    assert_statistics_right(acts["1"].input, torch.cat([net[0](x).detach()] * 2))
+    assert_statistics_right(acts["1"].output, torch.cat([net[0](x).detach().relu()] * 2))
+
+
+def test_capture_of_statistics_knows_what_did_not_run_forgets_and_shows_itself(net):
+    net.spare = nn.Identity()
+    net.forward = lambda x: net[2](net[1](net[0](x)))
+    with torch.no_grad(), capture(net, ["0", "spare"], reduce=RunningStats) as acts:
+        net(torch.zeros(1, 3, 8, 8))
+        acts.clear()
+        assert acts.not_called == ("0", "spare")
+        net(torch.zeros(1, 3, 8, 8))
+    assert acts.not_called == ("spare",)
+    assert acts["0"].count.tolist() == [36] * 4
+    assert "statistics (4,)  float64  cpu" in repr(acts)
+
+
+def test_statistics_are_not_saved_as_activations(net, tmp_path):
+    with torch.no_grad(), capture(net, "0", reduce=RunningStats) as acts:
+        net(torch.zeros(1, 3, 8, 8))
+    message = (
+        r"`0#0` is statistics \(`reduce=RunningStats`\), which a file of activations does not hold; save"
+    )
+    with pytest.raises(OSError, match=message):
+        acts.save(tmp_path / "acts.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "option", [{"copy": "lazy"}, {"grad": True}, {"dtype": torch.half}, {"device": "cpu"}], ids=str
+)
+def test_options_without_effect_on_statistics_are_refused(net, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"`{name}` has no effect with `reduce=RunningStats`"):
+        capture(net, "0", reduce=RunningStats, **option)
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_calls_that_have_nothing_in_common_are_refused(swallows):
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, *values):
+            for value in values:
+                try:
+                    self.inner(value)
+                except CaptureError:
+                    if not swallows:
+                        raise
+
+    net = Caller()
+    first = torch.zeros(1, 3)
+    message = "the calls of `inner` have no statistics in common: `other` must have 3 channels, got 4"
+    with pytest.raises(CaptureError, match=message), capture(net, "inner", reduce=RunningStats):
+        net(first, torch.zeros(1, 4))
+    message = "`inner` had 1 tensors in its first call and 2 in a later one, which have no statistics"
+    with pytest.raises(CaptureError, match=message), capture(net, "inner", reduce=RunningStats):
+        net(first, (first, first.clone()))
+    message = r"there are no statistics of `inner`: `channel_dim` must be a dimension of the values, got 1"
+    if not swallows:
+        with pytest.raises(ValueError, match=message), capture(net, "inner", reduce=RunningStats):
+            net(torch.zeros(3))
+
+
+def test_the_limit_on_memory_counts_statistics(net):
+    from torchlens_viz.errors import CaptureMemoryError
+
+    with torch.no_grad(), capture(net, "0", reduce=RunningStats, max_bytes=250) as acts:
+        for _ in range(5):
+            acts.clear()
+            net(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(CaptureMemoryError, match="`0` needs 224 bytes, 0 are held and `max_bytes` is 100"):
+        with torch.no_grad(), capture(net, "0", reduce=RunningStats, max_bytes=100):
+            net(torch.zeros(1, 3, 8, 8))

@@ -15,58 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
-from torchlens_viz import ChannelStats, RunningStats, capture
-from torchlens_viz.errors import CaptureError, NoDataError, TorchlensVizError
+from tests.nets import assert_statistics_right, gathered, numpys_statistics, seeded, stats_of
+from torchlens_viz import RunningStats
+from torchlens_viz.errors import NoDataError, TorchlensVizError
 from torchlens_viz.statistics import LOG_EDGES
-
-
-def gathered(*parts: torch.Tensor, **options) -> RunningStats:
-    stats = RunningStats(**options)
-    for part in parts:
-        stats.update(part)
-    return stats
-
-
-def stats_of(*parts: torch.Tensor, **options) -> ChannelStats:
-    return gathered(*parts, **options).compute()
-
-
-def reference(values: torch.Tensor, channel_dim: int = 1) -> dict[str, np.ndarray]:
-    """Two passes in float64 over the finite values of each channel, by numpy."""
-    rows = values.double().movedim(channel_dim, 0).flatten(1).numpy()
-    found = {name: [] for name in ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")}
-    for row in rows:
-        kept = row[np.isfinite(row)]
-        nothing = kept.size == 0
-        found["mean"].append(np.nan if nothing else kept.mean())
-        found["std"].append(np.nan if nothing else np.sqrt(((kept - kept.mean()) ** 2).mean()))
-        found["min"].append(np.nan if nothing else kept.min())
-        found["max"].append(np.nan if nothing else kept.max())
-        found["zero_fraction"].append(np.nan if nothing else (kept == 0).mean())
-        found["nonfinite"].append(row.size - kept.size)
-        found["count"].append(row.size)
-    return {name: np.array(column) for name, column in found.items()}
-
-
-def assert_right(stats: ChannelStats, values: torch.Tensor, channel_dim: int = 1) -> None:
-    expected = reference(values, channel_dim)
-    for name in ("min", "max", "zero_fraction", "nonfinite", "count"):
-        np.testing.assert_array_equal(getattr(stats, name).numpy(), expected[name], err_msg=name)
-    scale = np.nan_to_num(np.abs([expected["mean"], expected["std"]])).max(0)
-    assert np.all(np.isnan(expected["mean"]) == np.isnan(stats.mean.numpy()))
-    for name in ("mean", "std"):
-        known = ~np.isnan(expected[name])
-        is_near = np.abs(getattr(stats, name).numpy() - expected[name])[known] <= 1e-12 * scale[known]
-        assert is_near.all(), (name, getattr(stats, name), expected[name])
-    seen = expected["std"] > 1e-12 * scale  # numpy's own rounding makes a spread of what is constant
-    np.testing.assert_allclose(stats.std.numpy()[seen], expected["std"][seen], rtol=1e-6)
-
-
-def seeded(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
-
 
 ADVERSARIAL = {
     "normal": seeded(8, 5, 7, 9).float(),
@@ -106,7 +59,7 @@ ADVERSARIAL = {
 @pytest.mark.parametrize("name", ADVERSARIAL)
 def test_they_equal_two_passes_in_float64(name):
     values = ADVERSARIAL[name]
-    assert_right(stats_of(values), values)
+    assert_statistics_right(stats_of(values), values)
 
 
 @pytest.mark.parametrize("name", ["normal", "bfloat16", "channels last", "many blocks of vectors"])
@@ -117,7 +70,7 @@ def test_nan_and_inf_are_counted_and_touch_nothing_else(name):
     values[2, 1] = -torch.inf
     values[:, 2] = torch.nan  # nothing left
     stats = stats_of(values)
-    assert_right(stats, values)
+    assert_statistics_right(stats, values)
     assert stats.nonfinite[2] == stats.count[2]
     untouched = stats_of(ADVERSARIAL[name])
     torch.testing.assert_close(stats.mean[3:], untouched.mean[3:], rtol=1e-12, atol=0)
@@ -146,23 +99,7 @@ def test_counts_beyond_what_float32_holds_are_exact():
 
 def test_a_spread_much_smaller_than_the_mean_keeps_its_digits():
     values = 3e3 + seeded(8, 5, 70, 90)  # sums about zero would lose seven of them
-    np.testing.assert_allclose(stats_of(values).std.numpy(), reference(values)["std"], rtol=1e-13)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
-    from torchlens_viz import measuring
-
-    values = (30 + seeded(9, 5, 70, 31)).to(dtype)  # not so far from zero that a CPU would go the same way
-    assert isinstance(measuring.measure(values, 1, None).moments, measuring.Sums)
-    expected = gathered(values).to_dict()
-    monkeypatch.setattr(measuring, "_is_odd", lambda sums: np.ones(5, bool))
-    assert isinstance(measuring.measure(values, 1, None).moments, measuring.Moments)
-    found = gathered(values).to_dict()
-    for name in ("total", "finite", "zeros", "low", "high"):
-        assert torch.equal(found[name], expected[name])
-    torch.testing.assert_close(found["mean"], expected["mean"], rtol=1e-13, atol=0)
-    torch.testing.assert_close(found["squares"], expected["squares"], rtol=1e-9, atol=0)
+    np.testing.assert_allclose(stats_of(values).std.numpy(), numpys_statistics(values)["std"], rtol=1e-13)
 
 
 def test_whoever_asks_in_between_changes_no_bit():
@@ -263,7 +200,7 @@ def test_on_cuda_they_are_the_same_and_nothing_waits(name):
     assert stats.compute().mean.is_cuda
     merged = RunningStats()
     merged.update(ADVERSARIAL[name])
-    assert_right(merged.merge(stats).compute(), torch.cat([ADVERSARIAL[name]] * 3))
+    assert_statistics_right(merged.merge(stats).compute(), torch.cat([ADVERSARIAL[name]] * 3))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +208,7 @@ def test_on_cuda_they_are_the_same_and_nothing_waits(name):
 )
 def test_channels_run_along_the_dimension_that_is_named(shape, channel_dim):
     values = seeded(*shape)
-    assert_right(stats_of(values, channel_dim=channel_dim), values, channel_dim)
+    assert_statistics_right(stats_of(values, channel_dim=channel_dim), values, channel_dim)
 
 
 numbers = st.one_of(
@@ -324,7 +261,7 @@ def test_histogram_equals_numpys(name):
 def test_empty_tensors_add_nothing():
     values = seeded(4, 3, 2)
     stats = stats_of(torch.zeros(0, 3, 2), values, torch.zeros(4, 3, 0))
-    assert_right(stats, values)
+    assert_statistics_right(stats, values)
     nothing = stats_of(torch.zeros(0, 3), bins=[0])
     assert nothing.count.tolist() == [0, 0, 0]
     assert nothing.mean.isnan().all()
@@ -345,22 +282,22 @@ def test_the_caller_s_tensor_does_not_change_and_keeps_no_graph():
 def test_half_precision_under_autocast_loses_nothing():
     values = (100 + seeded(8, 3, 5)).bfloat16()
     with torch.autocast("cpu"):
-        assert_right(stats_of(values, values), torch.cat([values, values]))
+        assert_statistics_right(stats_of(values, values), torch.cat([values, values]))
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning")
 def test_quantised_and_sparse_values_count_as_what_they_stand_for():
     values = seeded(4, 3).float().round()
-    assert_right(stats_of(values.to_sparse()), values)
+    assert_statistics_right(stats_of(values.to_sparse()), values)
     quantised = torch.quantize_per_tensor(values, 0.5, 20, torch.quint8)
-    assert_right(stats_of(quantised), quantised.dequantize())
+    assert_statistics_right(stats_of(quantised), quantised.dequantize())
 
 
 def test_pooled_speaks_of_the_whole_layer():
     values = 5 + seeded(4, 3, 6)
     values[0, 0, 0], values[1, 1, 1], values[:, 2] = torch.nan, 0, torch.inf
     pooled = stats_of(values, bins=[5]).pooled()
-    assert_right(pooled, values.reshape(-1, 1))
+    assert_statistics_right(pooled, values.reshape(-1, 1))
     assert pooled.histogram.sum() == pooled.count - pooled.nonfinite
     assert pooled.channels == 1
 
@@ -379,7 +316,7 @@ def test_reset_forgets():
     stats.reset()
     assert repr(stats) == "RunningStats(nothing yet)"
     stats.update(seeded(4, 2))
-    assert_right(stats.compute(), seeded(4, 2))
+    assert_statistics_right(stats.compute(), seeded(4, 2))
 
 
 @pytest.mark.parametrize("how", ["pickle", "dict", "json"])
@@ -404,14 +341,6 @@ def test_they_survive_being_written_down(how):
         ValueError, match=r"`state` must be what `to_dict` returned, got one without \['zeros'"
     ):
         RunningStats.from_dict({"total": [1], "finite": [1]})
-
-
-def test_channel_stats_survive_being_written_down():
-    stats = stats_of(seeded(4, 3), bins=[0])
-    again = ChannelStats(**pickle.loads(pickle.dumps(stats)).to_dict())
-    assert torch.equal(again.std, stats.std)
-    assert again.bins == stats.bins
-    assert torch.equal(stats.to("cpu").histogram, stats.histogram)
 
 
 def test_they_say_what_they_hold():
@@ -464,142 +393,3 @@ def test_merging_other_channels_is_refused():
     with pytest.raises(ValueError, match="`other` must have 3 channels, got 4"):
         one.merge(two)
     assert one.merge(RunningStats()).compute().channels == 3
-
-
-# In a capture.
-
-
-@pytest.fixture
-def net() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)).eval()
-
-
-def test_capture_gathers_over_all_calls_and_keeps_no_activation(net):
-    batches = [seeded(2, 3, 8, 8).float(), seeded(3, 3, 9, 7).float() + 1]
-    with torch.no_grad(), capture(net, ["0", "1"], reduce=RunningStats) as acts:
-        net(batches[0])
-        held = acts._held_bytes
-        assert_right(acts["0"], net[0](batches[0]).transpose(0, 1).flatten(1).T)  # a call of its own
-        for batch in batches[1:] * 5:
-            net(batch)
-    seen = [net[0](batch).detach() for batch in [batches[0], batches[0], *batches[1:] * 5]]
-    flat = torch.cat([part.transpose(0, 1).flatten(1) for part in seen], 1).T
-    # The call after the first one was caught by the hook too, so that it is in the later reading alone.
-    assert_right(acts["0"], flat)
-    assert len(acts.calls("0")) == 1
-    assert acts._held_bytes == held < 1000
-    assert acts["1"].zero_fraction.min() > 0
-    assert acts["0"].zero_fraction.max() == 0
-
-
-def test_capture_takes_the_options_of_an_example(net):
-    example = RunningStats(channel_dim=-1, bins=[0])
-    with torch.no_grad(), capture(net, "0", reduce=example) as acts:
-        net(torch.zeros(1, 3, 8, 9))
-    assert acts["0"].channels == 7
-    assert acts["0"].histogram.shape == (7, 2)
-    assert repr(example) == "RunningStats(nothing yet)"
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats, channels=[3, 1]) as acts:
-        net(seeded(1, 3, 8, 9).float())
-    assert_right(acts["0"], net[0](seeded(1, 3, 8, 9).float())[:, [3, 1]].detach())
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats, channel_dim=2) as acts:
-        net(torch.zeros(1, 3, 8, 9))
-    assert acts["0"].channels == 6
-
-
-def test_capture_gathers_for_both_names_of_a_shared_module():
-    relu = nn.ReLU()
-    net = nn.Sequential(relu, nn.Conv2d(3, 3, 1), relu).eval()
-    x = seeded(2, 3, 4, 4).float()
-    with torch.no_grad(), capture(net, ["0", "2"], reduce=RunningStats) as acts:
-        y = net(x)
-    for name in ("0", "2"):
-        assert_right(acts[name], torch.cat([x.relu(), y]))
-
-
-def test_capture_gathers_what_is_in_tuples_and_inputs(net):
-    lstm = nn.LSTM(3, 5, batch_first=True)
-    with torch.no_grad(), capture(lstm, "", reduce=RunningStats(channel_dim=-1)) as acts:
-        output, (hidden, _) = lstm(seeded(2, 7, 3).float())
-    assert_right(acts[""][0], output, -1)
-    assert_right(acts[""][1][0], hidden, -1)
-    x = seeded(2, 3, 8, 8).float()
-    with torch.no_grad(), capture(net, "1", io="both", reduce=RunningStats) as acts:
-        net(x)
-        net(x)
-    assert_right(acts["1"].input, torch.cat([net[0](x).detach()] * 2))
-    assert_right(acts["1"].output, torch.cat([net[0](x).detach().relu()] * 2))
-
-
-def test_capture_of_statistics_knows_what_did_not_run_forgets_and_shows_itself(net):
-    net.spare = nn.Identity()
-    net.forward = lambda x: net[2](net[1](net[0](x)))
-    with torch.no_grad(), capture(net, ["0", "spare"], reduce=RunningStats) as acts:
-        net(torch.zeros(1, 3, 8, 8))
-        acts.clear()
-        assert acts.not_called == ("0", "spare")
-        net(torch.zeros(1, 3, 8, 8))
-    assert acts.not_called == ("spare",)
-    assert acts["0"].count.tolist() == [36] * 4
-    assert "statistics (4,)  float64  cpu" in repr(acts)
-
-
-def test_statistics_are_not_saved_as_activations(net, tmp_path):
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats) as acts:
-        net(torch.zeros(1, 3, 8, 8))
-    message = (
-        r"`0#0` is statistics \(`reduce=RunningStats`\), which a file of activations does not hold; save"
-    )
-    with pytest.raises(OSError, match=message):
-        acts.save(tmp_path / "acts.safetensors")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "option", [{"copy": "lazy"}, {"grad": True}, {"dtype": torch.half}, {"device": "cpu"}], ids=str
-)
-def test_options_without_effect_on_statistics_are_refused(net, option):
-    (name,) = option
-    with pytest.raises(ValueError, match=f"`{name}` has no effect with `reduce=RunningStats`"):
-        capture(net, "0", reduce=RunningStats, **option)
-
-
-@pytest.mark.parametrize("swallows", [False, True])
-def test_calls_that_have_nothing_in_common_are_refused(swallows):
-    class Caller(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = nn.Identity()
-
-        def forward(self, *values):
-            for value in values:
-                try:
-                    self.inner(value)
-                except CaptureError:
-                    if not swallows:
-                        raise
-
-    net = Caller()
-    first = torch.zeros(1, 3)
-    message = "the calls of `inner` have no statistics in common: `other` must have 3 channels, got 4"
-    with pytest.raises(CaptureError, match=message), capture(net, "inner", reduce=RunningStats):
-        net(first, torch.zeros(1, 4))
-    message = "`inner` had 1 tensors in its first call and 2 in a later one, which have no statistics"
-    with pytest.raises(CaptureError, match=message), capture(net, "inner", reduce=RunningStats):
-        net(first, (first, first.clone()))
-    message = r"there are no statistics of `inner`: `channel_dim` must be a dimension of the values, got 1"
-    if not swallows:
-        with pytest.raises(ValueError, match=message), capture(net, "inner", reduce=RunningStats):
-            net(torch.zeros(3))
-
-
-def test_the_limit_on_memory_counts_statistics(net):
-    from torchlens_viz.errors import CaptureMemoryError
-
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats, max_bytes=250) as acts:
-        for _ in range(5):
-            acts.clear()
-            net(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(CaptureMemoryError, match="`0` needs 224 bytes, 0 are held and `max_bytes` is 100"):
-        with torch.no_grad(), capture(net, "0", reduce=RunningStats, max_bytes=100):
-            net(torch.zeros(1, 3, 8, 8))
