@@ -390,11 +390,6 @@ def test_half_precision_and_a_second_call():
 # What cannot be
 
 
-def test_extents_have_no_values():
-    with pytest.raises(UnknownOperationError, match="of extents"):
-        torch.relu(Extents.of_input((1, 1, 2, 2)))
-
-
 def test_layers_and_shapes_that_do_not_fit():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with pytest.raises(LayerNotFoundError, match="no layer is named `7`"):
@@ -434,17 +429,3 @@ def test_layers_that_see_nothing_or_too_much():
         receptive_field(Constant("several"), "inner", (1, 3, 8, 8))
     with pytest.raises(InvalidArgumentError, match="must put out one tensor, but `inner` did not run"):
         receptive_field(Constant("never"), "inner", (1, 3, 8, 8))
-
-
-def test_positions_that_are_not_there():
-    field = receptive_field(nn.Conv2d(1, 1, 3), "", (1, 1, 8, 8))
-    with pytest.raises(InvalidArgumentError, match=r"an index per axis of a map of \(6, 6\), got \(6, 0\)"):
-        field.region((6, 0))
-    with pytest.raises(InvalidArgumentError, match="indices count from 0"):
-        field.center((-1, 0))
-    with pytest.raises(InvalidArgumentError, match="`position` must be an index per axis"):
-        field.region((1,))
-    with pytest.raises(InvalidTypeError, match="`position` must be an index per axis"):
-        field.region((1.0, 2.0))
-    with pytest.raises(InvalidTypeError, match="`position` must be an index per axis"):
-        field.region(3)
