@@ -15,7 +15,7 @@ settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--overwrite", action="store_true", help="renew the pictures in tests/golden")
+    parser.addoption("--overwrite", action="store_true", help="renew the pictures in tests/grids/golden")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from torchlens_viz import ChannelStats, RunningStats
+from torchlens_viz import ChannelStats, RunningStats, capture
 
 
 class Repeats(nn.Module):
@@ -51,6 +54,23 @@ class Catches(nn.Module):
         return value
 
 
+class Noisy(nn.Module):
+    """Draws a random number on every run, in eval mode too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x) * 0
+
+
+def mixed_model(middle: nn.Module) -> nn.Sequential:
+    """A model with some parts in training mode and some not."""
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Dropout(0.5), middle, parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
+    )
+    model.train()
+    model[0].eval()
+    return model
+
+
 def everything(name: str, module: nn.Module) -> bool:
     """Select every layer."""
     return True
@@ -64,6 +84,41 @@ def hook_count(model: nn.Module) -> int:
 def instance_state(model: nn.Module) -> list[set[str]]:
     """Name what every module holds, and so whatever somebody has left there."""
     return [set(module.__dict__) for module in model.modules()]
+
+
+def snapshot(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[bool], list[bool]]:
+    """What may not change in a model: its state, its modes, and which parameters are trained."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return (
+        state,
+        [module.training for module in model.modules()],
+        [each.requires_grad for each in model.parameters()],
+    )
+
+
+def assert_as_before(model: nn.Module, before: tuple) -> None:
+    """Hold that a model is as the snapshot of it, without hooks and gradients."""
+    after = snapshot(model)
+    assert after[1:] == before[1:]
+    for name, value in after[0].items():
+        assert torch.equal(value, before[0][name]), name
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def recorded(model: nn.Module, layers: Any, *inputs: torch.Tensor) -> Any:
+    """Record what layers put out for one input after the other."""
+    with torch.no_grad(), capture(model, layers) as acts:
+        for batch in inputs:
+            model(batch)
+    return acts
+
+
+def passed_on(maps: torch.Tensor, name: str = "seen") -> Any:
+    """Record `maps` (N, C, H, W) as what a layer put out."""
+    model = nn.Sequential()
+    model.add_module(name, nn.Identity())
+    return recorded(model, name, maps)
 
 
 def seeded(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from torchlens_viz import colormaps
-from torchlens_viz.colormaps import NAMES, SPECIAL_COLOURS, colormap
+from tests.pixels import colours, same
+from torchlens_viz import colormaps, feature_grid, kernel_grid
+from torchlens_viz.colormaps import NAMES, SPECIAL_COLOURS, Colormap, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 DIVERGING = ["seismic", "RdBu_r"]
@@ -183,3 +185,51 @@ def test_what_is_neither_name_nor_table_raises_type_error(name):
         InvalidTypeError, match=f"name of a colour map or an array.*got {type(name).__name__}"
     ):
         colormap(name)
+
+
+# Colour maps of the caller.
+
+
+def test_table_of_colours_is_used_from_its_first_to_its_last():
+    table = np.stack([np.arange(256), 255 - np.arange(256), np.full(256, 7)], 1).astype(np.uint8)
+    maps = torch.arange(251.0).reshape(1, 1, 251)
+    pixels = colours(feature_grid(maps, cmap=table, padding=0, upscale=1))[0]
+    expected = table[np.rint(np.linspace(0, 255, 251)).astype(int)]
+    assert np.array_equal(pixels, expected)
+    assert np.array_equal(pixels[[0, -1]], table[[0, -1]])
+    signed = colours(feature_grid(maps - 100, cmap=table, padding=0, upscale=1))[0]
+    assert np.array_equal(signed, expected)  # a table has no middle
+
+
+def test_colormap_object_is_used_as_it_is():
+    maps = torch.randn(3, 5, 5)
+    assert same(feature_grid(maps, cmap=colormap("seismic")), feature_grid(maps, cmap="seismic"))
+    levels = np.repeat(np.arange(251, dtype=np.uint8)[:, None], 3, 1)
+    own = Colormap("mine", levels, diverging=True)
+    image = feature_grid(torch.tensor([[[-4.0, 0.0, 1.0]]]), cmap=own, padding=0, upscale=1)
+    assert colours(image)[0, :, 0].tolist() == [0, 125, 156]
+
+
+@pytest.mark.parametrize("name", ["magma", "coolwarm", "gray_r"])
+def test_any_map_of_matplotlib_is_known_where_it_is_installed(name):
+    matplotlib = pytest.importorskip("matplotlib")
+    maps = torch.arange(251.0).reshape(1, 1, 251) - (125 if name == "coolwarm" else 0)
+    pixels = colours(feature_grid(maps, cmap=name, padding=0, upscale=1))[0]
+    expected = np.rint(matplotlib.colormaps[name](np.linspace(0, 1, 251))[:, :3] * 255)
+    assert np.array_equal(pixels, expected)
+
+
+def test_map_of_a_colour_kernel_draws_its_channels_apart():
+    weight = torch.rand(2, 3, 4, 4)
+    table = np.zeros((256, 3), np.uint8)
+    assert same(kernel_grid(weight, cmap=table), feature_grid(weight.flatten(0, 1), cmap=table, nrow=3))
+
+
+@pytest.mark.parametrize(
+    "table", [np.zeros((255, 3), np.uint8), np.zeros((256, 3)), np.zeros((256, 4), np.uint8)]
+)
+def test_tables_of_another_shape_raise(table):
+    with pytest.raises(
+        InvalidArgumentError, match=r"`cmap` must be \(256, 3\) uint8 where it is an array, got "
+    ):
+        feature_grid(torch.rand(2, 3, 3), cmap=table)

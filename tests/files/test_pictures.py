@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import struct
@@ -11,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFile, PngImagePlugin
+from torch import nn
 
+from tests.pixels import colours
+from torchlens_viz import feature_grid, kernel_grid, pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
-from torchlens_viz.pictures import read_image, save_picture
+from torchlens_viz.pictures import as_chw, read_image, save_animation, save_picture
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -390,3 +395,99 @@ def test_an_array_is_not_a_picture(tmp_path):
     with pytest.raises(InvalidTypeError, match=r"`image` must be a PIL\.Image\.Image, got ndarray"):
         save_picture(PIXELS, tmp_path / "a.png")
     assert entries(tmp_path) == set()
+
+
+def moving(count: int = 5) -> list[Image.Image]:
+    steps = torch.arange(64.0).reshape(1, 8, 8)
+    frames = [feature_grid(steps.roll(shift, 2), cmap="viridis") for shift in range(count - 1)]
+    return [*frames, kernel_grid(torch.arange(192.0).reshape(1, 3, 8, 8))]
+
+
+# Files and arrays.
+
+
+@pytest.mark.parametrize(("suffix", "duration"), [(".webp", 125), (".gif", 120)])  # GIF counts in 10 ms
+@pytest.mark.parametrize("loop", [True, False])
+def test_every_frame_of_a_moving_picture_can_be_read_back(tmp_path, suffix, duration, loop):
+    frames = moving()
+    path = save_animation(frames, tmp_path / f"moving{suffix}", fps=8, loop=loop)
+    assert path == tmp_path / f"moving{suffix}"
+    with Image.open(path) as image:
+        assert image.n_frames == len(frames)
+        assert (image.info.get("loop") == 0) == loop
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            image.load()
+            assert image.info["duration"] == duration
+            assert np.array_equal(colours(image), colours(frame)), index
+
+
+def test_webp_animation_keeps_every_pixel_of_noise_and_gif_comes_close(tmp_path):
+    noise = [Image.fromarray(np.uint8(torch.rand(40, 40, 3).numpy() * 255)) for _ in range(3)]
+    for suffix, most in ((".webp", 0.0), (".gif", 24.0)):
+        with Image.open(save_animation(noise, tmp_path / f"noise{suffix}")) as image:
+            for index, frame in enumerate(noise):
+                image.seek(index)
+                assert np.abs(colours(image).astype(int) - colours(frame)).mean() <= most
+
+
+def test_one_frame_makes_a_picture(tmp_path):
+    frame = moving()[0]
+    for suffix in (".webp", ".gif"):
+        with Image.open(save_animation(iter([frame]), tmp_path / f"one{suffix}")) as image:
+            assert np.array_equal(colours(image), colours(frame))
+
+
+FRAME = Image.new("L", (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("frames", "name", "fps", "error", "message"),
+    [
+        (
+            [],
+            "a.gif",
+            10,
+            InvalidArgumentError,
+            r"`frames` must be one or more pictures of one size, got sizes \[\]",
+        ),
+        (
+            [FRAME, Image.new("L", (4, 5))],
+            "a.gif",
+            10,
+            InvalidArgumentError,
+            r"of one size, got sizes \[\(4, 4\), ",
+        ),
+        ([FRAME, 3], "a.gif", 10, InvalidTypeError, r"`frames` must be PIL\.Image\.Image objects, got int"),
+        ([FRAME], "a.gif", 0, InvalidArgumentError, r"`fps` must be above 0 and at most 1000, got 0"),
+        (
+            [FRAME],
+            "a.gif",
+            math.nan,
+            InvalidArgumentError,
+            r"`fps` must be above 0 and at most 1000, got nan",
+        ),
+        ([FRAME], "a.gif", 1001, InvalidArgumentError, r"`fps` must be above 0 and at most 1000, got 1001"),
+        ([FRAME], "a.png", 10, PictureError, r"`path` must end in \.webp or \.gif, got '.*a\.png'"),
+    ],
+)
+def test_moving_pictures_that_cannot_be_raise_and_write_nothing(tmp_path, frames, name, fps, error, message):
+    with pytest.raises(error, match=message):
+        save_animation(frames, tmp_path / name, fps=fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arrays_for_tensorboard_are_channels_first():
+    maps, weight = torch.rand(3, 4, 5), torch.rand(3, 3, 4, 5)
+    for image, channels in (
+        (feature_grid(maps), 1),
+        (feature_grid(maps - 0.5), 3),
+        (kernel_grid(weight), 3),
+        (pair_grid(nn.Conv2d(3, 2, 3), None, torch.rand(3, 9, 9)), 3),
+    ):
+        array = as_chw(image)
+        assert (array.dtype, array.shape) == (np.uint8, (channels, image.height, image.width))
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+        for channel in range(channels):
+            assert np.array_equal(array[channel], colours(image)[..., channel])

@@ -1,4 +1,4 @@
-"""Sheets against pictures that were looked at once; `pytest tests/test_golden.py --overwrite` renews them.
+"""Sheets against pictures looked at once; `pytest tests/grids/test_golden.py --overwrite` renews them.
 
 No picture here has words: letters differ between versions of the font. Sheets with words are read back in the
 boxes where the letters must stand.

@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn import functional as F
 
+from tests.nets import Noisy, assert_as_before, mixed_model, snapshot
 from torchlens_viz import pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.modes import inference
+from torchlens_viz.patterns import measure_patterns
 
 PADDING, HEADER, FRAME, WHITE = 6, 16, 192, 255
 
@@ -252,47 +253,12 @@ def test_image_is_not_changed():
     assert image.grad is None
 
 
-# The model.
-
-
-class Noisy(nn.Module):
-    """Draws a random number on every run, in eval mode too."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.rand_like(x) * 0
-
-
 class Failing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("broken on purpose")
 
 
-def mixed_model(middle: nn.Module) -> nn.Sequential:
-    """A model with some parts in training mode and some not."""
-    model = nn.Sequential(
-        nn.BatchNorm2d(3), nn.Dropout(0.5), middle, parametrizations.spectral_norm(nn.Conv2d(3, 4, 3))
-    )
-    model.train()
-    model[0].eval()
-    return model
-
-
-def snapshot(model: nn.Module) -> tuple[dict[str, torch.Tensor], list[bool], list[bool]]:
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    return (
-        state,
-        [module.training for module in model.modules()],
-        [each.requires_grad for each in model.parameters()],
-    )
-
-
-def assert_as_before(model: nn.Module, before: tuple) -> None:
-    after = snapshot(model)
-    assert after[1:] == before[1:]
-    for name, value in after[0].items():
-        assert torch.equal(value, before[0][name]), name
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert all(parameter.grad is None for parameter in model.parameters())
+# The model.
 
 
 def test_a_run_in_training_mode_would_be_noticed():
@@ -327,19 +293,8 @@ def test_what_comes_after_the_layer_does_not_run():
     pair_grid(nn.Sequential(nn.Conv2d(3, 2, 3), Failing()), "0", torch.rand(3, 34, 34))
 
 
-def test_inference_leaves_every_flag_and_the_random_numbers():
-    model = mixed_model(Noisy())
-    flags, state = [module.training for module in model.modules()], torch.get_rng_state()
-    with inference(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-        torch.rand(3)
-    assert [module.training for module in model.modules()] == flags
-    assert torch.is_grad_enabled()
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # What is refused.
+
 
 IMAGE = torch.rand(3, 34, 34)
 
@@ -467,3 +422,54 @@ def test_own_labels_go_with_their_pairs(scene):
 def test_unknown_order_is_refused(scene):
     with pytest.raises(InvalidArgumentError, match="`order` must be one of picture, edges, colour, channel"):
         pair_grid(Three(), None, scene, order="size")
+
+
+def maps_of(kernels, image):
+    return F.conv2d(image[None], kernels, padding="same")[0]
+
+
+def test_picture_is_numpys_correlation_with_luminance():
+    image = torch.rand(3, 20, 30)
+    kernels = torch.randn(5, 3, 3, 3)
+    maps = maps_of(kernels, image)
+    luminance = np.tensordot([0.299, 0.587, 0.114], image.numpy().astype(np.float64), 1)
+    expected = [abs(np.corrcoef(m.ravel(), luminance.ravel())[0, 1]) for m in maps.numpy().astype(np.float64)]
+    assert measure_patterns(kernels, maps, image).picture.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_colour_share_is_the_energy_off_the_gray_axis():
+    gray = torch.ones(3, 2, 2)
+    opponent = torch.stack([torch.ones(2, 2), -torch.ones(2, 2), torch.zeros(2, 2)])
+    one_channel = torch.stack([torch.ones(2, 2), torch.zeros(2, 2), torch.zeros(2, 2)])
+    kernels = torch.stack([gray, opponent, one_channel, torch.zeros(3, 2, 2)])
+    found = measure_patterns(kernels, torch.rand(4, 5, 5), torch.rand(3, 5, 5))
+    assert found.colour.tolist() == pytest.approx([0, 1, 2 / 3, 0], abs=1e-6)
+
+
+def test_edge_kernels_and_colour_kernels_differ_as_they_should():
+    image = torch.zeros(3, 32, 32)
+    image[:, :, 16:] = 1
+    image[0, 8:24, 8:24] += 0.5
+    blur = torch.full((3, 3, 3), 1 / 27)
+    edge = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]]).expand(3, 3, 3)
+    kernels = torch.stack([blur, edge])
+    found = measure_patterns(kernels, maps_of(kernels, image)[:, 1:-1, 1:-1], image[:, 1:-1, 1:-1])
+    assert found.picture[0] > 0.9 > 0.5 > found.picture[1]
+    assert found.edges[1] > 0.7 > found.edges[0]
+
+
+def test_constant_map_correlates_with_nothing():
+    found = measure_patterns(torch.zeros(1, 3, 3, 3), torch.zeros(1, 8, 8), torch.rand(3, 16, 16))
+    assert found.picture.tolist() == [0]
+    assert found.edges.tolist() == [0]
+
+
+def test_other_than_three_channels_have_no_colour():
+    found = measure_patterns(torch.rand(2, 1, 3, 3), torch.rand(2, 8, 8), torch.rand(1, 16, 16))
+    assert found.colour.isnan().all()
+    assert found.picture.isfinite().all()
+
+
+def test_numbers_of_kernels_and_maps_must_agree():
+    with pytest.raises(ValueError, match="got 2 kernels and 3 maps"):
+        measure_patterns(torch.rand(2, 3, 3, 3), torch.rand(3, 8, 8), torch.rand(3, 8, 8))
