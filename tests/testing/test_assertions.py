@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import torchlens_viz
+from tests.nets import stats_of
 from torchlens_viz import LayerNotFoundError, RunningStats, capture, testing
 from torchlens_viz.errors import InvalidArgumentError, LayerNotCapturedError
 from torchlens_viz.testing import (
@@ -34,12 +35,6 @@ def exactly(message: str) -> str:
 
 def fails(message: str):
     return pytest.raises(AssertionError, match=exactly(message))
-
-
-def stats_of(values: torch.Tensor, **options):
-    stats = RunningStats(**options)
-    stats.update(values)
-    return stats.compute()
 
 
 def columns(*channels: list[float]) -> torch.Tensor:
