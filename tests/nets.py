@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from torchlens_viz import ChannelStats, RunningStats, capture
+from torchlens_viz.ascent import maximize
 
 
 class Repeats(nn.Module):
@@ -59,6 +60,14 @@ class Noisy(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand_like(x) * 0
+
+
+def small_net(*, bias: bool = True) -> nn.Sequential:
+    """Two convolutions, each with its ReLU, the last of them in place; always the same weights."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, bias=bias), nn.ReLU(), nn.Conv2d(6, 7, 3), nn.ReLU(inplace=True)
+    ).eval()
 
 
 def mixed_model(middle: nn.Module) -> nn.Sequential:
@@ -169,3 +178,20 @@ def assert_statistics_right(stats: ChannelStats, values: torch.Tensor, channel_d
         assert is_near.all(), (name, getattr(stats, name), expected[name])
     seen = expected["std"] > 1e-12 * scale  # numpy's own rounding makes a spread of what is constant
     np.testing.assert_allclose(stats.std.numpy()[seen], expected["std"][seen], rtol=1e-6)
+
+
+def ascend(model=None, layer="2", channels=None, **options):
+    """`maximize` with a few small steps unless told otherwise."""
+    size = {} if "image" in options else {"size": 12}
+    options = {**size, "steps": 10, "precision": "float32", **options}
+    return maximize(small_net() if model is None else model, layer, channels, **options)
+
+
+def same_ascent(left, right, *, atol=1e-4):
+    """Say that two results are the same to the tolerance that batches of other sizes leave in float32."""
+    assert left.channels.tolist() == right.channels.tolist()
+    assert left.status == right.status
+    torch.testing.assert_close(left.images, right.images, rtol=0, atol=atol)
+    torch.testing.assert_close(left.scores, right.scores, rtol=1e-4, atol=atol)
+    torch.testing.assert_close(left.history, right.history, rtol=1e-4, atol=atol, equal_nan=True)
+    torch.testing.assert_close(left.means, right.means, rtol=1e-4, atol=atol)

@@ -11,20 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from tests.nets import small_net
 from torchlens_viz import capture, objectives
 from torchlens_viz.ascent import maximize
 from torchlens_viz.demo_net import load_demo_net, normalize
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 
 
-def net() -> nn.Sequential:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 7, 3), nn.ReLU(inplace=True)).eval()
-
-
 def run(model=None, layer="2", channels=None, **options):
     options = {"size": 12, "steps": 8, "precision": "float32", **options}
-    return maximize(net() if model is None else model, layer, channels, **options)
+    return maximize(small_net() if model is None else model, layer, channels, **options)
 
 
 def same(left, right, atol=1e-5):
@@ -56,7 +52,7 @@ def test_nothing_about_the_model_changes():
 
 
 def test_gradients_that_the_caller_has_stay_as_they_are():
-    model = net()
+    model = small_net()
     model(torch.rand(1, 3, 12, 12)).sum().backward()
     before = [parameter.grad.clone() for parameter in model.parameters()]
     run(model)
@@ -84,7 +80,7 @@ def test_random_numbers_of_the_caller_go_on_as_if_nothing_had_run():
 
     import numpy as np
 
-    model = net()
+    model = small_net()
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
@@ -100,7 +96,7 @@ def test_random_numbers_of_the_caller_go_on_as_if_nothing_had_run():
 
 
 def test_what_the_caller_has_seeded_changes_nothing():
-    model = net()
+    model = small_net()
     torch.manual_seed(1)
     first = run(model, transforms="robust")
     torch.manual_seed(2)
@@ -108,7 +104,7 @@ def test_what_the_caller_has_seeded_changes_nothing():
 
 
 def test_the_modes_of_the_caller_change_nothing_and_stay():
-    model, expected = net(), run(channels=[1, 2])
+    model, expected = small_net(), run(channels=[1, 2])
     with torch.no_grad():
         same(run(model, channels=[1, 2]), expected)
         assert not torch.is_grad_enabled()
@@ -121,7 +117,7 @@ def test_the_modes_of_the_caller_change_nothing_and_stay():
 
 
 def test_a_default_type_and_a_default_device_of_the_caller_change_nothing():
-    model, expected = net(), run(channels=[1, 2], transforms="classic", parametrization="fourier")
+    model, expected = small_net(), run(channels=[1, 2], transforms="classic", parametrization="fourier")
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
@@ -146,7 +142,7 @@ def test_the_precision_of_products_that_the_caller_chose_is_put_back():
 
 
 def test_an_enclosing_capture_records_nothing_of_the_ascent():
-    model = net()
+    model = small_net()
     with capture(model, "2") as acts:
         run(model, "2")
     assert acts.not_called == ("2",)
@@ -193,7 +189,7 @@ def test_a_norm_by_the_statistics_of_the_batch_is_refused_but_for_one_image_at_a
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("prepares", [False, True])
 def test_models_of_other_types_are_run_in_float32(dtype, prepares):
-    model = net().to(dtype)
+    model = small_net().to(dtype)
     options = {"preprocess": (lambda x: x.to(dtype))} if prepares else {}
     result = run(model, **options)
     assert next(model.parameters()).dtype == dtype
@@ -206,7 +202,7 @@ def test_models_of_other_types_are_run_in_float32(dtype, prepares):
 
 def test_bfloat16_climbs_nearly_as_high_and_its_scores_are_true_float32():
     full, half = run(steps=30), run(steps=30, precision="bfloat16")
-    expected = net()[:3](half.images).mean((2, 3)).diagonal().detach()
+    expected = small_net()[:3](half.images).mean((2, 3)).diagonal().detach()
     torch.testing.assert_close(half.scores, expected, rtol=1e-5, atol=1e-6)
     gained = (half.scores - half.history[:, 0]) / (full.scores - full.history[:, 0])
     assert gained.min() > 0.95
@@ -297,7 +293,7 @@ def old_weight_norm(conv):
 @pytest.mark.parametrize("place", ["0", "2"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_weights_that_are_computed_are_computed(wrap, place, precision):
-    model = net()
+    model = small_net()
     setattr(model, place, wrap(getattr(model, place)))
     model.train()(torch.rand(2, 3, 12, 12))
     before = copy.deepcopy(model.state_dict())
@@ -309,7 +305,7 @@ def test_weights_that_are_computed_are_computed(wrap, place, precision):
 
 
 def test_hooks_of_the_caller_on_the_layer_have_their_say():
-    model = net()
+    model = small_net()
     model[2].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
     result = run(model, "2")
     expected = model[2](model[1](model[0](result.images))).mean((2, 3)).diagonal().detach()
@@ -327,7 +323,7 @@ def test_layers_are_chosen_by_any_selector_in_compiled_models_too(layer):
 
 def test_models_made_in_inference_mode_are_maximised():
     with torch.inference_mode():
-        model = net()
+        model = small_net()
     same(run(model), run())
 
 
@@ -343,7 +339,7 @@ def test_models_that_cannot_be_maximised_are_refused_with_the_reason():
         InvalidTypeError, match=r"`model` must be a module that can be copied, got Locked.*it is locked"
     ):
         run(Locked(nn.Conv2d(3, 4, 3)), "0")
-    model = net()
+    model = small_net()
     model.register_forward_hook(lambda *args: None, always_call=True)
     with pytest.raises(CaptureError, match="always_call=True"):
         run(model)
