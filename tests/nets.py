@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from torchlens_viz import ChannelStats, RunningStats, capture
+from torchlens_viz import ChannelStats, RunningStats, Survey, capture
 from torchlens_viz.ascent import maximize
 
 
@@ -35,6 +35,17 @@ class Gives(nn.Module):
 
     def forward(self, value):
         return self.make(value)
+
+
+class Given(nn.Module):
+    """A network whose layer puts out what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
 
 
 class Catches(nn.Module):
@@ -195,3 +206,25 @@ def same_ascent(left, right, *, atol=1e-4):
     torch.testing.assert_close(left.scores, right.scores, rtol=1e-4, atol=atol)
     torch.testing.assert_close(left.history, right.history, rtol=1e-4, atol=atol, equal_nan=True)
     torch.testing.assert_close(left.means, right.means, rtol=1e-4, atol=atol)
+
+
+quiet = {"progress": False}
+
+
+def same_survey(one: Survey, other: Survey, *, rtol: float = 1e-12) -> None:
+    """Assert that two surveys agree: exactly but for the moments, which depend on the order of sums."""
+    assert (one.samples_seen, one.not_called) == (other.samples_seen, other.not_called)
+    for name, stats in one.stats.items():
+        for figure, values in stats.to_dict().items():
+            if isinstance(values, torch.Tensor):
+                exact = figure not in ("mean", "std")
+                torch.testing.assert_close(
+                    values,
+                    getattr(other.stats[name], figure),
+                    rtol=0 if exact else rtol,
+                    atol=0 if exact else 1e-13,
+                    equal_nan=True,
+                )
+        for part in ("values", "samples", "positions"):
+            ours, theirs = (getattr(each.top[name], part) for each in (one, other))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

@@ -19,6 +19,7 @@ from torch import nn
 from tests.pixels import colours
 from torchlens_viz import feature_grid, kernel_grid, pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
+from torchlens_viz.picture_folders import pictures_in
 from torchlens_viz.pictures import as_chw, read_image, save_animation, save_picture
 
 RNG = np.random.default_rng(0)
@@ -491,3 +492,20 @@ def test_arrays_for_tensorboard_are_channels_first():
         assert array.flags.writeable
         for channel in range(channels):
             assert np.array_equal(array[channel], colours(image)[..., channel])
+
+
+# The command line
+
+
+def test_pictures_behind_links_count_and_sheets_of_an_earlier_run_do_not(tmp_path):
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    (folder / "out" / "top").mkdir(parents=True)
+    elsewhere.mkdir()
+    for place in (folder / "a.png", elsewhere / "b.png", folder / "out" / "top" / "conv.png"):
+        Image.new("RGB", (4, 4)).save(place)
+    (folder / "._a.png").write_bytes(b"no picture")
+    (folder / "notes.pdf").write_bytes(b"no picture")
+    (folder / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)
+    found = pictures_in(folder, but_not_in=folder / "out" / "top")
+    assert [path.relative_to(folder).as_posix() for path in found] == ["a.png", "link/b.png"]

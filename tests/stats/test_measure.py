@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.nets import gathered, seeded
+from torchlens_viz import RunningStats
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -23,3 +24,14 @@ def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
         assert torch.equal(found[name], expected[name])
     torch.testing.assert_close(found["mean"], expected["mean"], rtol=1e-13, atol=0)
     torch.testing.assert_close(found["squares"], expected["squares"], rtol=1e-9, atol=0)
+
+
+# The command line
+
+
+def test_a_view_across_rows_is_measured_like_its_copy():
+    values = torch.randn(8, 10)[:, :5]
+    stats = RunningStats()
+    stats.update(values)
+    np.testing.assert_allclose(stats.compute().mean, values.double().numpy().mean(0))
+    np.testing.assert_allclose(stats.compute().std, values.double().numpy().std(0))
