@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,8 @@ def same_survey(one: Survey, other: Survey, *, rtol: float = 1e-12) -> None:
         for part in ("values", "samples", "positions"):
             ours, theirs = (getattr(each.top[name], part) for each in (one, other))
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """All files and folders beneath a folder, and what the files hold."""
+    return {str(place): place.read_bytes() if place.is_file() else None for place in folder.rglob("*")}
