@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
+
+pytest.register_assert_rewrite("tests.nets", "tests.pixels", "tests.monitor.training")
 
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--overwrite", action="store_true", help="renew the pictures in tests/golden")
+    parser.addoption("--overwrite", action="store_true", help="renew the pictures in tests/grids/golden")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,3 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def process_as_it_was() -> Iterator[None]:
+    """Hold that a test leaves the stance of the compiler and the mode of gradients as they were."""
+    from torch._dynamo import eval_frame
+
+    before = eval_frame._stance, torch.is_grad_enabled()
+    yield
+    assert (eval_frame._stance, torch.is_grad_enabled()) == before
