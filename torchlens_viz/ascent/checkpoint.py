@@ -49,8 +49,8 @@ class Resumption:
             if before.get(name) != settings.get(name):
                 raise ArchiveError(
                     "`checkpoint` must be a folder that was begun with the same settings: in "
-                    f"{str(folder)!r} `{name}` was {before.get(name)!r} and now is {settings.get(name)!r}; choose "
-                    "another folder"
+                    f"{str(folder)!r} `{name}` was {before.get(name)!r} and now is "
+                    f"{settings.get(name)!r}; choose another folder"
                 )
 
     def finished(self, requests: Sequence[Request]) -> list[Climb]:
