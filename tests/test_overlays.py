@@ -17,7 +17,8 @@ from torchlens_viz.grids.overlay import overlay_grid, save_overlay_grid
 from torchlens_viz.grids.pairs import pair_grid
 from torchlens_viz.models.demo_net import preprocess as demo_preprocess
 from torchlens_viz.models.inputs import as_batch, as_pixels
-from torchlens_viz.receptive.find import ReceptiveField, receptive_field
+from torchlens_viz.receptive.field import ReceptiveField
+from torchlens_viz.receptive.find import receptive_field
 
 PLAIN = {"labels": False, "upscale": 1, "backdrop": "colour"}
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.receptive.extents import Extents, UnknownOperationError
-from torchlens_viz.receptive.find import ReceptiveField, receptive_field
+from torchlens_viz.receptive.field import ReceptiveField
+from torchlens_viz.receptive.find import receptive_field
 from torchlens_viz.receptive.rules import Dependence
 
 
