@@ -79,9 +79,8 @@ def walks() -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    print(
-        f"{PACKAGE}\n\n| walk | hops | between rooms | functions | modules | rooms | which rooms |\n|---|--:|--:|--:|--:|--:|---|"
-    )
+    print(f"{PACKAGE}\n\n| walk | hops | between rooms | functions | modules | rooms | which rooms |")
+    print("|---|--:|--:|--:|--:|--:|---|")
     for name, walk in walks().items():
         walk()
         found = entries(walk)
