@@ -1,4 +1,4 @@
-"""The documents say what is: the drawing of the rooms, and the snippets of the README."""
+"""The documents say what is: the drawing of the rooms, and the table of their signs."""
 
 from __future__ import annotations
 
