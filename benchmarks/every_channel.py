@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torchvision.models import vgg16
 
-from torchlens_viz import maximize
+from torchlens_viz import Normalized, maximize
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     torch.manual_seed(0)
     net = vgg16(weights=None).eval().to(device)
     convolutions = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d)]
-    options = {"size": arguments.size, "compile": arguments.compile}
+    options = {"size": arguments.size, "method": Normalized(compile=arguments.compile)}
     maximize(net, convolutions[-1], [0], steps=2, **options)  # warm-up
     print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}")
     print("| layer | channels | seconds | ms per channel and step | median score | status |")

@@ -1,6 +1,6 @@
 """Train the demo network on the photographs inside the scikit-image wheel; needs no network and no GPU.
 
-Run with no options, this reproduces the tensors of `torchlens_viz/weights/demo_net.safetensors`, to the last
+Run with no options, this reproduces the tensors of `torchlens_viz/models/demo_net.safetensors`, to the last
 bit on the same version of torch and the same kind of CPU. It takes two to four minutes on two cores:
 
     python -m pip install "torchlens_viz[demo]"

@@ -19,9 +19,8 @@ import torch
 from torch import nn
 from train_demo_net import TURNS, cut_patches, load_photographs, split, vary_light
 
-from torchlens_viz import Monitor
+from torchlens_viz import Monitor, Trouble
 from torchlens_viz.models.demo_net import DemoNet, normalize
-from torchlens_viz.monitor.health import Trouble
 
 # What a new network puts out is far smaller than what it puts out later. The range that an earlier run ended
 # with makes better pictures than the one that this run begins with.

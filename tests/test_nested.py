@@ -34,9 +34,6 @@ class ListOfTensors(list):
     pass
 
 
-# Inputs and structure.
-
-
 @pytest.mark.parametrize(
     ("make", "tensors_of"),
     [
@@ -76,7 +73,7 @@ def test_recurrent_layers_keep_their_nested_tuples():
         assert torch.equal(actual, expected)
 
 
-# Structures.
+# Odd structures.
 
 
 class Slotted:

@@ -9,10 +9,18 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what `_HOME` and `_DOORS` say, for type checkers; tests/test_face.py holds the two equal
+    from torchlens_viz import errors as errors
+    from torchlens_viz import objectives as objectives
     from torchlens_viz import testing as testing
     from torchlens_viz.ascent.maximize import maximize as maximize
+    from torchlens_viz.ascent.method import Classic as Classic
+    from torchlens_viz.ascent.method import Normalized as Normalized
+    from torchlens_viz.ascent.parametrization import FixedSpectrum as FixedSpectrum
+    from torchlens_viz.ascent.parametrization import Fourier as Fourier
+    from torchlens_viz.ascent.parametrization import Pixels as Pixels
     from torchlens_viz.ascent.result import Maximization as Maximization
+    from torchlens_viz.ascent.transforms import Transforms as Transforms
     from torchlens_viz.dataset.result import Survey as Survey
     from torchlens_viz.dataset.survey import survey as survey
     from torchlens_viz.draw.grid import make_grid as make_grid
@@ -28,69 +36,59 @@ if TYPE_CHECKING:
     from torchlens_viz.grids.overlay import save_overlay_grid as save_overlay_grid
     from torchlens_viz.grids.pairs import pair_grid as pair_grid
     from torchlens_viz.grids.pairs import save_pair_grid as save_pair_grid
-    from torchlens_viz.hooks.capture import Activations as Activations
+    from torchlens_viz.hooks.activations import Activations as Activations
+    from torchlens_viz.hooks.activations import InputOutput as InputOutput
+    from torchlens_viz.hooks.activations import Inputs as Inputs
     from torchlens_viz.hooks.capture import capture as capture
+    from torchlens_viz.monitor.health import Trouble as Trouble
     from torchlens_viz.monitor.monitor import Monitor as Monitor
+    from torchlens_viz.receptive.find import receptive_field as receptive_field
     from torchlens_viz.stats.channels import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Activations": "hooks.capture",
-    "ChannelStats": "stats.channels",
-    "LayerNotFoundError": "errors",
-    "Maximization": "ascent.result",
-    "Monitor": "monitor.monitor",
-    "RunningStats": "stats.running",
-    "Survey": "dataset.result",
-    "TorchlensVizError": "errors",
+_HOME = {  # the module that defines each public name
+    "Activations": "hooks.activations",
     "capture": "hooks.capture",
-    "feature_grid": "grids.features",
+    "Inputs": "hooks.activations",
+    "InputOutput": "hooks.activations",
+    "ChannelStats": "stats.channels",
+    "RunningStats": "stats.running",
     "kernel_grid": "grids.kernels",
-    "make_grid": "draw.grid",
-    "maximize": "ascent.maximize",
-    "overlay_grid": "grids.overlay",
-    "pair_grid": "grids.pairs",
-    "save_feature_grid": "grids.features",
-    "save_feature_maps": "grids.folders",
     "save_kernel_grid": "grids.kernels",
-    "save_kernel_sheets": "grids.folders",
-    "save_overlay_grid": "grids.overlay",
+    "feature_grid": "grids.features",
+    "save_feature_grid": "grids.features",
+    "pair_grid": "grids.pairs",
     "save_pair_grid": "grids.pairs",
+    "overlay_grid": "grids.overlay",
+    "save_overlay_grid": "grids.overlay",
+    "save_kernel_sheets": "grids.folders",
+    "save_feature_maps": "grids.folders",
+    "make_grid": "draw.grid",
+    "receptive_field": "receptive.find",
+    "maximize": "ascent.maximize",
+    "Maximization": "ascent.result",
+    "Normalized": "ascent.method",
+    "Classic": "ascent.method",
+    "Transforms": "ascent.transforms",
+    "Pixels": "ascent.parametrization",
+    "Fourier": "ascent.parametrization",
+    "FixedSpectrum": "ascent.parametrization",
     "survey": "dataset.survey",
+    "Survey": "dataset.result",
+    "Monitor": "monitor.monitor",
+    "Trouble": "monitor.health",
+    "LayerNotFoundError": "errors",
+    "TorchlensVizError": "errors",
 }
+_DOORS = frozenset({"errors", "objectives", "testing"})  # modules that are public as a whole
 
-__all__ = [
-    "Activations",
-    "ChannelStats",
-    "LayerNotFoundError",
-    "Maximization",
-    "Monitor",
-    "RunningStats",
-    "Survey",
-    "TorchlensVizError",
-    "capture",
-    "feature_grid",
-    "kernel_grid",
-    "make_grid",
-    "maximize",
-    "overlay_grid",
-    "pair_grid",
-    "save_feature_grid",
-    "save_feature_maps",
-    "save_kernel_grid",
-    "save_kernel_sheets",
-    "save_overlay_grid",
-    "save_pair_grid",
-    "survey",
-]
-
-_MODULES = frozenset({"objectives", "testing"})  # public as a whole
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> object:
-    if name in _MODULES:
+    if name in _DOORS:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -100,4 +98,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    return sorted({*globals(), *__all__, *_DOORS})

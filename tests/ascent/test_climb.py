@@ -13,7 +13,7 @@ from torch import nn
 from tests.nets import ascend, small_net
 from torchlens_viz.ascent.parametrization import Pixels
 
-# Scores, means and ranks are those of a plain forward pass.
+# The steps are those of plain autograd and of numpy.
 
 
 def test_the_history_is_that_of_plain_autograd():

@@ -396,7 +396,7 @@ def interrupt_after(calls):
     return preprocess
 
 
-# Ways to run out of memory, and to be stopped.
+# Ways to be stopped.
 
 
 def test_an_interruption_returns_what_is_finished():

@@ -56,8 +56,8 @@ def test_smoothing_that_cannot_be_is_refused(options, match):
 
 
 def test_other_parametrisations_have_no_smoothing():
-    with pytest.raises(TypeError, match="decay"):
-        Fourier(decay=0.1)
+    with pytest.raises(TypeError, match="blur"):
+        Fourier(blur=1.0)
     assert Fourier().smoothing is None
     assert Pixels().smoothing is None
 
@@ -68,9 +68,9 @@ def test_the_classic_recipe_takes_the_smoothing_of_pixels_and_nothing_else():
     options = {"size": 8, "steps": 2, "seed": 42, "precision": "float32", "method": "classic"}
     plain = maximize(net, "", 0, **options)
     smooth = maximize(net, "", 0, parametrization=Pixels(decay=0.5), **options)
-    assert smooth.images.std() < 0.6 * plain.images.std() + 100
     # Half of the way to the middle, zero, is taken back at each of two steps of the plain recipe.
-    assert smooth.images.mean() == pytest.approx(plain.images.mean() / 4, rel=0.02)
+    assert plain.images.mean().item() > 100
+    assert smooth.images.mean().item() == pytest.approx(plain.images.mean().item() / 4, rel=0.1)
     for other in (Pixels(low=-1), Pixels(sd=0.1), Fourier()):
         with pytest.raises(InvalidArgumentError, match="has neither `parametrization`"):
             maximize(net, "", 0, parametrization=other, **options)

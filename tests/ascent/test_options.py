@@ -21,7 +21,7 @@ from torchlens_viz.errors import (
     LayerNotFoundError,
 )
 
-# Ways to run out of memory, and to be stopped.
+# Ways to run out of memory.
 
 
 class Hungry(nn.Module):

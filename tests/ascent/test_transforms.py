@@ -160,7 +160,7 @@ def test_presets_are_what_they_say():
     assert transforms_of("robust").noise > 0
     own = Transforms(pad=0.1)
     assert transforms_of(own) is own
-    with pytest.raises(InvalidArgumentError, match="`transforms` must be one of 'none', 'classic', 'robust'"):
+    with pytest.raises(InvalidArgumentError, match="`transforms` must be one of 'none', 'gentle', 'robust'"):
         transforms_of("medium")
 
 

@@ -29,7 +29,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(read_image(path))
 
 
-# What is written
+# Kernels and maps
 
 
 def test_kernels_draws_the_first_convolution(folder, run):
@@ -160,9 +160,6 @@ def test_a_weights_file_is_used(folder, run):
     assert np.array_equal(pixels("k.png"), colours(kernel_grid(model)))
 
 
-# The program as a process
-
-
 def test_ranking_pages_and_titles_reach_the_sheet(tmp_path, capsys):
     out = tmp_path / "k.png"
     options = ["--sort-by", "norm", "--max-tiles", "8", "--page", "1", "--title", "second page"]
@@ -173,6 +170,8 @@ def test_ranking_pages_and_titles_reach_the_sheet(tmp_path, capsys):
     with Image.open(out) as image:
         assert image.convert("RGB").tobytes() == expected.convert("RGB").tobytes()
 
+
+# Maximise
 
 MODELS = """
 import torch

@@ -166,7 +166,7 @@ def test_a_reader_who_went_away_is_no_error(folder, monkeypatch, arguments):
 
 def loaded_after(statement: str) -> set[str]:
     code = (
-        "import sys\nfrom torchlens_viz.cli import main\n"
+        "import sys\nfrom torchlens_viz.cli.main import main\n"
         f"try:\n    {statement}\nexcept SystemExit:\n    pass\n"
         "print(*{'torch', 'numpy', 'PIL'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -178,4 +178,8 @@ def test_help_and_a_mistyped_option_do_not_wait_for_torch():
     assert loaded_after("main(['--help'])") == set()
     assert loaded_after("main(['kernels', '--help'])") == set()
     assert loaded_after("main(['kernels', 'alexnet', '-o', 'k.png', '--bogus'])") == set()
-    assert loaded_after("import torchlens_viz.commands") == {"torch", "numpy", "PIL"}  # the probe can see it
+    assert loaded_after("import torchlens_viz.cli.commands") == {
+        "torch",
+        "numpy",
+        "PIL",
+    }  # the probe can see it

@@ -121,7 +121,7 @@ def test_after_kill_9_it_goes_on_to_the_same_answer(tmp_path):
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-# The command line
+# Bad input
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_pass(net):

@@ -13,8 +13,6 @@ from tests.nets import Given, quiet
 from torchlens_viz import Survey, survey
 from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
 
-# One pass
-
 
 def test_dead_and_saturated_channels_are_named():
     maps = torch.rand(6, 4, 2, 2) * 0.5
@@ -49,17 +47,11 @@ def test_duplicates_are_found_by_weight_and_by_response():
         plain.duplicates("1")
 
 
-# Files
-
-
 def test_a_frame_needs_pandas(net, monkeypatch):
     found = survey(net, [torch.zeros(1, 3, 9, 9)], "0", **quiet)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingDependencyError, match="pip install pandas"):
         found.to_frame()
-
-
-# The command line
 
 
 def test_correlations_of_a_part_are_not_taken_for_those_of_the_whole(net):

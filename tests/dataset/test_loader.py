@@ -11,8 +11,6 @@ from tests.nets import Given, quiet, same_survey
 from torchlens_viz import survey
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
 
-# One pass
-
 
 @pytest.mark.parametrize(
     ("wrap", "input_of"),
@@ -66,9 +64,6 @@ def test_a_shuffling_loader_is_taken_with_its_indices():
     same_survey(survey(Given(), pairs, "layer", indices=lambda batch: batch[1], **quiet), expected)
 
 
-# Several processes
-
-
 def test_padding_of_a_distributed_sampler_counts_once():
     data = TensorDataset(torch.randn(11, 2, 3, 3))
     parts = []
@@ -79,9 +74,6 @@ def test_padding_of_a_distributed_sampler_counts_once():
     assert [part.samples_seen for part in parts] == [3, 3, 3, 2]
     merged = parts[0].merge(parts[1]).merge(parts[2]).merge(parts[3])
     same_survey(merged, survey(Given(), [data.tensors[0]], "layer", top_k=20, **quiet))
-
-
-# The command line
 
 
 @pytest.mark.parametrize(

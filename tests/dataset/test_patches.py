@@ -12,8 +12,6 @@ from tests.nets import quiet
 from torchlens_viz import survey
 from torchlens_viz.errors import InvalidArgumentError
 
-# What a peak sees
-
 
 def test_patches_are_cut_from_the_input_where_the_peak_looks(net):
     images = torch.randn(8, 3, 12, 10)
@@ -51,9 +49,6 @@ def test_patches_of_other_inputs_are_refused(net):
         found.grid("2", images, channels=9)
     with pytest.raises(LookupError, match="knows nothing of `1`"):
         found.patches("1", 0, images)
-
-
-# The command line
 
 
 def test_rows_of_channels_with_fewer_peaks_stay_rows():

@@ -43,7 +43,7 @@ def test_statistics_are_those_of_all_values(net):
         testing.assert_mean(found, 5, 6, layers="0")
 
 
-# Bad input
+# Bad input, and layers of all kinds
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_layers_without_a_row_per_input_are_refused():
         survey(nn.Sequential(Pair()), [torch.rand(3, 2, 3, 3)], "0", **quiet)
 
 
-# Files
+# Parts
 
 
 def test_surveys_of_parts_merge_to_that_of_the_whole(net):
@@ -263,7 +263,7 @@ def test_a_gpu_finds_what_a_cpu_finds_without_waiting():
     same_survey(found, expected)
 
 
-# The command line
+# Examples and options
 
 
 def test_the_examples_of_the_documentation_run():

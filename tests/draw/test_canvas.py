@@ -360,7 +360,7 @@ def test_smoothing_a_tile_that_fills_float32_stays_in_range():
     assert levels.mean() == pytest.approx(125, abs=1)
 
 
-# Labels, legend and the number of tiles.
+# The number of tiles.
 
 
 def test_first_tiles_are_drawn_as_if_they_were_all_and_the_rest_is_mentioned():
@@ -386,7 +386,7 @@ def test_labels_of_tiles_that_are_not_drawn_may_be_given():
     assert np.array_equal(few[: len(expected), : expected.shape[1]], expected)
 
 
-# Bad input: one clear message, whatever is wrong.
+# Limits and devices.
 
 
 def test_largest_sheet_is_limited_by_its_own_pixels_only():

@@ -37,7 +37,7 @@ def test_a_line_is_written_as_pillow_writes_it(mode, fill, ground, size):
                 assert np.array_equal(np.asarray(found), np.asarray(expected)), (text, at)
 
 
-# Labels, legend and the number of tiles.
+# Labels and legend.
 
 
 def tile_areas(image: Image.Image, count: int, columns: int, size: int, padding: int, header: int) -> list:
@@ -185,7 +185,7 @@ def test_long_layer_name_does_not_make_a_long_picture():
     assert kernel_grid(model, legend=True).width <= 640
 
 
-# Pages.
+# How many are shown.
 
 
 def test_caption_says_how_many_are_shown_and_why_these(monkeypatch):
@@ -299,9 +299,6 @@ def test_marks_above_marks_stay_in_the_line_of_their_label():
     marked = colours(feature_grid(maps, labels=["e" + "\u0301" * 9 + "\u0316" * 9] * 4, padding=0))
     for top in (HEADER, 2 * HEADER + 40):
         assert np.array_equal(marked[top : top + 40], plain[top : top + 40])
-
-
-# Files and arrays.
 
 
 def test_words_can_be_watched():

@@ -403,7 +403,7 @@ def moving(count: int = 5) -> list[Image.Image]:
     return [*frames, kernel_grid(torch.arange(192.0).reshape(1, 3, 8, 8))]
 
 
-# Files and arrays.
+# Moving pictures, and arrays
 
 
 @pytest.mark.parametrize(("suffix", "duration"), [(".webp", 125), (".gif", 120)])  # GIF counts in 10 ms
@@ -493,7 +493,7 @@ def test_arrays_for_tensorboard_are_channels_first():
             assert np.array_equal(array[channel], colours(image)[..., channel])
 
 
-# The command line
+# Folders
 
 
 def test_pictures_behind_links_count_and_sheets_of_an_earlier_run_do_not(tmp_path):

@@ -251,7 +251,7 @@ def test_grids_that_do_not_fit_raise(tokens, grid, error, message):
         feature_grid(tokens, grid=grid)
 
 
-# Files and arrays.
+# Files of either kind.
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])

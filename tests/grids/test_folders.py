@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import math
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -422,14 +422,7 @@ def test_bar_counts_the_files_on_stderr(tmp_path, capfd):
 
 
 def test_bar_without_tqdm_says_what_to_install_and_writes_nothing(tmp_path, monkeypatch):
-    imported = builtins.__import__
-
-    def without_tqdm(name: str, *rest: Any) -> Any:
-        if name == "tqdm":
-            raise ImportError("No module named 'tqdm'")
-        return imported(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(
         MissingDependencyError, match=r"`progress=True` needs tqdm.*torchlens_viz\[progress\]"
     ):

@@ -23,9 +23,6 @@ def pixels_of(picture: Image.Image) -> np.ndarray:
     return np.asarray(picture).astype(int)
 
 
-# Where a value is drawn
-
-
 def test_a_gate_over_the_image_keeps_the_places():
     class Gated(nn.Module):
         def __init__(self) -> None:
@@ -108,9 +105,6 @@ def test_saving(net, tmp_path):
     with Image.open(path) as written:
         expected = overlay_grid(net, "1", image, channels=[0], alpha=0.5)
         assert np.array_equal(np.asarray(written), np.asarray(expected))
-
-
-# The picture under the maps
 
 
 def test_pairs_take_the_same_images():

@@ -10,8 +10,6 @@ from tests.nets import Repeats
 from torchlens_viz import LayerNotFoundError, capture
 from torchlens_viz.errors import LayerNotCapturedError, SeveralCallsError
 
-# Values.
-
 
 def test_iteration_is_in_execution_order_and_read_only(net, x):
     with capture(net, ["conv2", "conv1", ""]) as acts:
@@ -22,9 +20,6 @@ def test_iteration_is_in_execution_order_and_read_only(net, x):
     assert "relu1" not in acts
     with pytest.raises(TypeError, match="does not support item assignment"):
         acts["conv1"] = 0
-
-
-# Calls.
 
 
 def test_every_call_is_kept_with_its_own_shape():
@@ -67,9 +62,6 @@ def test_missing_layers_are_explained(net, x):
     with pytest.raises(LayerNotFoundError, match="did you mean `conv1`"):
         capture(net, "conv_1")
     assert acts.get("conv2") is None
-
-
-# Lifetime.
 
 
 def test_repr_is_a_table(net, x):

@@ -156,7 +156,7 @@ def test_both_pairs_the_right_input_after_a_failed_call():
     assert acts[""].input.item() == 3
 
 
-# Options.
+# Gradients.
 
 
 def test_gradients_flow_through_what_was_captured(net, x):
@@ -209,7 +209,7 @@ def test_bad_options_are_refused_before_any_hook(net, options, error, message):
     assert hook_count(net) == 0
 
 
-# Compiled, scripted, transformed.
+# Checkpointed, under autocast, in other layouts.
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -70,7 +70,7 @@ def test_channels_out_of_range_name_the_layer(net, x):
     assert hook_count(net) == 0
 
 
-# Lifetime.
+# On a device.
 
 
 @pytest.mark.cuda
@@ -198,21 +198,21 @@ def test_offloading_does_not_wait_for_the_device_during_the_forward_pass():
 
 
 @pytest.fixture
-def net() -> nn.Sequential:
+def narrow_net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3)).eval()
 
 
-def test_capture_gathers_over_all_calls_and_keeps_no_activation(net):
+def test_capture_gathers_over_all_calls_and_keeps_no_activation(narrow_net):
     batches = [seeded(2, 3, 8, 8).float(), seeded(3, 3, 9, 7).float() + 1]
-    with torch.no_grad(), capture(net, ["0", "1"], reduce=RunningStats) as acts:
-        net(batches[0])
+    with torch.no_grad(), capture(narrow_net, ["0", "1"], reduce=RunningStats) as acts:
+        narrow_net(batches[0])
         held = acts._held_bytes
         assert_statistics_right(
-            acts["0"], net[0](batches[0]).transpose(0, 1).flatten(1).T
+            acts["0"], narrow_net[0](batches[0]).transpose(0, 1).flatten(1).T
         )  # a call of its own
         for batch in batches[1:] * 5:
-            net(batch)
-    seen = [net[0](batch).detach() for batch in [batches[0], batches[0], *batches[1:] * 5]]
+            narrow_net(batch)
+    seen = [narrow_net[0](batch).detach() for batch in [batches[0], batches[0], *batches[1:] * 5]]
     flat = torch.cat([part.transpose(0, 1).flatten(1) for part in seen], 1).T
     # The call after the first one was caught by the hook too, so that it is in the later reading alone.
     assert_statistics_right(acts["0"], flat)
@@ -222,18 +222,18 @@ def test_capture_gathers_over_all_calls_and_keeps_no_activation(net):
     assert acts["0"].zero_fraction.max() == 0
 
 
-def test_capture_takes_the_options_of_an_example(net):
+def test_capture_takes_the_options_of_an_example(narrow_net):
     example = RunningStats(channel_dim=-1, bins=[0])
-    with torch.no_grad(), capture(net, "0", reduce=example) as acts:
-        net(torch.zeros(1, 3, 8, 9))
+    with torch.no_grad(), capture(narrow_net, "0", reduce=example) as acts:
+        narrow_net(torch.zeros(1, 3, 8, 9))
     assert acts["0"].channels == 7
     assert acts["0"].histogram.shape == (7, 2)
     assert repr(example) == "RunningStats(nothing yet)"
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats, channels=[3, 1]) as acts:
-        net(seeded(1, 3, 8, 9).float())
-    assert_statistics_right(acts["0"], net[0](seeded(1, 3, 8, 9).float())[:, [3, 1]].detach())
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats, channel_dim=2) as acts:
-        net(torch.zeros(1, 3, 8, 9))
+    with torch.no_grad(), capture(narrow_net, "0", reduce=RunningStats, channels=[3, 1]) as acts:
+        narrow_net(seeded(1, 3, 8, 9).float())
+    assert_statistics_right(acts["0"], narrow_net[0](seeded(1, 3, 8, 9).float())[:, [3, 1]].detach())
+    with torch.no_grad(), capture(narrow_net, "0", reduce=RunningStats, channel_dim=2) as acts:
+        narrow_net(torch.zeros(1, 3, 8, 9))
     assert acts["0"].channels == 6
 
 
@@ -247,36 +247,36 @@ def test_capture_gathers_for_both_names_of_a_shared_module():
         assert_statistics_right(acts[name], torch.cat([x.relu(), y]))
 
 
-def test_capture_gathers_what_is_in_tuples_and_inputs(net):
+def test_capture_gathers_what_is_in_tuples_and_inputs(narrow_net):
     lstm = nn.LSTM(3, 5, batch_first=True)
     with torch.no_grad(), capture(lstm, "", reduce=RunningStats(channel_dim=-1)) as acts:
         output, (hidden, _) = lstm(seeded(2, 7, 3).float())
     assert_statistics_right(acts[""][0], output, -1)
     assert_statistics_right(acts[""][1][0], hidden, -1)
     x = seeded(2, 3, 8, 8).float()
-    with torch.no_grad(), capture(net, "1", io="both", reduce=RunningStats) as acts:
-        net(x)
-        net(x)
-    assert_statistics_right(acts["1"].input, torch.cat([net[0](x).detach()] * 2))
-    assert_statistics_right(acts["1"].output, torch.cat([net[0](x).detach().relu()] * 2))
+    with torch.no_grad(), capture(narrow_net, "1", io="both", reduce=RunningStats) as acts:
+        narrow_net(x)
+        narrow_net(x)
+    assert_statistics_right(acts["1"].input, torch.cat([narrow_net[0](x).detach()] * 2))
+    assert_statistics_right(acts["1"].output, torch.cat([narrow_net[0](x).detach().relu()] * 2))
 
 
-def test_capture_of_statistics_knows_what_did_not_run_forgets_and_shows_itself(net):
-    net.spare = nn.Identity()
-    net.forward = lambda x: net[2](net[1](net[0](x)))
-    with torch.no_grad(), capture(net, ["0", "spare"], reduce=RunningStats) as acts:
-        net(torch.zeros(1, 3, 8, 8))
+def test_capture_of_statistics_knows_what_did_not_run_forgets_and_shows_itself(narrow_net):
+    narrow_net.spare = nn.Identity()
+    narrow_net.forward = lambda x: narrow_net[2](narrow_net[1](narrow_net[0](x)))
+    with torch.no_grad(), capture(narrow_net, ["0", "spare"], reduce=RunningStats) as acts:
+        narrow_net(torch.zeros(1, 3, 8, 8))
         acts.clear()
         assert acts.not_called == ("0", "spare")
-        net(torch.zeros(1, 3, 8, 8))
+        narrow_net(torch.zeros(1, 3, 8, 8))
     assert acts.not_called == ("spare",)
     assert acts["0"].count.tolist() == [36] * 4
     assert "statistics (4,)  float64  cpu" in repr(acts)
 
 
-def test_statistics_are_not_saved_as_activations(net, tmp_path):
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats) as acts:
-        net(torch.zeros(1, 3, 8, 8))
+def test_statistics_are_not_saved_as_activations(narrow_net, tmp_path):
+    with torch.no_grad(), capture(narrow_net, "0", reduce=RunningStats) as acts:
+        narrow_net(torch.zeros(1, 3, 8, 8))
     message = (
         r"`0#0` is statistics \(`reduce=RunningStats`\), which a file of activations does not hold; save"
     )
@@ -288,10 +288,10 @@ def test_statistics_are_not_saved_as_activations(net, tmp_path):
 @pytest.mark.parametrize(
     "option", [{"copy": "lazy"}, {"grad": True}, {"dtype": torch.half}, {"device": "cpu"}], ids=str
 )
-def test_options_without_effect_on_statistics_are_refused(net, option):
+def test_options_without_effect_on_statistics_are_refused(narrow_net, option):
     (name,) = option
     with pytest.raises(ValueError, match=f"`{name}` has no effect with `reduce=RunningStats`"):
-        capture(net, "0", reduce=RunningStats, **option)
+        capture(narrow_net, "0", reduce=RunningStats, **option)
 
 
 @pytest.mark.parametrize("swallows", [False, True])
@@ -323,13 +323,13 @@ def test_calls_that_have_nothing_in_common_are_refused(swallows):
             net(torch.zeros(3))
 
 
-def test_the_limit_on_memory_counts_statistics(net):
+def test_the_limit_on_memory_counts_statistics(narrow_net):
     from torchlens_viz.errors import CaptureMemoryError
 
-    with torch.no_grad(), capture(net, "0", reduce=RunningStats, max_bytes=250) as acts:
+    with torch.no_grad(), capture(narrow_net, "0", reduce=RunningStats, max_bytes=250) as acts:
         for _ in range(5):
             acts.clear()
-            net(torch.zeros(1, 3, 8, 8))
+            narrow_net(torch.zeros(1, 3, 8, 8))
     with pytest.raises(CaptureMemoryError, match="`0` needs 224 bytes, 0 are held and `max_bytes` is 100"):
-        with torch.no_grad(), capture(net, "0", reduce=RunningStats, max_bytes=100):
-            net(torch.zeros(1, 3, 8, 8))
+        with torch.no_grad(), capture(narrow_net, "0", reduce=RunningStats, max_bytes=100):
+            narrow_net(torch.zeros(1, 3, 8, 8))

@@ -21,7 +21,7 @@ from torchlens_viz.models.demo_net import (
     preprocess,
 )
 
-STORED = importlib.resources.files("torchlens_viz").joinpath("weights/demo_net.safetensors")
+STORED = importlib.resources.files("torchlens_viz").joinpath("models/demo_net.safetensors")
 
 
 @pytest.fixture(scope="module")

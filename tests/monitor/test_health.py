@@ -12,8 +12,6 @@ from tests.nets import hook_count
 from torchlens_viz import Monitor, RunningStats
 from torchlens_viz.monitor.health import Figures, MonitorWarning, Trouble
 
-# The alarm.
-
 
 class StopTrainingError(Exception):
     pass
@@ -105,9 +103,6 @@ def test_the_alarm_warns_with_layer_and_step_unless_told_otherwise(probe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Monitor(net, Recorder(), probe=probe, alarm=None).step(0)
-
-
-# Arguments.
 
 
 def test_figures_are_of_the_finite_values():

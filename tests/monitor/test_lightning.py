@@ -154,7 +154,7 @@ def test_a_missing_lightning_is_said_with_what_to_install():
     code = (
         "import sys; sys.modules['lightning'] = sys.modules['lightning.pytorch'] = None\n"
         "import torchlens_viz as tv; tv.Monitor\n"
-        "try: import torchlens_viz.lightning_callback\n"
+        "try: import torchlens_viz.monitor.lightning\n"
         "except tv.TorchlensVizError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import torchlens_viz.monitor
+import torchlens_viz.monitor.monitor
 from tests.monitor.training import Recorder, build, decoded, events, train
 from tests.nets import hook_count
 from tests.pixels import colours
@@ -137,7 +137,7 @@ def test_strict_raises_what_went_wrong(probe, source):
     assert hook_count(net) == 0
 
 
-# The alarm.
+# The examples.
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_the_example_is_stopped_by_its_alarm(tmp_path):
 
 
 def test_the_example_of_the_docstring_runs():
-    result = doctest.testmod(torchlens_viz.monitor)
+    result = doctest.testmod(torchlens_viz.monitor.monitor)
     assert (result.failed, result.attempted > 0) == (0, True)
 
 

@@ -132,9 +132,6 @@ def test_a_model_that_cannot_be_hooked_does_not_stop_the_training():
         Monitor(net, board)
 
 
-# Arguments.
-
-
 def test_one_relu_for_layers_of_several_widths_is_counted_in_full(probe):
     class Shared(nn.Module):
         def __init__(self):

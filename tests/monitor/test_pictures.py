@@ -118,9 +118,6 @@ def test_a_layer_with_two_names_is_shown_once(probe):
     assert board.last("health/0/std") == pytest.approx(seen.compute().pooled().std.item())
 
 
-# Arguments.
-
-
 def test_values_beyond_all_bounds_do_not_take_the_maps_with_them(tmp_path, probe):
     net = nn.Sequential(nn.Conv2d(3, 2, 3))
     net[0].weight.data *= 1e22

@@ -25,9 +25,6 @@ def test_a_probe_that_does_not_fit_warns_and_the_training_goes_on():
     assert board.steps("kernels/0") == [0, 1]
 
 
-# Arguments.
-
-
 class Items(Dataset):
     """Draws random numbers for every item, as augmentation does."""
 

@@ -95,9 +95,6 @@ def test_a_missing_tensorboard_is_said_at_once(tmp_path, monkeypatch):
         Monitor(build(), tmp_path)
 
 
-# Arguments.
-
-
 def test_values_too_close_for_buckets_and_pictures_of_every_mode_are_written(tmp_path):
     board = Board(tmp_path)
     for step, values in enumerate(([1, 1 + 2.3e-16], [5e-324, 0], [3, 3], [-1e30, 1e30])):

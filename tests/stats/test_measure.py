@@ -26,9 +26,6 @@ def test_the_way_of_other_devices_gives_the_same(monkeypatch, dtype):
     torch.testing.assert_close(found["squares"], expected["squares"], rtol=1e-9, atol=0)
 
 
-# The command line
-
-
 def test_a_view_across_rows_is_measured_like_its_copy():
     values = torch.randn(8, 10)[:, :5]
     stats = RunningStats()

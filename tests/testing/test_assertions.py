@@ -376,7 +376,7 @@ def test_tracebacks_end_at_the_caller_s_line(name):
     with pytest.raises(AssertionError) as caught:
         getattr(testing, name)(torch.tensor([[NAN]]), *options)
     shown = [entry for entry in caught.traceback if not entry.ishidden(caught)]
-    assert [entry.path.name for entry in shown] == ["test_testing.py"]
+    assert [entry.path.name for entry in shown] == ["test_assertions.py"]
     assert len(traceback.extract_tb(caught.tb)) > 1  # there was something to hide
 
 

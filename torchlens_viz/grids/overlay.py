@@ -23,7 +23,8 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.inputs import as_batch, as_pixels
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference, like_parameters
-from torchlens_viz.receptive.find import ReceptiveField, receptive_field
+from torchlens_viz.receptive.field import ReceptiveField
+from torchlens_viz.receptive.find import receptive_field
 
 Backdrop: TypeAlias = Literal["gray", "color"]
 

@@ -14,8 +14,7 @@ from torch import nn
 
 from torchlens_viz.arguments import channel_tuple
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, TorchlensVizError
-from torchlens_viz.hooks.activations import Activations as Activations
-from torchlens_viz.hooks.activations import InputOutput, Inputs, Recorder
+from torchlens_viz.hooks.activations import Activations, InputOutput, Inputs, Recorder
 from torchlens_viz.hooks.forward import (
     StopForwardError,
     StopPoint,

@@ -17,8 +17,7 @@ from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference
 from torchlens_viz.nested import tensors
 from torchlens_viz.receptive.extents import Extents, Grid
-from torchlens_viz.receptive.field import ReceptiveField as ReceptiveField
-from torchlens_viz.receptive.field import Span
+from torchlens_viz.receptive.field import ReceptiveField, Span
 from torchlens_viz.receptive.rules import Dependence
 
 _PROBES: Final = 5
