@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from torchlens_viz.ascent.maximize import maximize
-from torchlens_viz.errors import MissingDependencyError, PictureError
+from torchlens_viz.errors import PictureError, needed
 from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.grids.features import feature_grid
@@ -78,13 +77,8 @@ def run_demo(*, image: str | os.PathLike[str] | None, out: str | os.PathLike[str
 
 
 def _photograph() -> Image.Image:
-    try:
-        data = importlib.import_module("skimage.data")
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the demo's photograph comes with scikit-image, which is not installed; run "
-            '`python -m pip install "torchlens_viz[demo]"`, or give a picture of yours with --image'
-        ) from error
+    what = "the demo's photograph comes with scikit-image"
+    data = needed("skimage.data", what, "demo", otherwise="or give a picture of yours with --image")
     return Image.fromarray(data.chelsea())
 
 

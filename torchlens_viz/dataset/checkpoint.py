@@ -14,7 +14,7 @@ import torch
 
 from torchlens_viz.dataset.loader import Batch
 from torchlens_viz.dataset.tally import Tally
-from torchlens_viz.errors import ArchiveError, MissingDependencyError, reason_of
+from torchlens_viz.errors import ArchiveError, needed, reason_of
 from torchlens_viz.files.paths import replacing
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.nested import tensors
@@ -228,12 +228,5 @@ def require_safetensors() -> None:
 
 
 def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise MissingDependencyError(
-            "surveys are saved with safetensors, which is not installed; run "
-            '`python -m pip install "torchlens_viz[safetensors]"`'
-        ) from error
-    return safetensors
+    needed("safetensors.torch", "surveys are saved with safetensors", "safetensors")
+    return needed("safetensors", "surveys are saved with safetensors", "safetensors")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.dataset.tally import Comoments, correlation
-from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
+from torchlens_viz.errors import InvalidArgumentError, needed
 from torchlens_viz.models.kernels import has_kernels, kernels_of
 from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.stats.channels import ChannelStats
@@ -199,11 +199,5 @@ def frame_of(rows: list[dict[str, Any]]) -> Any:
     Raises:
         MissingDependencyError: pandas is not installed.
     """
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise MissingDependencyError(
-            "`to_frame` needs pandas, which is not installed; run `python -m pip install pandas`, or use "
-            "`rows()` or `to_dict()`"
-        ) from error
-    return pd.DataFrame(rows)
+    pandas = needed("pandas", "`to_frame` needs pandas", otherwise="or use `rows()` or `to_dict()`")
+    return pandas.DataFrame(rows)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from torchlens_viz.errors import ArchiveError, MissingDependencyError, reason_of
+from torchlens_viz.errors import ArchiveError, needed, reason_of
 from torchlens_viz.files.paths import replacing
 from torchlens_viz.stats.channels import ChannelStats
 
@@ -133,12 +133,5 @@ def _unpack(packed: Any, get: Callable[[str], torch.Tensor], kinds: Mapping[str,
 
 
 def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise MissingDependencyError(
-            "activations are saved with safetensors, which is not installed; run "
-            '`python -m pip install "torchlens_viz[safetensors]"`'
-        ) from error
-    return safetensors
+    needed("safetensors.torch", "activations are saved with safetensors", "safetensors")
+    return needed("safetensors", "activations are saved with safetensors", "safetensors")

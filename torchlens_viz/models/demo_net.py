@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
+from torchlens_viz.errors import InvalidArgumentError, needed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -109,13 +109,8 @@ def load_demo_net() -> DemoNet:
         >>> model.features[0].weight.shape
         torch.Size([64, 3, 11, 11])
     """
-    try:
-        from safetensors.torch import load
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the weights of the demo network are read with safetensors, which is not installed; "
-            'run `python -m pip install "torchlens_viz[demo]"`'
-        ) from error
+    what = "the weights of the demo network are read with safetensors"
+    load = needed("safetensors.torch", what, "demo").load
     stored = importlib.resources.files("torchlens_viz").joinpath(_WEIGHTS).read_bytes()
     # A model loaded inside the caller's inference_mode must still be usable outside it. On the meta device no
     # weights are drawn, so no random numbers are used up.

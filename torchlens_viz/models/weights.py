@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from torchlens_viz.errors import MissingDependencyError, ModelLoadError, one_line
+from torchlens_viz.errors import ModelLoadError, needed, one_line
 
 _SAFETENSORS = ".safetensors"
 _TORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin")
@@ -92,13 +92,8 @@ def _read(path: Path) -> object:
 
 
 def _read_safetensors(path: Path) -> object:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"`weights` {str(path)!r} is read with safetensors, which is not installed; "
-            'run `python -m pip install "torchlens_viz[safetensors]"`'
-        ) from error
+    what = f"`weights` {str(path)!r} is read with safetensors"
+    load_file = needed("safetensors.torch", what, "safetensors").load_file
     try:
         return load_file(path)
     except Exception as error:  # SafetensorError derives from Exception alone

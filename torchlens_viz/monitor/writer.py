@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from torchlens_viz.errors import InvalidTypeError, MissingDependencyError
+from torchlens_viz.errors import InvalidTypeError, needed
 from torchlens_viz.files import png
 from torchlens_viz.files.pictures import as_chw
 
@@ -119,11 +119,5 @@ def _encoded(tag: str, image: Image.Image) -> Any:
 
 
 def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependencyError(
-            "`writer` is a folder, and TensorBoard, which would write there, is not installed; run "
-            '`python -m pip install "torchlens_viz[tensorboard]"`, or pass a writer'
-        ) from error
-    return SummaryWriter
+    what = "`writer` is a folder, where TensorBoard would write"
+    return needed("torch.utils.tensorboard", what, "tensorboard", otherwise="or pass a writer").SummaryWriter
