@@ -49,7 +49,7 @@ def test_statistics_are_those_of_all_values(net):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": -1}, "`top_k` must be 0 or more"),
+        ({"top_k": -1}, "`top_k` must be at least 0"),
         ({"top_k": 1.5}, "`top_k` must be an int"),
         ({"indices": [0, 1, 1, 2]}, "must name each input once, got 1 twice"),
         ({"indices": [0, 1, 2, -3]}, "must not be negative"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -10,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from torchlens_viz.arguments import integer
 from torchlens_viz.dataset.checkpoint import Logbook, Progress
 from torchlens_viz.dataset.loader import Indices, InputOf, Numbering, inputs_in
 from torchlens_viz.dataset.result import Survey
@@ -19,7 +19,6 @@ from torchlens_viz.distributed import gathered, world
 from torchlens_viz.errors import (
     DistributedError,
     InvalidArgumentError,
-    InvalidTypeError,
     NoDataError,
 )
 from torchlens_viz.files.tensors import checksum
@@ -110,7 +109,9 @@ def survey(
         ([1], 6)
     """
     selected = select(model, layers)
-    top_k = _checked(top_k, checkpoint_seconds)
+    top_k = integer(top_k, "top_k", least=0)
+    if not checkpoint_seconds >= 0:  # infinity writes at the end alone
+        raise InvalidArgumentError(f"`checkpoint_seconds` must be 0 or more, got {checkpoint_seconds}")
     rank, processes = world() if distributed else (0, 1)
     first = next(model.parameters(), None)
     place = torch.device(device) if device is not None else None if first is None else first.device
@@ -194,15 +195,3 @@ def _united(
     for part in parts[1:]:
         merged = merged.merge(_survey_of(part, top_k, model))
     return merged
-
-
-def _checked(top_k: int, seconds: float) -> int:
-    try:
-        count = operator.index(top_k)
-    except TypeError:
-        raise InvalidTypeError(f"`top_k` must be an int, got {top_k!r}") from None
-    if count < 0 or isinstance(top_k, bool):
-        raise InvalidArgumentError(f"`top_k` must be 0 or more, got {top_k}")
-    if not seconds >= 0:
-        raise InvalidArgumentError(f"`checkpoint_seconds` must be 0 or more, got {seconds}")
-    return count

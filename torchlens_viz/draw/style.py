@@ -8,6 +8,7 @@ from typing import Final, Literal, TypeAlias, TypedDict, get_args
 
 import torch
 
+from torchlens_viz.arguments import integer, one_of
 from torchlens_viz.draw.palette import Colormap, Table, colormap
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
@@ -64,16 +65,11 @@ class Style:
             ("padding", self.padding, 0),
             ("page", self.page, 0),
         ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
-            if value is not None and value < least:
-                raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
+            if value is not None:
+                integer(value, name, least=least)
         if self.title is not None and not isinstance(self.title, str):
             raise InvalidTypeError(f"`title` must be a string or None, got {self.title!r}")
-        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise InvalidArgumentError(
-                f'`interpolation` must be "nearest", "bilinear" or "bicubic", got {self.interpolation!r}'
-            )
+        one_of(self.interpolation, "interpolation", get_args(Interpolation))
         if self.interpolation != "nearest" and self.upscale == 1:
             raise InvalidArgumentError(
                 f"`interpolation={self.interpolation!r}` has no effect with `upscale=1`; leave one out"

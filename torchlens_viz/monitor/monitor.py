@@ -11,6 +11,7 @@ from typing import Any, Final, final
 
 from torch import nn
 
+from torchlens_viz.arguments import integer
 from torchlens_viz.distributed import world
 from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.capture import Capture
@@ -114,10 +115,10 @@ class Monitor:
         map_channels: int = 16,
         strict: bool = False,
     ) -> None:
-        self._schedule = Schedule(_positive("every", every))
-        self._max_tiles = _positive("max_tiles", max_tiles)
-        self._map_images = _positive("map_images", map_images)
-        self._map_channels = _positive("map_channels", map_channels)
+        self._schedule = Schedule(integer(every, "every", least=1))
+        self._max_tiles = integer(max_tiles, "max_tiles", least=1)
+        self._map_images = integer(map_images, "map_images", least=1)
+        self._map_channels = integer(map_channels, "map_channels", least=1)
         if alarm is not None and not callable(alarm):
             raise InvalidTypeError(f"`alarm` must be a function of one Trouble, or None, got {alarm!r}")
         refuse_torchscript(model)
@@ -324,11 +325,3 @@ def _tag(kind: str, layer: str) -> str:
 
 def _is_distributed(module: nn.Module) -> bool:
     return isinstance(module, nn.parallel.DistributedDataParallel)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
-    if value < 1:
-        raise InvalidArgumentError(f"`{name}` must be at least 1, got {value}")
-    return value
