@@ -61,7 +61,10 @@ def test_without_tqdm_a_bar_is_missed_only_by_who_demands_it(terminal, monkeypat
     run(False)
 
 
-@pytest.mark.parametrize("run", [run_survey, run_maximize])
-def test_at_a_terminal_both_show_one_by_default(terminal, capsys, run):
+@pytest.mark.parametrize(("run", "unit"), [(run_survey, "images"), (run_maximize, "channels")])
+def test_at_a_terminal_both_show_one_by_default(capsys, monkeypatch, run, unit):
     run(None)
-    assert "1/1" in capsys.readouterr().err or "2/2" in capsys.readouterr().err
+    assert unit not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run(None)
+    assert unit in capsys.readouterr().err
