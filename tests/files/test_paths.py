@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchlens_viz.files.paths import safe_name, safe_names
+from torchlens_viz.errors import PictureError
+from torchlens_viz.files.paths import safe_name, safe_names, write_whole
 
 
 @pytest.mark.parametrize(
@@ -61,3 +65,24 @@ def test_every_list_of_names_becomes_distinct_files_inside_the_folder(names):
         assert Path(f"{name}.png").name == f"{name}.png"
         assert not name.startswith(".")
         assert not name.endswith(".")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_no_more(tmp_path):
+    program = (
+        "import os, pathlib, signal, sys\n"
+        "from torchlens_viz.errors import PictureError\n"
+        "from torchlens_viz.files.paths import replacing\n"
+        "with replacing(sys.argv[1], PictureError) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.png")], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.read_bytes() == b"half"
+    alive = tmp_path / left.name.replace(left.name.split("-")[3], str(os.getppid()))
+    elsewhere = tmp_path / left.name.replace(left.name.split("-")[2], "0" * 8)
+    for other in (alive, elsewhere):  # a writer that is still at it, and one on another machine
+        other.write_bytes(b"under way")
+    write_whole(tmp_path / "b.png", b"whole", PictureError)
+    assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere, tmp_path / "b.png"])

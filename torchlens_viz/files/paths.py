@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import platform
 import re
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torchlens_viz.errors import TorchlensVizError, reason_of
+from torchlens_viz.errors import InvalidTypeError, TorchlensVizError, reason_of
 
 _MAX_NAME = 120
+_TEMPORARY = ".torchlens-viz-"
+_swept: set[tuple[int, Path]] = set()
 _RESERVED_ON_WINDOWS = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)
+
+
+def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """Return what names a file or a folder as a path.
+
+    Args:
+        path: What the caller gave.
+        name: What the option is called.
+
+    Raises:
+        InvalidTypeError: It is neither a string nor a path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidTypeError(f"`{name}` must be a string or a path, got a {type(path).__name__}")
+    found = os.fspath(path)
+    if not isinstance(found, str):
+        raise InvalidTypeError(f"`{name}` must be a string or a path of text, got bytes; use `os.fsdecode`")
+    return Path(found)
+
+
+def is_there(path: Path, error: type[TorchlensVizError]) -> bool:
+    """Tell whether there is anything of that name.
+
+    Raises:
+        TorchlensVizError: Nothing can have that name: it is too long, or holds a character that none has.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as reason:
+        raise error(f"cannot read {str(path)!r}: {reason_of(reason)}; choose another name") from reason
+    return True
 
 
 @contextlib.contextmanager
@@ -29,9 +66,9 @@ def replacing(path: str | os.PathLike[str], error: type[TorchlensVizError]) -> I
         path: The file to write or replace.
         error: What to raise where the file cannot be written.
     """
-    given = Path(path)
-    target = Path(os.path.realpath(given))
+    given = as_path(path)
     try:
+        target = Path(os.path.realpath(given))
         mode = _mode_to_keep(target, given, error)
         with _folders(target.parent), _renamed(target, mode) as temporary:
             yield temporary
@@ -47,6 +84,25 @@ def write_whole(path: str | os.PathLike[str], data: bytes, error: type[Torchlens
     """Write a file that appears whole or not at all; see `replacing`."""
     with replacing(path, error) as temporary:
         temporary.write_bytes(data)
+
+
+def require_regular(
+    path: str | os.PathLike[str], error: type[TorchlensVizError], *, remedy: str = "check the path"
+) -> None:
+    """Refuse to read what is no file: a pipe would wait for ever, and a device never ends.
+
+    Args:
+        path: What is to be read.
+        error: What to raise where it is missing, a folder, a pipe or a device.
+        remedy: What to do then, as the end of a sentence.
+    """
+    try:
+        mode = as_path(path).stat().st_mode
+    except (OSError, ValueError) as reason:
+        raise error(f"cannot read {str(path)!r}: {reason_of(reason)}; {remedy}") from reason
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+        raise error(f"cannot read {str(path)!r}: it is {kind} and no file; {remedy}")
 
 
 def _mode_to_keep(target: Path, given: Path, error: type[TorchlensVizError]) -> int | None:
@@ -86,16 +142,50 @@ def _folders(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _renamed(target: Path, mode: int | None) -> Iterator[Path]:
+    _sweep(target.parent)
     # Not made by tempfile, whose files are private to the user whatever the umask says.
-    temporary = target.parent / f".torchlens-viz-{secrets.token_hex(8)}.tmp"
+    temporary = target.parent / f"{_TEMPORARY}{_host()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
+        with temporary.open("xb") as file:
+            usual = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         yield temporary
-        if mode is not None:
-            temporary.chmod(mode)
+        temporary.chmod(usual if mode is None else mode)  # a library may have put a private file in its place
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that were killed have left in a folder; once per process."""
+    if os.name != "posix" or (os.getpid(), folder) in _swept:
+        return
+    _swept.add((os.getpid(), folder))
+    mine = f"{_TEMPORARY}{_host()}-"
+    try:
+        left = [entry.name for entry in os.scandir(folder) if entry.name.startswith(mine)]
+    except OSError:
+        return
+    for name in left:
+        process = name.removeprefix(mine).partition("-")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+@functools.cache
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def safe_name(name: str) -> str:

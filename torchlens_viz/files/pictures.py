@@ -12,13 +12,17 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from torchlens_viz.arguments import integer, real
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError, reason_of
 from torchlens_viz.files import png
-from torchlens_viz.files.paths import replacing
+from torchlens_viz.files.paths import as_path, is_there, replacing
 
 _ORIENTATION_TAG = 0x0112
+_PHOTOMETRIC_TAG: Final = 0x0106
+_SLOWEST: Final = 0.02  # pictures per second: a GIF holds no pause beyond 655 seconds
+_CHUNK: Final = 2**20  # pixels that are scaled at a time
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,9 +55,8 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = 100_000_000) -
         PictureError: If the file is missing, unreadable, not a picture, damaged, or too large.
         InvalidArgumentError: If `max_pixels` is less than 1.
     """
-    if max_pixels < 1:
-        raise InvalidArgumentError(f"`max_pixels` must be at least 1, got {max_pixels}")
-    source = Path(path)
+    integer(max_pixels, "max_pixels", least=1)
+    source = as_path(path)
     shown = repr(str(source))
     try:
         mode = source.stat().st_mode
@@ -121,7 +124,7 @@ def save_picture(image: Image.Image, path: str | os.PathLike[str], **options: ob
             f"`image` must be a PIL.Image.Image, got {type(image).__name__}; "
             "make one from an array with PIL.Image.fromarray"
         )
-    given = Path(path)
+    given = as_path(path)
     data = _encode(image, given, options)
     with replacing(given, PictureError) as temporary:
         temporary.write_bytes(data)
@@ -154,16 +157,17 @@ def save_animation(
     if not frames or len({frame.size for frame in frames}) > 1:
         sizes = sorted({frame.size for frame in frames})
         raise InvalidArgumentError(f"`frames` must be one or more pictures of one size, got sizes {sizes}")
-    if not 0 < fps <= 1000:
+    if not 0 < real(fps, "fps") <= 1000:
         raise InvalidArgumentError(f"`fps` must be above 0 and at most 1000, got {fps}")
-    if Path(path).suffix.lower() not in (".webp", ".gif"):
+    pause = round(1000 / max(fps, _SLOWEST))
+    is_webp = as_path(path).suffix.lower() == ".webp"
+    if not is_webp and as_path(path).suffix.lower() != ".gif":
         raise PictureError(f"`path` must end in .webp or .gif, got {str(path)!r}")
     first, *rest = (frame.convert("RGB") for frame in frames)
-    if Path(path).suffix.lower() == ".webp":
-        own = {"lossless": True, "loop": 0 if loop else 1}
-    else:
+    own = {"lossless": True, "loop": 0 if loop else 1}
+    if not is_webp:
         own = {"loop": 0} if loop else {}  # a GIF without the entry is shown once
-    return save_picture(first, path, save_all=True, append_images=rest, duration=round(1000 / fps), **own)
+    return save_picture(first, path, save_all=True, append_images=rest, duration=pause, **own)
 
 
 def as_chw(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -181,7 +185,18 @@ def _decode(file: io.BufferedReader, shown: str, max_pixels: int) -> Image.Image
                 f"`max_pixels` = {max_pixels}; shrink the picture, or pass a larger `max_pixels`"
             )
         image.load()
-        return _upright(_as_rgb(image), _orientation(image))
+        return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as an upright 8-bit RGB image, by the rules of `read_image`.
+
+    Where it is one already, and in memory, it is the picture itself.
+    """
+    is_plain = type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info
+    if is_plain and _orientation(image) not in _UPRIGHT:
+        return image
+    return _upright(_in_colours(image), _orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -195,30 +210,44 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _in_colours(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+        gray = Image.fromarray(_to_8_bit(image))
+        return (ImageOps.invert(gray) if _is_white_zero(image) else gray).convert("RGB")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
+        whole = Image.new("RGB", image.size)
+        rows = max(1, _CHUNK // max(1, image.width))
+        for top in range(0, image.height, rows):  # in little memory
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            opaque = Image.new("RGBA", strip.size, "white")
+            opaque.alpha_composite(strip.convert("RGBA"))
+            whole.paste(opaque.convert("RGB"), (0, top))
+        return whole
     return image.convert("RGB")
 
 
-def _to_8_bit(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    values = np.asarray(image).astype(np.float64)
+def _is_white_zero(image: Image.Image) -> bool:
+    """Tell whether a TIFF counts from white to black, which Pillow undoes for up to 8 bits only."""
+    tags: Any = getattr(image, "tag_v2", None) or {}
+    return image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC_TAG) == 0
+
+
+def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
+    values = np.asarray(image)
     low, high = _black_and_white(image, values)
-    scaled = np.clip((values - low) / (high - low) * 255.0, 0.0, 255.0)
-    return np.rint(np.nan_to_num(scaled, nan=0.0)).astype(np.uint8)
+    levels = np.empty(values.shape, np.uint8)
+    for rows in range(0, len(values), max(1, _CHUNK // max(1, values[:1].size))):  # in little memory
+        part = slice(rows, rows + max(1, _CHUNK // max(1, values[:1].size)))
+        scaled = np.clip((values[part].astype(np.float64) - low) / (high - low) * 255.0, 0.0, 255.0)
+        levels[part] = np.rint(np.nan_to_num(scaled, nan=0.0)).astype(np.uint8)
+    return levels
 
 
-def _black_and_white(
-    image: Image.Image, values: np.ndarray[Any, np.dtype[np.float64]]
-) -> tuple[float, float]:
+def _black_and_white(image: Image.Image, values: npt.NDArray[Any]) -> tuple[float, float]:
     # Pillow before 11 opens 16-bit PNG and PPM as 32-bit "I", but their white is still 65535.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 0.0, 65535.0
-    finite = values[np.isfinite(values)]
+    finite = values[np.isfinite(values)] if image.mode == "F" else values
     if finite.size == 0:
         return 0.0, 1.0
     low, high = float(finite.min()), float(finite.max())
@@ -265,7 +294,7 @@ def pictures_in(folder: Path, *, but_not_in: Path) -> list[Path]:
     Raises:
         PictureError: There is no such folder, one cannot be read, or no picture is in it.
     """
-    if not folder.is_dir():
+    if not is_there(folder, PictureError) or not folder.is_dir():
         raise PictureError(
             f"IMAGE_FOLDER must name a folder of pictures, got {str(folder)!r}; check the spelling"
         )
