@@ -374,7 +374,7 @@ def test_they_say_what_they_hold():
             r"`values` must have 3 channels as before, got 4 \(shape \(2, 4\), `channel_dim` 1\)",
         ),
         (lambda: RunningStats(bins=[1, 1]), ValueError, r"`bins` must be finite edges that increase, got"),
-        (lambda: RunningStats(bins=[]), ValueError, r"`bins` must be finite edges that increase, got \(\)"),
+        (lambda: RunningStats(bins=[]), ValueError, r"`bins` must be finite edges that increase, got \[\]"),
         (lambda: RunningStats(bins="lin"), ValueError, '`bins` must be "log", increasing edges or None'),
         (lambda: RunningStats().merge(3), TypeError, "`other` must be a RunningStats, got int"),
         (lambda: RunningStats().merge(RunningStats(bins="log")), ValueError, "must have the same `bins`"),
@@ -393,3 +393,21 @@ def test_merging_other_channels_is_refused():
     with pytest.raises(ValueError, match="`other` must have 3 channels, got 4"):
         one.merge(two)
     assert one.merge(RunningStats()).compute().channels == 3
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_nothing_seen_beside_large_values_leaves_their_figures(order):
+    parts = [
+        torch.full((2, 3, 4, 4), 1e200, dtype=torch.float64),
+        torch.zeros(0, 3, 4, 4, dtype=torch.float64),
+    ]
+    stats = RunningStats()
+    for place in order:
+        stats.update(parts[place])
+    assert stats.compute().std.tolist() == [0] * 3
+    assert stats.compute().mean.tolist() == [1e200] * 3
+    lost = torch.full((1, 2, 4), torch.nan, dtype=torch.float64)
+    lost[:, 0] = 1e200
+    mixed = RunningStats()
+    mixed.update(lost)
+    assert mixed.compute().pooled().std.tolist() == [0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Any, NamedTuple, TypeVar, final
@@ -10,6 +10,11 @@ from typing import Any, NamedTuple, TypeVar, final
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from torchlens_viz.arguments import named_device, number
+from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.notebook import Page, profile
+from torchlens_viz.notebook import number as cell
 
 _Array = TypeVar("_Array", torch.Tensor, npt.NDArray[Any])
 
@@ -50,6 +55,11 @@ class Sums(NamedTuple):
     low: npt.NDArray[Any]
     high: npt.NDArray[Any]
     zeros: npt.NDArray[Any] | None
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are."""
+        return len(self.first)
 
     @property
     def nbytes(self) -> int:
@@ -118,11 +128,34 @@ def no_moments(channels: int, device: torch.device, bins: int | None = None) -> 
     )
 
 
+def require_moments(parts: Mapping[str, torch.Tensor], bins: tuple[float, ...] | None) -> None:
+    """Refuse moments that no values have, such as an edited file may hold.
+
+    Raises:
+        InvalidArgumentError: They are of other shapes, or no counts.
+    """
+    channels = parts["total"].shape
+    columns = () if bins is None else (len(bins) + 1,)
+    for name, part in parts.items():
+        shape = (*channels, *columns) if name == "histogram" else tuple(channels)
+        if len(channels) != 1 or part.shape != shape:
+            raise InvalidArgumentError(
+                f"`state` must hold (C,) for each of its parts, got `{name}` of shape {tuple(part.shape)}"
+            )
+    total, finite, zeros = parts["total"], parts["finite"], parts["zeros"]
+    is_counted = (zeros >= 0) & (zeros <= finite) & (finite <= total) & ~(parts["squares"] < 0)
+    if not bool(is_counted.all()) or ("histogram" in parts and bool((parts["histogram"] < 0).any())):
+        raise InvalidArgumentError("`state` must count 0 <= zeros <= finite <= total values")
+
+
 def pooled(each: Moments) -> Moments:
     """Return the moments of all channels together, as those of one channel."""
     finite = each.finite.sum(0, keepdim=True)
     mean = (each.mean * each.finite).sum(0, keepdim=True) / finite.clamp(min=1)
-    between = ((each.mean - mean).square() * each.finite).sum(0, keepdim=True)
+    distance = each.mean - mean
+    between = (distance * each.finite * distance).sum(
+        0, keepdim=True
+    )  # 0 where there is no value, if far away
     return Moments(
         total=each.total.sum(0, keepdim=True),
         finite=finite,
@@ -140,7 +173,8 @@ def _united(ours: tuple[_Array, _Array, _Array], theirs: tuple[Any, _Array, _Arr
     (count, mean, squares), (their_count, their_mean, their_squares) = ours, theirs
     share = their_count / (count + their_count).clip(1)
     distance = their_mean - mean
-    return mean + distance * share, squares + their_squares + distance * distance * count * share
+    # In this order, since the square of a distance from the mean of no values may be beyond all numbers.
+    return mean + distance * share, squares + their_squares + (distance * share) * (distance * count)
 
 
 @final
@@ -180,6 +214,7 @@ class ChannelStats:
 
     def dead(self, eps: float = 0.0) -> torch.Tensor:
         """Return the channels whose maximum never exceeded `eps`: (D,) int64, increasing."""
+        eps = number(eps, "eps")
         return (self.max <= eps).nonzero().flatten()
 
     def pooled(self) -> ChannelStats:
@@ -199,7 +234,7 @@ class ChannelStats:
 
     def to(self, device: torch.device | str) -> ChannelStats:
         """Return the same statistics on another device."""
-        parts: dict[str, Any] = self.to_dict()
+        device, parts = named_device(device), self.to_dict()
         parts = {n: part.to(device) for n, part in parts.items() if isinstance(part, torch.Tensor)}
         return replace(self, **parts)
 
@@ -211,6 +246,24 @@ class ChannelStats:
         names = ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")
         spans = [f"{name} {_span(getattr(self, name))}" for name in names if self.channels]
         return f"ChannelStats({', '.join([f'{self.channels} channels', *spans])})"
+
+    def _repr_html_(self) -> str:
+        page = Page(f"ChannelStats of {self.channels:,} channels")
+        names = ("mean", "std", "min", "max", "zero_fraction", "nonfinite", "count")
+        columns = {name: getattr(self, name).tolist() for name in names}
+        heads = ("figure", "least", "greatest", "by channel, bars from zero")
+        spans = [
+            (name, cell(min(values)), cell(max(values)), profile(values, f"{name} of each channel"))
+            for name, values in columns.items()
+            if values
+        ]
+        page.table(heads, spans, len(spans))
+        rows = (
+            [cell(channel), *(cell(columns[name][channel]) for name in names)]
+            for channel in range(self.channels)
+        )
+        page.table(("channel", *names), rows, self.channels)
+        return str(page)
 
 
 def stats_of(moments: Moments, bins: tuple[float, ...] | None) -> ChannelStats:

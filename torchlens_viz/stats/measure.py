@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from torchlens_viz.arguments import has_float64
 from torchlens_viz.stats.channels import Moments, Sums, no_moments, with_sums
+from torchlens_viz.stats.pairs import Pairs, measured_in_pairs
 
 # Values worked on at a time: on a CPU what stays in the cache, elsewhere what keeps temporary memory small.
 # A sum of that many ones is exact in float32.
@@ -32,7 +34,7 @@ class Measured(NamedTuple):
             is NaN or Inf; None where they were not found on the way.
     """
 
-    moments: Moments | Sums
+    moments: Moments | Sums | Pairs
     peaks: npt.NDArray[Any] | None
 
 
@@ -53,14 +55,22 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
     Args:
         values: Any dense real tensor, of one dimension or more.
         channel_dim: The dimension that runs through the channels.
-        edges: (E,) increasing float64 edges of a histogram, on the device of `values`, or None.
+        edges: (E,) increasing edges of a histogram, on the device of `values`, or None: in float64, or where
+            the device has none rounded up to float32, which counts float32 values the same.
 
     Returns:
         The moments, on the device of `values`, and the peaks.
     """
     channels, device = values.shape[channel_dim], values.device
+    is_narrow = not has_float64(device)
     if values.numel() == 0:
-        return Measured(no_moments(channels, device, None if edges is None else len(edges) + 1), None)
+        place = torch.device("cpu") if is_narrow else device
+        return Measured(no_moments(channels, place, None if edges is None else len(edges) + 1), None)
+    if is_narrow:
+        with torch.inference_mode(False), torch.no_grad():
+            pairs = measured_in_pairs(values.movedim(channel_dim, 0).flatten(1))
+            histogram = None if edges is None else _histogram(_as_matrix(values, channel_dim), edges)
+            return Measured(pairs._replace(histogram=histogram), None)
     layout = _as_matrix(values, channel_dim)
     peaks = None
     if device.type == "cpu":
@@ -82,8 +92,8 @@ def measure(values: torch.Tensor, channel_dim: int, edges: torch.Tensor | None) 
             if is_odd.any():
                 odd = torch.from_numpy(is_odd.nonzero()[0])
                 anew = _measured_anywhere(_as_matrix(values.index_select(channel_dim, odd), channel_dim))
-                pairs = zip(moments[:-1], anew[:-1], strict=True)  # neither has a histogram yet
-                moments = Moments(*(ours.index_copy(0, odd, theirs) for ours, theirs in pairs))
+                both = zip(moments[:-1], anew[:-1], strict=True)  # neither has a histogram yet
+                moments = Moments(*(ours.index_copy(0, odd, theirs) for ours, theirs in both))
         histogram = None if edges is None else _histogram(layout, edges)
         return Measured(moments._replace(histogram=histogram), peaks)
 
@@ -217,8 +227,8 @@ def _histogram(layout: _Layout, edges: torch.Tensor) -> torch.Tensor:
     bins = len(edges) + 2  # the last one is for what is not finite
     counts = torch.zeros(channels * bins, dtype=torch.int64, device=matrix.device)
     for block, row in _blocks(layout):
-        wide = block.double()
-        place = torch.bucketize(wide.contiguous(), edges, right=True).masked_fill_(~wide.isfinite(), bins - 1)
+        same = block.to(edges.dtype)
+        place = torch.bucketize(same.contiguous(), edges, right=True).masked_fill_(~same.isfinite(), bins - 1)
         numbers = torch.arange(block.shape[1 - dim], device=matrix.device)
         numbers = (numbers if dim == 0 else (numbers + row).unsqueeze(1)) % channels * bins
         place = (place + numbers).view(-1)

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, final
 
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.arguments import plain
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
-from torchlens_viz.stats.channels import ChannelStats, Moments, Sums, no_moments, stats_of, union, with_sums
+from torchlens_viz.arguments import has_float64, integer, listed, plain, shown
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError, one_line
+from torchlens_viz.stats.channels import (
+    ChannelStats,
+    Moments,
+    Sums,
+    no_moments,
+    require_moments,
+    stats_of,
+    union,
+    with_sums,
+)
 from torchlens_viz.stats.measure import measure
+from torchlens_viz.stats.pairs import Pairs
 
 Bins: TypeAlias = Literal["log"] | Sequence[float] | None
 
 # How many tensors may be late, and how many bytes they may take.
+_MOST_EDGES: Final = 2**16
 _MOST_LATE: Final = 16
+_MOST_PAIRS: Final = 256
 _LATE_BYTES: Final = 2**20
 _POWERS: Final = tuple(2.0**exponent for exponent in range(-12, 13))
 LOG_EDGES: Final = (*(-power for power in reversed(_POWERS)), 0.0, *_POWERS)
@@ -29,27 +42,33 @@ class _Gathered(NamedTuple):
     """Moments, and the sums of tensors that came later and are yet to be united with them."""
 
     moments: Moments | None = None
-    late: tuple[Sums, ...] = ()
+    late: tuple[Sums | Pairs, ...] = ()
 
     @property
     def channels(self) -> int | None:
         if self.moments is not None:
             return len(self.moments.total)
-        return len(self.late[0].first) if self.late else None
+        return self.late[0].channels if self.late else None
 
     def settled(self) -> _Gathered:
         """Return the same with nothing late: to the last bit the same, whenever that is done."""
         if not self.late:
             return self
         with torch.inference_mode(False), torch.no_grad():
-            cpu = torch.device("cpu")
-            known = no_moments(len(self.late[0].first), cpu) if self.moments is None else self.moments
-            return _Gathered(with_sums(known.to(cpu), self.late).to(known.mean.device))
+            cpu, first = torch.device("cpu"), self.late[0]
+            if isinstance(first, Pairs):  # all of them are, as they are of one device
+                found = [late.moments() for late in self.late if isinstance(late, Pairs)]
+                return _Gathered(reduce(union, found if self.moments is None else [self.moments, *found]))
+            sums = [late for late in self.late if isinstance(late, Sums)]
+            known = no_moments(len(first.first), cpu) if self.moments is None else self.moments
+            return _Gathered(with_sums(known.to(cpu), sums).to(known.mean.device))
 
-    def then(self, sums: tuple[Sums, ...]) -> _Gathered:
+    def then(self, sums: tuple[Sums | Pairs, ...]) -> _Gathered:
         """Return what is known with later tensors."""
         now = self._replace(late=self.late + sums)
-        is_due = len(now.late) > _MOST_LATE or sum(late.nbytes for late in now.late) > _LATE_BYTES
+        # To read pairs is to wait for their device.
+        most = _MOST_PAIRS if isinstance(now.late[-1], Pairs) else _MOST_LATE
+        is_due = len(now.late) > most or sum(late.nbytes for late in now.late) > _LATE_BYTES
         return now.settled() if is_due else now
 
 
@@ -60,7 +79,8 @@ class RunningStats:
     Whatever the type of the values, sums are kept in float64 and merged after Chan, Golub and LeVeque (1979),
     so that neither the number of values nor a mean far from zero costs digits, and a merge of parts equals
     one pass over the whole to rounding; counts, extremes and the histogram equal it exactly. NaN and Inf are
-    counted, and touch nothing else. Everything stays on the device of the values; nothing waits for it.
+    counted, and touch nothing else. Everything stays on the device of the values, and nothing waits for it;
+    on one without float64 sums are pairs of float32 with as many digits, and results are on the host.
 
     The histogram is left out unless it is asked for: everything else takes about a tenth of the time of
     ResNet-18's forward pass on a CPU, a histogram longer than the forward pass. Its edges are fixed
@@ -68,7 +88,7 @@ class RunningStats:
 
     Args:
         channel_dim: The dimension that runs through the channels: 1 for (N, C), (N, C, L) and (N, C, H, W),
-            -1 for (N, L, C).
+            -1 for (N, L, C). None is 1, but where `capture` knows what a layer has.
         bins: Increasing edges of a histogram, or "log": zero, and the powers of two from 2**-12 to 2**12 on
             both sides of it. See `ChannelStats.histogram`.
 
@@ -86,15 +106,16 @@ class RunningStats:
 
     __slots__ = ("_edges", "_gathered", "bins", "channel_dim")
 
-    def __init__(self, *, channel_dim: int = 1, bins: Bins = None) -> None:
-        self.channel_dim = channel_dim
-        self.bins = _edges_of(bins)
+    def __init__(self, *, channel_dim: int | None = None, bins: Bins = None) -> None:
+        self.channel_dim = channel_dim if channel_dim is None else integer(channel_dim, "channel_dim")
+        self.bins = edges_of(bins)
         self._gathered = _Gathered()  # changed in one step, so that Ctrl-C counts nothing twice
         self._edges: torch.Tensor | None = None
 
-    def fresh(self) -> RunningStats:
-        """Return an empty gathering with the same options."""
-        return RunningStats(channel_dim=self.channel_dim, bins=self.bins)
+    def fresh(self, *, channel_dim: int | None = None) -> RunningStats:
+        """Return an empty gathering with the same options, or with another dimension of the channels."""
+        dim = self.channel_dim if channel_dim is None else channel_dim
+        return RunningStats(channel_dim=dim, bins=self.bins)
 
     def reset(self) -> None:
         """Forget all values, and how many channels and which device they had."""
@@ -112,7 +133,8 @@ class RunningStats:
             InvalidTypeError: It is no tensor, or complex, nested or without values.
         """
         self._update_with_peaks(values)
-        self._gathered = self._gathered.settled()
+        if has_float64(values.device):
+            self._gathered = self._gathered.settled()
 
     def _update_with_peaks(self, values: torch.Tensor) -> npt.NDArray[Any] | None:
         """Do as `update`, and return the peaks of the maps where these were found on the way.
@@ -132,20 +154,21 @@ class RunningStats:
         if values.is_complex() or values.is_nested or values.is_meta:
             kind = "nested" if values.is_nested else "a meta tensor" if values.is_meta else str(values.dtype)
             raise InvalidTypeError(f"`values` must be a tensor of real numbers, got one that is {kind}")
-        if not -values.ndim <= self.channel_dim < values.ndim:
+        dim = 1 if self.channel_dim is None else self.channel_dim
+        if not -values.ndim <= dim < values.ndim:
             raise InvalidArgumentError(
-                f"`channel_dim` must be a dimension of the values, got {self.channel_dim} "
+                f"`channel_dim` must be a dimension of the values, got {shown(dim)} "
                 f"(shape {tuple(values.shape)})"
             )
-        channels, before = values.shape[self.channel_dim], self._gathered.channels
+        channels, before = values.shape[dim], self._gathered.channels
         if before not in (None, channels):
             raise InvalidArgumentError(
                 f"`values` must have {before} channels as before, got {channels} (shape "
-                f"{tuple(values.shape)}, `channel_dim` {self.channel_dim}); call `reset()` to start anew"
+                f"{tuple(values.shape)}, `channel_dim` {dim}); call `reset()` to start anew"
             )
         dense = plain(values.detach())
-        found = measure(dense, self.channel_dim, self._edges_on(dense.device))
-        if isinstance(found.moments, Sums):
+        found = measure(dense, dim, self._edges_on(dense.device))
+        if isinstance(found.moments, Sums | Pairs):
             self._gathered = self._gathered.then((found.moments,))
         else:
             self._take(found.moments)
@@ -185,12 +208,24 @@ class RunningStats:
             InvalidArgumentError: It has another number of channels.
         """
         self._require_channels(other)
-        both = self.fresh()
+        both = other.fresh()
         both._gathered = self._gathered
         if other._gathered.moments is not None:
             return both.merge(other)
         both._gathered = both._gathered.then(other._gathered.late)
         return both
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels the values had; None before the first."""
+        return self._gathered.channels
+
+    @property
+    def _nbytes(self) -> int:
+        """How much memory it takes, as far as it is known without waiting for a device."""
+        moments, late = self._gathered
+        parts = [] if moments is None else [part for part in moments if part is not None]
+        return sum(part.nbytes for part in parts) + sum(each.nbytes for each in late)
 
     def compute(self) -> ChannelStats:
         """Return the statistics of all values so far.
@@ -224,18 +259,25 @@ class RunningStats:
         Raises:
             InvalidArgumentError: The dict is not complete.
         """
-        stats = cls(channel_dim=state.get("channel_dim", 1), bins=state.get("bins"))
+        if not isinstance(state, Mapping):
+            raise InvalidTypeError(f"`state` must be what `to_dict` returned, got {shown(state)}")
+        stats = cls(channel_dim=state.get("channel_dim"), bins=state.get("bins"))
         whole = ("total", "finite", "zeros", *(("histogram",) if stats.bins is not None else ()))
         names = (*whole, "low", "high", "mean", "squares")
-        if not any(name in state for name in names):
-            return stats
         missing = [name for name in names if name not in state]
+        if len(missing) == len(names):
+            return stats
         if missing:
             raise InvalidArgumentError(f"`state` must be what `to_dict` returned, got one without {missing}")
-        parts = {
-            name: torch.as_tensor(state[name], dtype=torch.int64 if name in whole else torch.float64).clone()
-            for name in names
-        }
+        try:
+            parts = {
+                name: _as_part(state[name], torch.int64 if name in whole else torch.float64) for name in names
+            }
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InvalidArgumentError(
+                f"`state` must be what `to_dict` returned, got other values ({one_line(error)})"
+            ) from error
+        require_moments(parts, stats.bins)
         stats._gathered = _Gathered(Moments(**cast("Any", {"histogram": None, **parts})))
         return stats
 
@@ -265,19 +307,44 @@ class RunningStats:
 
     def _edges_on(self, device: torch.device) -> torch.Tensor | None:
         if self.bins is not None and (self._edges is None or self._edges.device != device):
-            self._edges = torch.tensor(self.bins, dtype=torch.float64, device=device)
+            edges = torch.tensor(self.bins, dtype=torch.float64, device="cpu")
+            self._edges = (edges if has_float64(device) else _rounded_up(edges)).to(device)
         return self._edges
 
 
-def _edges_of(bins: Bins) -> tuple[float, ...] | None:
+def _rounded_up(edges: torch.Tensor) -> torch.Tensor:
+    """Return the smallest float32 that is not below each edge."""
+    near = edges.float()
+    return torch.where(near.double() < edges, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
+
+
+def _as_part(values: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values.to(dtype, copy=True)
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+def edges_of(bins: Bins) -> tuple[float, ...] | None:
+    """Return the edges of a histogram; None is no histogram.
+
+    Raises:
+        InvalidArgumentError: They are not finite or do not increase.
+        InvalidTypeError: They are no numbers.
+    """
     if bins is None:
         return None
     if isinstance(bins, str):
         if bins != "log":
-            raise InvalidArgumentError(f'`bins` must be "log", increasing edges or None, got {bins!r}')
+            raise InvalidArgumentError(f'`bins` must be "log", increasing edges or None, got {shown(bins)}')
         return LOG_EDGES
-    edges = tuple(float(edge) for edge in bins)
+    rule = f"`bins` must be finite edges that increase, got {shown(bins)}"
+    try:
+        edges = tuple(float(edge) for edge in listed(bins, "bins", most=_MOST_EDGES))
+    except (TypeError, RuntimeError):
+        raise InvalidTypeError(rule) from None
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError(rule) from None
     is_increasing = all(low < high for low, high in pairwise(edges))
     if not edges or not is_increasing or not all(map(math.isfinite, edges)):
-        raise InvalidArgumentError(f"`bins` must be finite edges that increase, got {edges}")
+        raise InvalidArgumentError(rule)
     return edges

@@ -9,6 +9,7 @@ from typing import Any, Final, final
 
 import torch
 
+from torchlens_viz.arguments import integer
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.stats.peaks import Peaks
 
@@ -35,6 +36,16 @@ class Top:
     samples: torch.Tensor
     positions: torch.Tensor
 
+    def __repr__(self) -> str:
+        channels, kept = self.values.shape
+        lines = [f"Top {kept} inputs of {channels} channels: value #sample at position"]
+        for channel in range(min(channels, 8)):
+            rows = zip(self.values[channel], self.samples[channel], self.positions[channel], strict=True)
+            peaks = [f"{value:.4g} #{sample} at {tuple(place.tolist())}" for value, sample, place in rows]
+            more = ", ..." if kept > 3 else ""
+            lines.append(f"  {channel}: {', '.join(peaks[:3])}{more}")
+        return "\n".join([*lines, f"  ... {channels - 8} more"] if channels > 8 else lines)
+
 
 @final
 class RunningTop:
@@ -49,9 +60,9 @@ class RunningTop:
     def __init__(self, k: int) -> None:
         self.k = k
         self._values: torch.Tensor | None = None  # (C, up to k), the highest first
-        self._samples = torch.empty(0)
-        self._positions = torch.empty(0)
-        self._best = torch.empty(0)  # (C,), how many inputs have the highest value
+        self._samples = torch.empty(0, device="cpu")
+        self._positions = torch.empty(0, device="cpu")
+        self._best = torch.empty(0, device="cpu")  # (C,), how many inputs have the highest value
 
     def with_peaks(self, peaks: Peaks, samples: torch.Tensor, *, in_order: bool) -> RunningTop:
         """Return the top k of what was there and one more batch.
@@ -87,6 +98,11 @@ class RunningTop:
             return self
         return self._joined(other, in_order=False)
 
+    @property
+    def channels(self) -> int | None:
+        """How many channels there are; None before the first batch."""
+        return None if self._values is None else len(self._values)
+
     def bar(self) -> torch.Tensor | None:
         """Return what a value must reach to get among the top k, (C,); None if anything can."""
         if self._values is None or self._values.shape[1] < self.k:
@@ -101,14 +117,17 @@ class RunningTop:
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the highest value of each channel, -inf for none, and how many inputs reached it."""
         if self._values is None:
-            return torch.empty(0), torch.empty(0, dtype=torch.int64)
+            nothing = torch.empty(0, device="cpu")
+            return nothing, nothing.long()
         return self._values[:, 0], self._best
 
     def compute(self) -> Top:
         """Return the top k so far, in new tensors on the CPU."""
         if self._values is None:
-            nothing = torch.empty(0, 0)
-            return Top(values=nothing, samples=nothing.long(), positions=torch.empty(0, 0, 2).long())
+            nothing = torch.empty(0, 0, device="cpu")
+            return Top(
+                values=nothing, samples=nothing.long(), positions=nothing[..., None].expand(0, 0, 2).long()
+            )
         values, samples, positions = self._values.cpu(), self._samples.cpu(), self._positions.cpu()
         is_empty = samples == _NOBODY
         columns = int((~is_empty).any(0).sum())
@@ -131,8 +150,9 @@ class RunningTop:
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> RunningTop:
         """Return what `to_dict` described."""
-        top = cls(state["k"])
+        top = cls(integer(state["k"], "k", least=1, most=2**31))
         if "values" in state:
+            _check_state(state)
             top._values, top._samples = state["values"], state["samples"]
             top._positions, top._best = state["positions"], state["best"]
         return top
@@ -186,6 +206,32 @@ class RunningTop:
                 for mine, part in zip(old, _highest(parts, self.k, in_order=True), strict=True)
             )
         return ours
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Refuse what no `RunningTop` holds, such as an edited file may.
+
+    Raises:
+        InvalidArgumentError: A tensor is missing, or of another type or shape.
+    """
+    parts: list[Any] = [state.get(name) for name in ("values", "samples", "positions", "best")]
+    if not all(isinstance(part, torch.Tensor) for part in parts):
+        raise InvalidArgumentError("the top inputs must be tensors: values, samples, positions and best")
+    values, samples, positions, best = parts
+    shape, kinds = tuple(values.shape), {samples.dtype, positions.dtype, best.dtype}
+    if (
+        kinds != {torch.int64}
+        or not values.is_floating_point()
+        or values.ndim != 2
+        or shape[1] > state["k"]
+        or (tuple(samples.shape), tuple(positions.shape[:-1]), tuple(best.shape)) != (shape, shape, shape[:1])
+        or not 2 <= positions.shape[-1] <= 3
+    ):
+        raise InvalidArgumentError(
+            "the top inputs must be values and samples (C, k), positions (C, k, 2 or 3)"
+        )
+    if bool((samples < 0).any()) or bool(values.isnan().any()) or bool((best < 0).any()):
+        raise InvalidArgumentError("the top inputs must have indices from 0 and no NaN")
 
 
 def _passing(
