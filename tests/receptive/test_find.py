@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.receptive.dependence import Dependence
 from torchlens_viz.receptive.extents import Extents, UnknownOperationError
 from torchlens_viz.receptive.field import ReceptiveField
-from torchlens_viz.receptive.find import receptive_field
-from torchlens_viz.receptive.rules import Dependence
+from torchlens_viz.receptive.find import followed_field, receptive_field
 
 
 def seen_rows(model: nn.Module, shape: tuple[int, ...], axis: int) -> list[tuple[int, int] | None]:
@@ -405,7 +405,9 @@ def test_layers_and_shapes_that_do_not_fit():
         receptive_field(net, "1", (1, 3, 8.5, 8))
     with pytest.raises(InvalidTypeError, match="`input_shape` must be"):
         receptive_field(net, "1", 8)
-    with pytest.raises(RuntimeError, match="expected input"):  # the model's own words
+    with pytest.raises(
+        InvalidArgumentError, match=r"`input_shape` must be what the model takes.*expected input"
+    ):
         receptive_field(net, "1", (1, 4, 8, 8))
 
 
@@ -430,3 +432,23 @@ def test_layers_that_see_nothing_or_too_much():
         receptive_field(Constant("several"), "inner", (1, 3, 8, 8))
     with pytest.raises(InvalidArgumentError, match="must put out one tensor, but `inner` did not run"):
         receptive_field(Constant("never"), "inner", (1, 3, 8, 8))
+
+
+class Sorted(nn.Module):
+    """Sorts pixels, which extents cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, images):
+        return self.conv(images.sort(dim=3).values)
+
+
+def test_a_field_that_one_pass_does_not_tell_is_none_where_it_must_not_be_measured():
+    assert followed_field(Sorted(), "conv", (1, 1, 8, 8)) is None
+    assert not receptive_field(Sorted(), "conv", (1, 1, 8, 8)).is_exact
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, stride=2), nn.ReLU())
+    found = followed_field(net, "1", (1, 1, 9, 9))
+    assert found is not None
+    assert (found.size, found.stride, found.is_exact) == ((3, 3), (2.0, 2.0), True)

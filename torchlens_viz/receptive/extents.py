@@ -7,12 +7,14 @@ as pixels beyond the border, so that a convolution sees as much there as in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from torchlens_viz.receptive.places import Grid, Place, Standing, standings
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
@@ -21,16 +23,9 @@ class UnknownOperationError(Exception):
     """The model does something of which it is not known what depends on what."""
 
 
-class Grid(NamedTuple):
-    """Where the positions of a map lie along one axis, in input pixels: the first one, and their distance."""
-
-    origin: float
-    step: float
-
-
 @final
 class Extents(torch.Tensor):
-    """The input pixels on which each element of a tensor depends, and the grid its positions lie on.
+    """The input pixels on which each element of a tensor depends, and over which of them it stands.
 
     `parts` holds, for every spatial axis of the input, the first pixel negated and the last pixel, each as a
     tensor of the shape that the model sees, so that a union is a maximum. -inf stands for no pixel at all.
@@ -39,15 +34,15 @@ class Extents(torch.Tensor):
     """
 
     parts: tuple[torch.Tensor, ...]
-    grids: tuple[Grid, ...]
+    places: tuple[Place, ...]
 
     @staticmethod
-    def __new__(cls: type[Extents], parts: Sequence[torch.Tensor], grids: Sequence[Grid]) -> Extents:
+    def __new__(cls: type[Extents], parts: Sequence[torch.Tensor], places: Sequence[Place]) -> Extents:
         """Make a tensor of the shape of the parts."""
         made = torch.Tensor._make_wrapper_subclass(
             cls, parts[0].shape, dtype=torch.float32, device=torch.device("cpu")
         )
-        made.parts, made.grids = tuple(parts), tuple(grids)
+        made.parts, made.places = tuple(parts), tuple(places)
         return made
 
     @classmethod
@@ -58,7 +53,11 @@ class Extents(torch.Tensor):
             line = torch.arange(size, dtype=torch.float32, device="cpu")
             line = line.view(-1, *[1] * (len(shape) - 3 - axis))
             parts += [(-line).expand(shape), line.expand(shape)]
-        return cls(parts * 2, [Grid(0.0, 1.0)] * (len(shape) - 2))
+        return cls(parts * 2, [Place.along(dim, shape, Grid(0.0, 1.0)) for dim in range(2, len(shape))])
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Extents:
+        """Return the same elements in another order or number."""
+        return Extents([move(part) for part in self.parts], [place.moved(move) for place in self.places])
 
     @classmethod
     def __torch_function__(
@@ -95,85 +94,110 @@ def union(parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
     return first.expand(shape)
 
 
-def common_grids(known: Sequence[Extents], shape: Sequence[int]) -> list[Grid]:
-    """Return the grid of a union: that of the maps in it, not of what is broadcast over them."""
-    grids = []
-    for axis, grid in enumerate(known[0].grids):
-        dim = axis + 2
-        whole = [
-            each.grids[axis]
-            for each in known
-            if each.ndim == len(shape) and dim < len(shape) and each.shape[dim] == shape[dim]
-        ] or [grid]
-        grids.append(Grid(sum(each.origin for each in whole) / len(whole), whole[0].step))
-    return grids
-
-
 def mixing(
     x: Extents, dims: Sequence[int], shape: Sequence[int] | None = None, *, keepdim: bool = True
 ) -> Extents:
-    """Return what depends on everything along some dimensions."""
+    """Return what depends on everything along some dimensions.
+
+    Args:
+        x: What is mixed.
+        dims: The dimensions.
+        shape: What comes out, where these dimensions stay.
+        keepdim: Whether they stay, with size 1, where there is no `shape`.
+    """
     dims = [dim % x.ndim for dim in dims]
     parts = [over(part, *dims) for part in x.parts]
     if shape is not None:
-        parts = [part.expand(shape) for part in parts]
-    elif not keepdim:
-        parts = [part.squeeze(dims) for part in parts]
-    grids = list(x.grids)
-    for dim in dims if shape is None and x.ndim == len(grids) + 2 else ():
-        if dim >= 2:
-            pooled = adaptive(x.shape[dim], 1)
-            origin, step = grids[dim - 2]
-            grids[dim - 2] = Grid(origin + pooled.origin * step, pooled.step * step)
-    return Extents(parts, grids)
+        whole = tuple(shape)
+        places = [place.mean(dims) for place in x.places]
+        return Extents(
+            [part.expand(whole) for part in parts],
+            [place.moved(lambda number: number.expand(whole)) for place in places],
+        )
+    reduced = [1 if dim in dims else size for dim, size in enumerate(x.shape)]
+    places = []
+    for place, how in zip(x.places, standings(x.places), strict=True):
+        if how.dim in dims and how.grid is not None:
+            pooled = adaptive(x.shape[how.dim], 1)
+            origin, step = how.grid
+            grid = Grid(origin + pooled.origin * step, pooled.step * step)
+            places.append(Place.at(reduced, grid))
+        else:
+            places.append(place.mean(dims).moved(lambda number: number.expand(reduced)))
+    made = Extents(parts, places)
+    return made if keepdim else made.moved(lambda part: part.squeeze(dims))
 
 
 def spread(known: Sequence[Extents], shape: Sequence[int]) -> Extents:
-    """Return what depends on all that some extents do, broadcast to a shape, on the first one's grid."""
+    """Return what depends on all that some extents do, broadcast to a shape, in the places of the first."""
     parts = [union(each, shape) for each in zip(*(x.parts for x in known), strict=True)]
-    return Extents(parts, known[0].grids)
+    return Extents(parts, [place.moved(lambda number: number.expand(shape)) for place in known[0].places])
 
 
 def slide(
-    x: Extents, windows: Sequence[Windows | None], inner: Sequence[Windows | None] | None = None
+    x: Extents,
+    windows: Sequence[Windows | None],
+    inner: Sequence[Windows | None] | None = None,
+    *,
+    first: int = 2,
 ) -> Extents:
-    """Look through windows along the spatial dimensions; None leaves a dimension as it is.
+    """Look through windows along dimensions; None leaves a dimension as it is.
 
     Args:
         x: What is looked at.
-        windows: A window per spatial axis.
+        windows: A window per dimension.
         inner: The windows for where padding is no pixel, if they are others.
+        first: The dimension that the first window lies along.
     """
-    if len(windows) != len(x.grids) or x.ndim != len(windows) + 2:
+    if x.ndim != len(x.places) + 2 or len(windows) != x.ndim - first:
         raise UnknownOperationError(f"windows over a tensor of shape {tuple(x.shape)}")
-    shape = [
-        size if each is None else len(each.taps)
-        for size, each in zip(x.parts[0].shape, [None, None, *windows], strict=True)
-    ]
+    by_dim = dict(enumerate(windows, first))
+    shape = list(x.parts[0].shape)
+    for dim, each in by_dim.items():
+        shape[dim] = shape[dim] if each is None else len(each.taps)
+    stand = standings(x.places)
     parts = []
     for index, part in enumerate(x.parts):
-        is_inner, place = divmod(index, 2 * len(windows))
+        is_inner, place = divmod(index, 2 * len(x.places))
         axis, is_last = divmod(place, 2)
-        (part,) = thin([part], keep=[axis + 2])
+        how, grid = stand[axis], stand[axis].grid or x.places[axis].grid
+        (part,) = thin([part], keep=[] if how.dim is None else [how.dim])
         if not is_inner:
-            _check_axes(part, axis + 2)
-        for dim, each in enumerate(inner if inner and is_inner else windows):
+            _check_axes(part, how.dim, [dim for dim, each in by_dim.items() if each is not None])
+        for dim, each in enumerate(inner if inner and is_inner else windows, first):
             if each is not None:
-                step = x.grids[axis].step if is_last else -x.grids[axis].step
+                step = grid.step if is_last else -grid.step
                 beyond = None if is_inner else step
-                part = greatest(part, dim + 2, each, beyond if dim == axis else 0.0)
+                part = greatest(part, dim, each, beyond if dim == how.dim else 0.0)
         parts.append(part.expand(shape))
-    grids = [
-        grid if each is None else Grid(grid.origin + each.origin * grid.step, each.step * grid.step)
-        for grid, each in zip(x.grids, windows, strict=True)
-    ]
-    return Extents(parts, grids)
+    places = [_slid(place, how, by_dim, shape) for place, how in zip(x.places, stand, strict=True)]
+    return Extents(parts, places)
 
 
-def _check_axes(part: torch.Tensor, dim: int) -> None:
+def _slid(place: Place, how: Standing, by_dim: Mapping[int, Windows | None], shape: Sequence[int]) -> Place:
+    """Return where what windows look at stands: in their middle."""
+    number = place.number
+    for dim, each in by_dim.items():
+        if each is None:
+            continue
+        is_own = dim == how.dim or (how.varies and how.dim is None)
+        if not is_own or (not how.varies and number.shape[dim] > 1):
+            number = number.narrow(dim, 0, 1)  # all the same along it
+        elif how.grid is not None:
+            origin, step = how.grid
+            return Place.along(dim, shape, Grid(origin + each.origin * step, each.step * step))
+        else:
+            taps = torch.from_numpy(each.taps.clip(0, number.shape[dim] - 1))
+            seen = number.index_select(dim, taps.flatten())
+            number = seen.unflatten(dim, taps.shape).mean(dim + 1)  # type: ignore[no-untyped-call]
+    return Place(number.expand(shape), place.grid)
+
+
+def _check_axes(part: torch.Tensor, dim: int | None, windowed: Sequence[int]) -> None:
     """Refuse a tensor in which what an axis of the input sees changes along another dimension."""
-    others = [other for other in range(2, part.ndim) if other != dim]
-    if part.shape[dim] > 1 and _is_constant(part, dim) and not all(_is_constant(part, o) for o in others):
+    if dim is not None and not (part.shape[dim] > 1 and _is_constant(part, dim)):
+        return
+    if not all(_is_constant(part, other) for other in windowed if other != dim):
         raise UnknownOperationError("windows over a tensor whose axes have changed places")
 
 

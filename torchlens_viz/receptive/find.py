@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import islice
 from math import ceil, floor, isfinite, log
 from typing import Any, Final
 
@@ -11,19 +12,26 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.capture import capture
+from torchlens_viz.hooks.layout import Layout, mixes_layouts
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Selector, select
-from torchlens_viz.models.state import inference
+from torchlens_viz.models.state import inference, like_parameters
 from torchlens_viz.nested import tensors
-from torchlens_viz.receptive.extents import Extents, Grid
+from torchlens_viz.receptive.dependence import Dependence
+from torchlens_viz.receptive.extents import Extents, thin
 from torchlens_viz.receptive.field import ReceptiveField, Span
-from torchlens_viz.receptive.rules import Dependence
+from torchlens_viz.receptive.places import Grid, Standing, standings
 
 _PROBES: Final = 5
+_LONGEST: Final = 2**24  # positions along an axis, each of which has a region
 
 
-def receptive_field(model: nn.Module, layer: Selector, input_shape: Sequence[int]) -> ReceptiveField:
+def receptive_field(
+    model: nn.Module, layer: Selector, input_shape: Sequence[int], *, channel_dim: int | None = None
+) -> ReceptiveField:
     """Find which region of the input each position of a layer sees.
 
     The model runs once, in eval mode, as far as the layer, on what stands for an image of that shape and
@@ -40,6 +48,8 @@ def receptive_field(model: nn.Module, layer: Selector, input_shape: Sequence[int
         model: A model that takes one image batch.
         layer: Which layer, by a selector that finds exactly one. Of several calls, the first counts.
         input_shape: (N, C, ...) of the input, with one to three spatial axes; N does not matter.
+        channel_dim: The dimension that counts channels in what the layer puts out: 1 in (N, C, H, W), -1 in
+            (N, H, W, C). None finds it, as in `torchlens_viz.capture`.
 
     Returns:
         Size, stride and start per spatial axis, and the region of every position.
@@ -62,44 +72,91 @@ def receptive_field(model: nn.Module, layer: Selector, input_shape: Sequence[int
     Source:
         Araujo, Norris & Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019.
     """
+    followed = _followed(model, layer, input_shape, channel_dim)
+    return followed if isinstance(followed, ReceptiveField) else _measured(*followed)
+
+
+def followed_field(model: nn.Module, layer: Selector, input_shape: Sequence[int]) -> ReceptiveField | None:
+    """Find the same as `receptive_field` in one pass; None where it would have to be measured.
+
+    Raises:
+        LayerNotFoundError: The model has no such layer.
+        InvalidArgumentError: As in `receptive_field`.
+    """
+    followed = _followed(model, layer, input_shape, None)
+    return followed if isinstance(followed, ReceptiveField) else None
+
+
+def _followed(
+    model: nn.Module, layer: Selector, input_shape: Sequence[int], channel_dim: int | None
+) -> ReceptiveField | tuple[nn.Module, str, tuple[int, ...], Layout]:
+    """Return the field, or what `_measured` takes where the model does something that cannot be followed."""
     found = select(model, layer)
     if len({id(module) for _, module in found}) > 1:
         names = ", ".join(f"`{name}`" for name, _ in found[:4]) + (", ..." if len(found) > 4 else "")
         raise InvalidArgumentError(f"`layer` must find one layer, got {len(found)}: {names}")
     name = found[0].name
     shape = _checked_shape(input_shape)
+    layout = Layout(found, channel_dim)
     try:
         output = _traced(model, name, shape)
     except Exception:  # whatever it is that extents cannot do, the model may be able to do with numbers
         output = None
-    return _measured(model, name, shape) if output is None else _from_extents(output, name, shape)
+    if output is None:
+        return model, name, shape, layout
+    if layout.must_follow and mixes_layouts(model):
+        _follow(model, name, shape, layout)
+    return field_of(output, name, shape, layout.found(output.parts[0], name))
 
 
 def _checked_shape(given: Sequence[int]) -> tuple[int, ...]:
-    rule = f"`input_shape` must be (N, C, ...) with one to three spatial axes, got {given!r}"
+    rule = f"`input_shape` must be (N, C, ...) with one to three spatial axes, got {shown(given)}"
     try:
-        shape = tuple(operator.index(size) for size in given)
-    except TypeError:
+        shape = tuple(operator.index(size) for size in islice(given, 6))
+    except (TypeError, RuntimeError):
         raise InvalidTypeError(rule) from None
-    if not 3 <= len(shape) <= 5 or min(shape) < 1:
+    if not 3 <= len(shape) <= 5 or min(shape) < 1 or max(shape) > _LONGEST:
         raise InvalidArgumentError(f"{rule}; pass `tuple(batch.shape)`")
     return (1, *shape[1:])
 
 
 def _traced(model: nn.Module, name: str, shape: tuple[int, ...]) -> Extents | None:
     """Run the model on extents; None where its output is a constant to them."""
-    with Dependence(), inference(model), capture(model, name, copy=False, stop=True) as acts:
+    # Told where channels are, which does not matter here, the capture need not follow every operation.
+    recording = capture(model, name, copy=False, stop=True, channel_dim=1)
+    with Dependence(), inference(model), recording as acts:
         model(Extents.of_input(shape))
     output = next(tensors(acts.calls(name)[0]), None) if acts.calls(name) else None
     is_single = len(list(tensors(acts.calls(name)[:1]))) == 1
     return output if isinstance(output, Extents) and is_single else None
 
 
-def _from_extents(output: Extents, name: str, shape: tuple[int, ...]) -> ReceptiveField:
+def _follow(model: nn.Module, name: str, shape: tuple[int, ...], layout: Layout) -> None:
+    """Let the layout see how the layer's output is made of an image."""
+    image = like_parameters(torch.zeros(shape, device="cpu"), model)
+    with inference(model), capture(model, name, copy=False, stop=True) as acts, layout.following():
+        model(image)
+        for output in tensors(acts.calls(name)[:1]):
+            layout.found(output, name)
+
+
+def field_of(output: Extents, name: str, shape: tuple[int, ...], dim: int | None) -> ReceptiveField:
+    """Return the receptive field of a layer that puts out these extents.
+
+    Args:
+        output: What it puts out, for an input of extents.
+        name: Its name, for the error.
+        shape: The shape of the input.
+        dim: Which dimension of the output counts channels, if that is known.
+
+    Raises:
+        InvalidArgumentError: It does not depend on the input.
+    """
     sizes, axes = output.parts[0].shape, shape[2:]
     has_positions = len(sizes) == len(shape)
-    # Transformers may have channels last, where what an axis sees changes along the dimension before.
-    first_dim = max((2, 1), key=lambda first: _likeness(output, first, shape)) if has_positions else 2
+    # With channels last, what an axis sees changes along the dimension before.
+    firsts = {1: (2,), len(shape) - 1: (1,)}.get(dim or 0, (2, 1))
+    first_dim = max(firsts, key=lambda first: _likeness(output, first, shape)) if has_positions else 2
     spans: list[list[Span]] = []  # of all axes, with padding and then without
     for index in range(0, len(output.parts), 2):
         keep = first_dim + index // 2 % len(axes) if has_positions else None
@@ -109,30 +166,43 @@ def _from_extents(output: Extents, name: str, shape: tuple[int, ...]) -> Recepti
     if any(all(first > last for first, last in each) for each in inner):
         raise InvalidArgumentError(f"`{name}` does not depend on the image; choose a layer that does")
     map_shape = sizes[first_dim : first_dim + len(axes)] if has_positions else ()
-    grids = output.grids
-    if first_dim == 1 or not has_positions:
-        grids = tuple(_even(len(each), size) for each, size in zip(outer, shape[2:], strict=True))
+    grids = []
+    others = [each for each in range(len(sizes)) if not first_dim <= each < first_dim + len(axes)]
+    places = [place.mean(others) for place in output.places]  # all channels count together
+    for axis, (each, how) in enumerate(zip(outer, standings(places), strict=True)):
+        grid = _grid_along(how, first_dim + axis, len(each)) if has_positions else None
+        grids.append(grid or _even(len(each), shape[axis + 2]))
     return _field(map_shape, shape, outer, grids, inner)
+
+
+def _grid_along(how: Standing, dim: int, count: int) -> Grid | None:
+    """Return the grid of the positions along a dimension; None where they lie elsewhere, or not evenly."""
+    return how.grid if how.dim == dim or (not how.varies and count == 1) else None
 
 
 def _along(part: torch.Tensor, dim: int | None) -> list[float]:
     """Return the maximum over all dimensions but one."""
+    (part,) = thin([part], keep=() if dim is None else [dim])  # what is broadcast is looked at once
     values: list[float] = part.amax([each for each in range(part.ndim) if each != dim]).reshape(-1).tolist()
     return values
 
 
-def _likeness(output: Extents, first_dim: int, shape: tuple[int, ...]) -> tuple[int, float]:
+def _likeness(output: Extents, first_dim: int, shape: tuple[int, ...]) -> tuple[int, int, float]:
     """Tell how much the dimensions from `first_dim` on look like the axes of the input.
 
-    First counts what changes along them, and where that does not tell, how alike their scales are.
+    First counts which of them lie there, then what changes along them, and where neither tells, how alike
+    their scales are.
     """
+    lying = sum(
+        how.varies and how.dim == first_dim + axis for axis, how in enumerate(standings(output.places))
+    )
     varying = sum(
         len(set(_along(part, first_dim + index // 2))) > 1
         for index, part in enumerate(output.parts[: 2 * len(shape) - 4])
     )
     sizes = output.parts[0].shape[first_dim:]
     scales = [log(size / count) for size, count in zip(shape[2:], sizes, strict=False)]
-    return varying, min(scales) - max(scales)
+    return lying, varying, min(scales) - max(scales)
 
 
 def _even(count: int, size: int) -> Grid:
@@ -164,15 +234,17 @@ def _field(
     )
 
 
-def _measured(model: nn.Module, name: str, shape: tuple[int, ...]) -> ReceptiveField:
+def _measured(model: nn.Module, name: str, shape: tuple[int, ...], layout: Layout) -> ReceptiveField:
     """Look where the gradient of a few positions along the diagonal of the map is not zero."""
-    like = next((each for each in model.parameters() if each.is_floating_point()), torch.zeros(0))
     with inference(model), torch.inference_mode(False), torch.enable_grad():
-        noise = torch.rand((2, *shape[1:]), generator=torch.Generator().manual_seed(0))
-        image = noise.to(like.device, like.dtype).requires_grad_()
-        with capture(model, name, grad=True, stop=True) as acts:
-            model(image * 1)  # a model may work in place on its input, but not on a leaf
+        noise = torch.rand((2, *shape[1:]), generator=_seeded(0), device="cpu")
+        image = like_parameters(noise, model).requires_grad_()
+        with capture(model, name, grad=True, stop=True) as acts, layout.following():
+            with shown_to(model, image, "input_shape"):
+                model(image * 1)  # a model may work in place on its input, but not on a leaf
         output = _only_tensor(acts.calls(name), name)
+        if output.ndim == len(shape):
+            output = output.movedim(layout.channel_dim(output, name), 1)
         if not output.requires_grad:
             raise InvalidArgumentError(
                 f"`{name}` has no gradient with respect to the image, so that what it sees cannot be "
@@ -210,13 +282,17 @@ def _hull(output: torch.Tensor, probe: Sequence[int], image: torch.Tensor) -> li
     """Return the first and last pixel along each axis with a gradient, or an empty list."""
     index: tuple[Any, ...] = (slice(None), slice(None), *probe)
     chosen = output[index].float()
-    weights = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(1)).to(chosen.device) + 0.5
+    weights = torch.rand(chosen.shape, generator=_seeded(1), device="cpu").to(chosen.device) + 0.5
     (gradient,) = torch.autograd.grad(
         (chosen * weights).sum(), image, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     is_seen = (gradient != 0).any(1).any(0).cpu()
     places = is_seen.nonzero()
     return [(int(place.min()), int(place.max())) for place in places.T] if len(places) else []
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator(device="cpu").manual_seed(seed)
 
 
 def _between(at: Sequence[int], seen: Sequence[Span], count: int, size: int) -> tuple[list[Span], Grid]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final, TypeAlias, final
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.nested import map_tensors, tensors
 from torchlens_viz.receptive.extents import (
     Extents,
-    Grid,
     UnknownOperationError,
-    common_grids,
     mixing,
     spread,
     thin,
     union,
 )
+from torchlens_viz.receptive.places import Grid, Place, common_places, standings
 from torchlens_viz.receptive.spatial import (
     adaptive_pooling,
     as_extents,
@@ -30,28 +29,6 @@ from torchlens_viz.receptive.spatial import (
     pooling,
     shape_of,
 )
-
-
-@final
-class Dependence(TorchFunctionMode):
-    """Inside the block, a model that is given `Extents` in place of an image puts out `Extents`.
-
-    Raises:
-        UnknownOperationError: The model does something that has no rule here.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Apply the rule of an operation on extents; let all others do what they do."""
-        if Extents not in types:
-            return func(*args, **(kwargs or {}))
-        rule = _RULES.get(func.__name__)
-        if rule is None:
-            raise UnknownOperationError(f"`{func.__name__}` has no rule")
-        with torch._C.DisableTorchFunctionSubclass():
-            return rule(func, args, kwargs or {})
-
 
 _Rule: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -66,7 +43,7 @@ def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if len(known := extents_in(args, kwargs)) > 1 or not isinstance(x, Extents):
         raise UnknownOperationError(f"`{func.__name__}` of {len(known)} tensors")
     # A new object over the same memory, which is never written to.
-    return x if _is_in_place(func) else Extents(x.parts, x.grids)
+    return x if _is_in_place(func) else Extents(x.parts, x.places)
 
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,10 +51,10 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     shapes = [tensor.shape for tensor in tensors((args, kwargs))]
     shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     parts = [union(each, shape) for each in zip(*(x.parts for x in known), strict=True)]
-    made = Extents(parts, common_grids(known, shape))
+    made = Extents(parts, common_places([x.places for x in known], shape))
     if _is_in_place(func):
         target = as_extents(args[0])
-        target.parts, target.grids = made.parts, made.grids
+        target.parts, target.places = made.parts, made.places
         return target
     return made
 
@@ -89,33 +66,81 @@ def _each(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         args, kwargs = (args if func is torch.Tensor.reshape else args[:1]), {}
     known = extents_in(args, kwargs)
 
-    def part(index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda tensor: tensor.parts[index] if isinstance(tensor, Extents) else tensor.cpu()
+    def run(choose: Callable[[Extents], torch.Tensor]) -> Any:
+        def chosen(tensor: torch.Tensor) -> torch.Tensor:
+            return choose(tensor) if isinstance(tensor, Extents) else tensor.cpu()
 
-    outputs = []
-    for index in range(len(known[0].parts)):
-        outputs.append(func(*map_tensors(part(index), args), **map_tensors(part(index), kwargs)))
-    if isinstance(outputs[0], torch.Tensor):
-        return Extents(outputs, common_grids(known, outputs[0].shape) if len(known) > 1 else known[0].grids)
-    if isinstance(outputs[0], tuple | list) and any(isinstance(each, torch.Tensor) for each in outputs[0]):
-        return type(outputs[0])(Extents(each, known[0].grids) for each in zip(*outputs, strict=True))
-    return outputs[0]
+        return func(*map_tensors(chosen, args), **map_tensors(chosen, kwargs))
+
+    outputs = [run(partial(_part, index=index)) for index in range(len(known[0].parts))]
+    is_one = isinstance(outputs[0], torch.Tensor)
+    if not is_one and not (
+        isinstance(outputs[0], tuple | list) and any(isinstance(each, torch.Tensor) for each in outputs[0])
+    ):
+        return outputs[0]
+    axes = range(len(known[0].places))
+    numbers = [run(partial(_number, axis=axis)) for axis in axes]
+    grids = [place.grid for place in known[0].places]
+    if is_one:
+        return Extents(outputs, [Place(number, grid) for number, grid in zip(numbers, grids, strict=True)])
+    made = zip(zip(*outputs, strict=True), zip(*numbers, strict=True), strict=True)
+    return type(outputs[0])(
+        Extents(parts, [Place(number, grid) for number, grid in zip(each, grids, strict=True)])
+        for parts, each in made
+    )
 
 
 def _cat(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = bound("tensors dim", args, kwargs)
     dim = (given["dim"] or 0) % max(each.ndim for each in given["tensors"])
-    known = extents_in(given["tensors"])
+    return _joined(given["tensors"], dim, is_new=False)
+
+
+def _joined(given: Sequence[Any], dim: int, *, is_new: bool) -> Extents:
+    """Put tensors side by side, along a dimension that they had or a new one."""
+    known = extents_in(given)
     parts = []
     for index in range(len(known[0].parts)):
         # A constant depends on no pixel.
         each = [
-            x.parts[index] if isinstance(x, Extents) else torch.tensor(-torch.inf).expand(x.shape)
-            for x in given["tensors"]
+            x.parts[index]
+            if isinstance(x, Extents)
+            else torch.tensor(-torch.inf, device="cpu").expand(x.shape)
+            for x in given
         ]
         joined = torch.cat(thin(each, keep=[dim]), dim)
         parts.append(joined.expand(*known[0].shape[:dim], -1, *known[0].shape[dim + 1 :]))
-    return Extents(parts, common_grids(known, parts[0].shape))
+    return Extents(parts, _joined_places(given, dim, parts[0].shape, is_new=is_new))
+
+
+def _part(x: Extents, *, index: int) -> torch.Tensor:
+    return x.parts[index]
+
+
+def _number(x: Extents, *, axis: int) -> torch.Tensor:
+    return x.places[axis].number
+
+
+def _joined_places(given: Sequence[Any], dim: int, shape: torch.Size, *, is_new: bool) -> list[Place]:
+    """Return the places of what was put side by side: those of each along an axis, else common ones."""
+    known = extents_in(given)
+    apart = [
+        is_new or any(dim in x.places[axis].dims() for x in known) for axis in range(len(known[0].places))
+    ]
+    sides = [[place.moved(lambda number: number.narrow(dim, 0, 1)) for place in x.places] for x in known]
+    common = common_places(sides, [*shape[:dim], 1, *shape[dim + 1 :]])
+    found = []
+    for axis, place in enumerate(common):
+        if not apart[axis]:
+            found.append(place.moved(lambda number: number.expand(shape)))
+            continue
+        pixels = [x.places[axis].pixels() if isinstance(x, Extents) else None for x in given]
+        middle = torch.stack([each.mean() for each in pixels if each is not None]).mean()
+        filled = [  # a constant stands nowhere
+            middle.expand(x.shape) if each is None else each for x, each in zip(given, pixels, strict=True)
+        ]
+        found.append(Place(torch.cat(thin(filled, keep=[dim]), dim).expand(shape), Grid(0.0, 1.0)))
+    return found
 
 
 def _stack(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,12 +148,10 @@ def _stack(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     dim, shape = given["dim"] or 0, given["tensors"][0].shape
     dim = dim % (len(shape) + 1)
     known = [
-        Extents([part.unsqueeze(dim) for part in x.parts], x.grids)
-        if isinstance(x, Extents)
-        else x.unsqueeze(dim)
+        x.moved(lambda part: part.unsqueeze(dim)) if isinstance(x, Extents) else x.unsqueeze(dim)
         for x in given["tensors"]
     ]
-    return _cat(torch.cat, (known, dim), {})
+    return _joined(known, dim, is_new=True)
 
 
 def _item(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -140,19 +163,20 @@ def _item(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
     if Ellipsis in entries:
         at = entries.index(Ellipsis)
         entries[at : at + 1] = [slice(None)] * (x.ndim - len(entries) + 1)
-    grids = list(x.grids)
-    for axis, (origin, distance) in enumerate(x.grids):
-        dim = axis + 2
-        if x.ndim == len(grids) + 2 and dim < len(entries):
-            first, _, step = entries[dim].indices(x.shape[dim])
-            grids[axis] = Grid(origin + first * distance, distance * step)
-    return Extents(made.parts, grids)
+    places = list(made.places)
+    for axis, how in enumerate(standings(x.places)):
+        if how.varies and how.dim is not None and how.grid is not None and how.dim < len(entries):
+            first, _, step = entries[how.dim].indices(x.shape[how.dim])
+            if made.shape[how.dim] == 1:  # whose distance to the next one would not be known any more
+                origin, distance = how.grid
+                places[axis] = Place.at(made.shape, Grid(origin + first * distance, distance * step))
+    return Extents(made.parts, places)
 
 
 def _set_item(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, index, value = args
     target = as_extents(target)
-    nothing = torch.tensor(-torch.inf)  # a constant depends on no pixel
+    nothing = torch.tensor(-torch.inf, device="cpu")  # a constant depends on no pixel
     values = value.parts if isinstance(value, Extents) else [nothing] * len(target.parts)
     parts = [part.clone(memory_format=torch.contiguous_format) for part in target.parts]
     for part, new in zip(parts, values, strict=True):
@@ -164,10 +188,13 @@ def _shuffle(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     made: Extents = _each(func, args, kwargs)
     factor = args[1] if len(args) > 1 else next(iter(kwargs.values()))
     step = 1 / factor if func.__name__ == "pixel_shuffle" else float(factor)
-    return Extents(
-        made.parts,
-        [Grid(grid.origin + (step / 2 - 0.5) * grid.step, step * grid.step) for grid in made.grids],
-    )
+    places = []
+    for axis, how in enumerate(standings(as_extents(args[0]).places)):
+        if how.grid is None or how.dim != axis + 2 or made.ndim != len(made.places) + 2:
+            raise UnknownOperationError(f"`{func.__name__}` of a tensor whose axes have changed places")
+        grid = Grid(how.grid.origin + (step / 2 - 0.5) * how.grid.step, step * how.grid.step)
+        places.append(Place.along(how.dim, made.shape, grid))
+    return Extents(made.parts, places)
 
 
 def _reduction(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -185,13 +212,14 @@ def _softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         dim = 1
     if not isinstance(dim, int):
         raise UnknownOperationError(f"`{func.__name__}` without `dim`")
-    return mixing(x, [dim], x.shape)
+    return Extents(mixing(x, [dim], x.shape).parts, x.places)  # each value still belongs where it stood
 
 
 def _layer_norm(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = bound("input normalized_shape", args, kwargs)
     x = as_extents(given["input"])
-    return mixing(x, [-1], x.shape) if len(given["normalized_shape"]) == 1 else Extents(x.parts, x.grids)
+    parts = mixing(x, [-1], x.shape).parts if len(given["normalized_shape"]) == 1 else x.parts
+    return Extents(parts, x.places)
 
 
 def _linear(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -220,14 +248,25 @@ def _einsum(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             order = [term.index(letter) for letter in right if letter in term]
             index: list[Any] = [slice(None) if letter in term else None for letter in right]
             index += [0] * len(summed)
-            parts = [part.permute(order + summed)[tuple(index)] for part in mixing(x, summed).parts]
-            known.append(Extents(parts, x.grids))
+            known.append(mixing(x, summed).moved(partial(_arranged, dims=order + summed, index=index)))
     return spread(known, shape_of(func, args, kwargs))
+
+
+def _arranged(part: torch.Tensor, *, dims: list[int], index: list[Any]) -> torch.Tensor:
+    return part.permute(dims)[tuple(index)]
 
 
 def _constant(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take only the shape of extents."""
     return func(as_extents(args[0]).parts[0], *args[1:], **kwargs)
+
+
+def _like(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Take the shape, or only the type, of a second tensor."""
+    x = as_extents(args[0])
+    shape = x.shape if func.__name__ == "type_as" else args[1].shape
+    move = torch.Tensor.reshape if func.__name__ in ("reshape_as", "view_as") else torch.Tensor.expand
+    return x.moved(lambda part: move(part, shape))
 
 
 def _attention(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -267,6 +306,7 @@ _NAMES: Final[dict[_Rule, str]] = {
     _item: "__getitem__",
     _set_item: "__setitem__",
     _shuffle: "pixel_shuffle pixel_unshuffle",
+    _like: "expand_as reshape_as type_as view_as",
     _constant: "new_empty new_full new_ones new_zeros ones_like zeros_like",
     _reduction: "amax amin mean sum",
     _softmax: "log_softmax normalize softmax softmin",
@@ -284,4 +324,4 @@ _NAMES: Final[dict[_Rule, str]] = {
     pad: "pad",
     interpolate: "interpolate",
 }
-_RULES: Final = {name: rule for rule, names in _NAMES.items() for name in names.split()}
+RULES: Final = {name: rule for rule, names in _NAMES.items() for name in names.split()}

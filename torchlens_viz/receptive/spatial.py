@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torchlens_viz.receptive.extents import (
     sliding,
     transposed,
 )
+from torchlens_viz.receptive.places import standings
 
 
 def extents_in(*values: Any) -> list[Extents]:
@@ -86,13 +88,16 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         else:
             windows.append(sliding(shape[axis + 2], **size))
     if groups == 1 or all(part.stride(1) == 0 for part in x.parts):
-        seen = [over(part, 1) for part in x.parts]
+        seen = [over(part, 1).narrow(1, 0, 1) for part in x.parts]
     else:
         seen = [part.unflatten(1, (groups, -1)).amax(2) for part in x.parts]  # type: ignore[no-untyped-call]
-    made = slide(Extents(seen, x.grids), windows)
+    places = [place.mean([1]).moved(lambda number: number.narrow(1, 0, 1)) for place in x.places]
+    thick = [place.moved(lambda number: number.expand(seen[0].shape)) for place in places]
+    made = slide(Extents(seen, thick), windows)
     repeat = shape[1] // made.shape[1]
     parts = made.parts if made.shape[1] == 1 else [part.repeat_interleave(repeat, 1) for part in made.parts]
-    return Extents([part.expand(shape) for part in parts], made.grids)
+    places = [place.moved(lambda number: number.narrow(1, 0, 1).expand(shape)) for place in made.places]
+    return Extents([part.expand(shape) for part in parts], places)
 
 
 def pooling(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
@@ -126,20 +131,30 @@ def pad(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any])
     given = bound("input pad mode value", args, kwargs)
     x, widths = as_extents(given["input"]), list(given["pad"])
     before, after = ([0] * (x.ndim - len(widths) // 2) + widths[start::2][::-1] for start in (0, 1))
-    outer = [width for pair in zip(before[1::-1], after[1::-1], strict=True) for width in pair]
     repeats = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}.get(given["mode"] or "constant")
-    windows: list[Windows | None] = [None] * (x.ndim - 2)
+    # Along the axes of the input lie more positions of theirs, along the other dimensions constants.
+    along = {how.dim for how in standings(x.places)} if x.ndim == len(x.places) + 2 else set()
+    windows: list[Windows | None] = [None] * x.ndim
     inner = list(windows)
-    for axis, (size, first, last) in enumerate(zip(x.shape[2:], before[2:], after[2:], strict=True)):
-        if first or last:
-            windows[axis] = sliding(size + first + last, kernel=1, stride=1, before=first, dilation=1)
-            inner[axis] = padded(size, first, last, repeats) if repeats else windows[axis]
-    made = slide(x, windows, inner) if any(windows) else Extents(x.parts, x.grids)
-    if any(outer):  # channels or samples that hold a constant
-        margins = [0] * (2 * (x.ndim - 2)) + outer
-        parts = [F.pad(part, margins, value=-torch.inf) for part in made.parts]
-        made = Extents(parts, made.grids)
+    outer = [0, 0] * x.ndim
+    for dim, (size, first, last) in enumerate(zip(x.shape, before, after, strict=True)):
+        if dim in along and (first or last):
+            windows[dim] = sliding(size + first + last, kernel=1, stride=1, before=first, dilation=1)
+            inner[dim] = padded(size, first, last, repeats) if repeats else windows[dim]
+        elif repeats and (first or last):
+            raise UnknownOperationError(f"`pad` with {given['mode']!r} where no axis lies")
+        else:
+            outer[2 * (x.ndim - 1 - dim) : 2 * (x.ndim - dim)] = [first, last]
+    made = slide(x, windows, inner, first=0) if any(windows) else Extents(x.parts, x.places)
+    if any(outer):
+        parts = [F.pad(part, outer, value=-torch.inf) for part in made.parts]
+        made = Extents(parts, [place.moved(partial(_padded, widths=outer)) for place in made.places])
     return made
+
+
+def _padded(number: torch.Tensor, widths: list[int]) -> torch.Tensor:
+    """Return the numbers of elements beside which constants are put, which stand nowhere."""
+    return F.pad(number, widths, value=float(number.mean()))
 
 
 def interpolate(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
