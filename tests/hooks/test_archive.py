@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
+import types
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import safetensors
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
+from tests.nets import Gives
 from torchlens_viz import Activations, capture
 from torchlens_viz.errors import ArchiveError, LayerNotCapturedError, MissingDependencyError
 from torchlens_viz.hooks.activations import InputOutput
@@ -90,6 +98,9 @@ def test_loading_reads_only_what_is_asked_for_and_hands_it_out_for_good(acts, tm
         def metadata(self):
             return self._file.metadata()
 
+        def keys(self):
+            return self._file.keys()
+
         def get_tensor(self, key):
             read.append(key)
             return self._file.get_tensor(key)
@@ -122,7 +133,7 @@ def test_truncated_file_says_so(acts, tmp_path, keep):
 def test_other_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    with pytest.raises(OSError, match="it is missing"):
+    with pytest.raises(OSError, match=r"cannot read .*No such file"):
         Activations.load(tmp_path / "none.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(ArchiveError, match="holds no activations"):
@@ -144,6 +155,70 @@ def test_what_a_file_cannot_hold_is_named_and_nothing_is_written(tmp_path):
         with pytest.raises(ArchiveError, match=message):
             acts.save(tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_structure_comes_back_as_it_was(tmp_path):
+    """Tensors that occur twice, views of one another, keys that are no strings, and keys with dots."""
+    Pair = namedtuple("Pair", ["first", "second"])
+    one, two = torch.rand(2, 3), torch.rand(4)
+    value = {
+        "twice": [one, one],
+        "view": one[0],
+        "numbered": {0: one, 1: two, (0, 1): two, None: two},
+        "a": {"b": one},
+        "a.b": two,
+        "size": one.shape,
+        "pair": Pair(one, 3),
+        "proxy": types.MappingProxyType({"x": two}),
+        "most": torch.max(one, 1),
+    }
+    net = Gives(lambda _: value)
+    with capture(net, "") as acts:
+        net(one)
+    found = Activations.load(acts.save(tmp_path / "a.safetensors"))[""]
+    assert found["twice"][0].equal(one)
+    assert found["twice"][1].equal(one)
+    assert found["view"].equal(one[0])
+    assert list(found["numbered"]) == [0, 1, (0, 1), None]
+    assert [each.equal(two) for each in found["numbered"].values()] == [False, True, True, True]
+    assert found["a"]["b"].equal(one)
+    assert found["a.b"].equal(two)
+    assert type(found["size"]) is torch.Size
+    assert found["size"] == one.shape
+    assert found["pair"]._fields == ("first", "second")
+    assert found["pair"].second == 3
+    assert found["proxy"]["x"].equal(two)
+    assert found["most"][0].equal(one.max(1).values)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header: header.pop("calls"),
+        lambda header: header.update(calls=[1]),
+        lambda header: header.update(selected=[1]),
+        lambda header: header.update(selected=[]),
+        lambda header: header["calls"].update(conv=[{"tensor": "elsewhere"}]),
+        lambda header: header["calls"].update(conv=[{"tensor": ["x"]}]),
+        lambda header: header["calls"].update(conv=[{"value": [1]}]),
+        lambda header: header["calls"].update(conv=[{"code": "print()"}]),
+        lambda header: header["calls"].update(conv=[{"named": {"name": "class", "fields": [], "items": []}}]),
+        lambda header: header["calls"].update(conv=[{}]),
+        lambda header: header["calls"].update(conv=7),
+    ],
+)
+def test_a_damaged_header_is_refused_when_the_file_is_opened(acts, tmp_path, change):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = acts.save(tmp_path / "a.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["torchlens_viz"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    change(header)
+    save_file(tensors, path, metadata={"torchlens_viz": json.dumps(header)})
+    with pytest.raises(ArchiveError, match="its header is damaged; save the activations again"):
+        Activations.load(path)
 
 
 def test_failure_to_write_leaves_the_old_file(acts, tmp_path, monkeypatch):
@@ -176,3 +251,56 @@ def test_another_process_reads_the_same_values(acts, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == acts.calls("conv")[0].sum().item()
+
+
+# Names that look like what an archive makes of names itself.
+KEYS = st.text("ab.#01/", min_size=1, max_size=4)
+NESTED = st.recursive(
+    st.integers(0, 99),  # the tensor that is filled with it
+    lambda inner: st.one_of(
+        st.dictionaries(st.one_of(KEYS, st.integers(0, 3)), inner, min_size=1, max_size=3),
+        st.lists(inner, min_size=1, max_size=3),
+        st.tuples(inner, inner),
+    ),
+    max_leaves=6,
+)
+
+
+def filled(value):
+    if isinstance(value, dict):
+        return {key: filled(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(filled, value))
+    return torch.full((2,), float(value))
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_same(ours, theirs)
+    else:
+        assert torch.equal(found, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text("ab#01", min_size=1, max_size=4), NESTED, min_size=1, max_size=3))
+def test_what_is_loaded_is_what_was_saved_whatever_its_keys_are_called(layers):
+    values = {name: filled(value) for name, value in layers.items()}
+    model = nn.ModuleDict({name: Gives(lambda given, value=value: value) for name, value in values.items()})
+    with capture(model, "*") as acts:
+        for module in model.values():
+            module(None)
+            module(None)
+    with tempfile.TemporaryDirectory() as folder:
+        acts.save(Path(folder) / "x.safetensors")
+        loaded = Activations.load(Path(folder) / "x.safetensors")
+        for name, value in values.items():
+            for call in loaded.calls(name):
+                assert_same(call, value)
+            assert len(loaded.calls(name)) == 2

@@ -16,7 +16,7 @@ from torchvision import models
 
 from tests.nets import hook_count, instance_state
 from torchlens_viz import capture
-from torchlens_viz.errors import CaptureError, LayerNotCapturedError
+from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCallsError
 
 # Values.
 
@@ -196,7 +196,12 @@ def test_default_record_has_no_graph(net, x):
         ({"compiled": "off"}, ValueError, "`compiled` must be .* got 'off'"),
         ({"copy": "maybe"}, ValueError, "`copy` must be .* got 'maybe'"),
         ({"dtype": torch.int8}, ValueError, "`dtype` must be a floating-point type"),
-        ({"channels": []}, ValueError, "`channels` must be one or more indices"),
+        ({"channels": []}, ValueError, "`channels` must choose at least one"),
+        ({"channels": [True, False]}, TypeError, r"`channels` must be .*; of a mask, pass `mask\.nonzero"),
+        ({"channels": torch.tensor([True, False])}, TypeError, r"ints.*; of a mask, pass `mask\.nonzero"),
+        ({"max_bytes": float("nan")}, ValueError, "`max_bytes` must be positive, got nan"),
+        ({"channels": True}, TypeError, "`channels` must be an int or a list of ints, got True"),
+        ({"channels": [1, 1], "grad": True}, ValueError, "`channels` must be distinct with `grad=True`"),
         ({"channels": [-1]}, ValueError, "`channels` must be one or more indices from 0"),
         ({"channels": "a"}, TypeError, "`channels` must be an int or a list of ints"),
         ({"reduce": 3}, TypeError, "`reduce` must be a function"),
@@ -368,3 +373,37 @@ def test_nothing_of_the_callers_is_changed(net, x):
     assert all(module.training for module in net.modules())
     assert torch.is_grad_enabled()
     assert torch.equal(x, before)
+
+
+def test_a_capture_that_nobody_entered_says_so():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3))
+    acts = capture(net, "0")
+    net(torch.rand(1, 3, 5, 5))
+    with pytest.raises(
+        CaptureError, match=r"a capture is entered, as in `with capture\(model, ...\) as acts:`"
+    ):
+        acts["0"]
+
+
+def test_a_copy_that_ran_instead_is_named():
+    net = nn.Sequential(nn.Conv2d(3, 2, 3))
+    with capture(net, "0") as acts:
+        copy.deepcopy(net)(torch.rand(1, 3, 5, 5))
+    with pytest.raises(LayerNotCapturedError, match="the model was copied within the block"):
+        acts["0"]
+    twin = copy.deepcopy(net)
+    with capture(net, "0") as acts:
+        twin(torch.rand(1, 3, 5, 5))
+    with pytest.raises(LayerNotCapturedError, match="another model ran, such as the copy"):
+        acts["0"]
+
+
+def test_a_layer_that_ran_twice_says_how_to_go_through_everything():
+    relu = nn.ReLU()
+    net = nn.Sequential(relu, relu)
+    with capture(net, "0") as acts:
+        net(torch.rand(1, 3, 5, 5))
+    with pytest.raises(
+        SeveralCallsError, match=r"`0` ran 2 times; .*`for name in acts: for value in acts.calls"
+    ):
+        list(acts.items())

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+import torchlens_viz as tv
 from tests.nets import Catches, Repeats, everything, hook_count, instance_state
-from torchlens_viz import LayerNotFoundError, capture
-from torchlens_viz.errors import CaptureError, LayerNotCapturedError
+from tests.processes import said
+from torchlens_viz import LayerNotFoundError, capture, maximize, survey
+from torchlens_viz.errors import CaptureError
 
 # Early stop.
 
@@ -218,11 +220,19 @@ def test_exported_programs_say_that_their_layers_do_not_run(bare_net, x):
         unflattened(x)
     assert torch.equal(acts["0"], bare_net[0](x).detach())
     flat = program.module()
-    with torch.no_grad(), capture(flat, ["0", "2"]) as acts:
-        flat(x)
-    assert acts.not_called == ("0", "2")
-    with pytest.raises(LayerNotCapturedError, match=r"`0` was selected but did not run"):
-        acts["0"]
+    for refused in (
+        lambda: capture(flat, ["0", "2"]),
+        lambda: maximize(flat, "0", size=8),
+        lambda: survey(flat, [x], "0", progress=False),
+    ):
+        with pytest.raises(
+            CaptureError, match=r"made by torch.export.*capture the nn.Module it was made from"
+        ):
+            refused()
+    traced = torch.fx.symbolic_trace(bare_net)  # calls its layers
+    with torch.no_grad(), capture(traced, "0") as acts:
+        traced(x)
+    assert torch.equal(acts["0"], bare_net[0](x).detach())
 
 
 def test_export_within_the_block_is_neither_disturbed_nor_recorded(bare_net, x):
@@ -458,5 +468,26 @@ def test_two_ddp_processes_record_each_their_own(tmp_path):
         subprocess.Popen([sys.executable, program, str(rank)], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    printed = [worker.communicate(timeout=240)[0].strip() for worker in workers]
-    assert printed == ["['0', '2'] True True True"] * 2
+    printed = [said(worker.communicate(timeout=240)[0]) for worker in workers]
+    assert printed == [["['0', '2'] True True True"]] * 2
+
+
+SCRIPTED = {
+    "survey": lambda model, image: survey(model, [image], "0", progress=False),
+    "maximize": lambda model, image: maximize(model, "0", [0], size=8, steps=1),
+    "receptive_field": lambda model, image: tv.receptive_field(model, "0", image.shape),
+    "overlay_grid": lambda model, image: tv.overlay_grid(model, "0", image[0]),
+    "pair_grid": lambda model, image: tv.pair_grid(model, "0", image[0]),
+    "kernel_grid": lambda model, image: tv.kernel_grid(model, "0"),
+    "save_kernel_sheets": lambda model, image: tv.save_kernel_sheets(model, "nowhere"),
+    "Monitor": lambda model, image: tv.Monitor(model, None, probe=image, every=1),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTED)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_in_one_way_by_all_that_takes_a_model(name):
+    image = torch.rand(1, 3, 8, 8)
+    model = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), image)
+    with pytest.raises(CaptureError, match=r"the model is TorchScript .*the nn.Module it was made from"):
+        SCRIPTED[name](model, image)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -233,7 +235,7 @@ def test_stopping_forgets_the_inputs_of_calls_that_never_return(x):
     with torch.no_grad(), manager as acts:
         for _ in range(3):
             assert model(x[:, :1]) is None  # ends where the innermost call returns
-        assert manager._taken == []
+        assert manager._block._calls._open == []
     assert [call.input.args[1] for call in acts.calls("")] == [0, 0, 0]
 
 
@@ -536,3 +538,38 @@ def test_tasks_of_one_thread_see_each_others_passes(bare_net, x):
         for step, value in enumerate(acts.calls("0")):
             assert torch.equal(value, bare_net[0](x + step).detach())
     assert hook_count(bare_net) == 0
+
+
+class _Counted:
+    """What a weak reference can be kept to."""
+
+
+@pytest.mark.parametrize(
+    "options", [{"reduce": lambda tensor: 1 / 0}, {"max_bytes": 50}], ids=["own", "ours"]
+)
+def test_an_error_from_a_hook_holds_on_to_nothing_once_it_is_dropped(x, options):
+    # Checkpointing is undone when the frames of an error go, which those of a cycle do at some other time.
+    seen = []
+
+    class Holds(nn.Module):
+        def forward(self, value):
+            held = _Counted()
+            seen.append(weakref.ref(held))
+            return self.layer(value)
+
+    model = Holds()
+    model.layer = nn.Conv2d(3, 4, 3)
+    gc.disable()
+    try:
+        with contextlib.suppress(ZeroDivisionError, CaptureMemoryError), capture(model, ["layer"], **options):
+            model(x)
+        assert seen[0]() is None
+        manager = capture(model, ["layer"], **options)
+        manager.__enter__()
+        with contextlib.suppress(ZeroDivisionError, CaptureMemoryError):
+            model(x)  # caught within the block, which goes on
+        assert seen[1]() is None
+        with contextlib.suppress(CaptureMemoryError):
+            manager.__exit__(None, None, None)
+    finally:
+        gc.enable()

@@ -9,14 +9,24 @@ from typing import Any, Final, NamedTuple, final
 
 import torch
 
-from torchlens_viz.errors import CaptureError, LayerNotCapturedError, SeveralCallsError, TorchlensVizError
+from torchlens_viz.arguments import listed, shown
+from torchlens_viz.errors import (
+    CaptureError,
+    InvalidTypeError,
+    LayerNotCapturedError,
+    SeveralCallsError,
+    TorchlensVizError,
+)
 from torchlens_viz.hooks import archive
+from torchlens_viz.hooks.layout import Layout, marked_dim
 from torchlens_viz.hooks.retention import Retention, Transfers, size_in_bytes
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import nearest
-from torchlens_viz.nested import leaves, map_leaves, tensors
+from torchlens_viz.nested import leaves, map_leaves
+from torchlens_viz.notebook import Markup, Page
 from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.running import RunningStats
+from torchlens_viz.stats.summary import summary_of
 
 
 class Inputs(NamedTuple):
@@ -92,12 +102,16 @@ class Activations(Mapping[str, Any]):
         (['0'], torch.Size([1, 8, 3, 3]))
     """
 
-    __slots__ = ("_calls", "_complete", "_elsewhere", "_held_bytes", "_selected")
+    __slots__ = ("_calls", "_complete", "_elsewhere", "_held_bytes", "_selected", "_was_copied")
 
     def __init__(self, selected: Iterable[str]) -> None:
-        self._selected = tuple(selected)
+        names = tuple(listed(selected, "selected"))
+        if isinstance(selected, str) or not all(isinstance(name, str) for name in names):
+            raise InvalidTypeError(f"`selected` must be names of layers, got {shown(selected)}")
+        self._selected = names
         self._calls: dict[str, list[Any]] = {}
         self._elsewhere: set[str] = set()
+        self._was_copied = False
         self._held_bytes = 0
         self._complete: Callable[[], None] | None = None  # waits for values that are on their way
 
@@ -107,8 +121,9 @@ class Activations(Mapping[str, Any]):
             raise LayerNotCapturedError(self._why_not(name))
         if len(recorded) > 1:
             raise SeveralCallsError(
-                f"`{name}` ran {len(recorded)} times; take one of `acts.calls({name!r})`, or call "
-                "`acts.clear()` between forward passes"
+                f"`{name}` ran {len(recorded)} times; take one of `acts.calls({name!r})`, or go through all "
+                "with `for name in acts: for value in acts.calls(name): ...`. Where it was several forward "
+                "passes, `acts.clear()` between them forgets the earlier ones"
             )
         return recorded[0]
 
@@ -134,9 +149,10 @@ class Activations(Mapping[str, Any]):
         Raises:
             LayerNotCapturedError: The layer was not selected.
         """
-        if name not in self._selected:
+        if not isinstance(name, str) or name not in self._selected:
             raise LayerNotCapturedError(
-                f"`{name}` was not selected for this capture; {nearest(str(name), self._selected)}"
+                f"`{name if isinstance(name, str) else shown(name)}` was not selected for this capture; "
+                f"{nearest(name, self._selected)}"
             )
         if self._complete is not None:
             self._complete()
@@ -194,12 +210,7 @@ class Activations(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         rows = [("layer", "shape", "dtype", "device", "min", "mean", "max")]
-        for name in self._calls:
-            recorded = self.calls(name)
-            for index, value in enumerate(recorded):
-                label = name if len(recorded) == 1 else f"{name} [call {index}]"
-                found = leaves((torch.Tensor, ChannelStats), value) or [None]
-                rows += [(label if i == 0 else "", *_describe(item)) for i, item in enumerate(found)]
+        rows += [(label, *summary_of(value)) for label, value in self._rows()]
         rows += [(name, "not called", "", "", "", "", "") for name in self.not_called]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = [
@@ -211,15 +222,47 @@ class Activations(Mapping[str, Any]):
         ]
         return "\n".join(["Activations", *(f"  {line}" for line in lines)])
 
+    def _repr_html_(self) -> str:
+        from torchlens_viz.draw.thumbnail import thumbnail  # draws nothing before somebody looks
+
+        page = Page(f"Activations of {len(self)} layers")
+        rows = list(self._rows())
+
+        def cells() -> Iterator[Sequence[str]]:
+            for label, value in rows:
+                maps = thumbnail(value, marked_dim(value)) if isinstance(value, torch.Tensor) else None
+                shown = Markup("") if maps is None else page.picture(maps, f"maps of {label}")
+                yield (label, *summary_of(value), shown)
+            yield from ((name, "not called", *[""] * 6) for name in self.not_called)
+
+        heads = ("layer", "shape", "dtype", "device", "min", "mean", "max", "first maps of the first input")
+        page.table(heads, cells(), len(rows) + len(self.not_called))
+        return str(page)
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """Yield every tensor, or what stands in its place, with a label for the first one of each call."""
+        for name in self._calls:
+            recorded = self.calls(name)
+            for index, value in enumerate(recorded):
+                label = name if len(recorded) == 1 else f"{name} [call {index}]"
+                found = leaves((torch.Tensor, ChannelStats), value) or [None]
+                yield from ((label if place == 0 else "", item) for place, item in enumerate(found))
+
     def _why_not(self, name: str) -> str:
         if name in self._elsewhere:
             return (
                 f"`{name}` ran in another thread than the one that entered the block; enter it in that thread"
             )
+        if self._was_copied:
+            return (
+                f"`{name}` was selected but did not run, and the model was copied within the block: if it is "
+                "the copy that runs, as in the first `predict()` of some libraries, capture around the copy"
+            )
         return (
             f"`{name}` was selected but did not run. Either no forward pass reached it (a head skipped "
             "in eval mode, an earlier `stop=True`), or the model bypasses it: it calls `.forward()` or uses "
-            "the weights directly, or the forward pass was compiled within the block"
+            "the weights directly, or the forward pass was compiled within the block; or another model ran, "
+            "such as the copy that some libraries' `predict()` makes"
         )
 
 
@@ -229,19 +272,21 @@ class Recorder(Sink[Activations]):
 
     Args:
         retention: What becomes of each tensor.
+        layout: Knows which dimension of it counts channels.
     """
 
-    __slots__ = ("_acts", "_retention", "_transfers")
+    __slots__ = ("_acts", "_layout", "_retention", "_transfers")
 
-    def __init__(self, retention: Retention) -> None:
+    def __init__(self, retention: Retention, layout: Layout) -> None:
         self._retention = retention
+        self._layout = layout
         self._acts = Activations(())
         self._transfers = Transfers()
 
     @property
     def is_on_graph(self) -> bool:
         """Whether what is kept stands in the graph for the tensor itself."""
-        return self._retention.is_on_graph
+        return self._retention.grad
 
     def open(self, layers: Sequence[str]) -> Activations:
         """Return activations for this block, empty yet."""
@@ -252,9 +297,14 @@ class Recorder(Sink[Activations]):
 
     def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> Any:
         """Return what is to be kept of a tensor, and count its bytes."""
-        kept = self._retention.keep(tensor, layer, self._acts._held_bytes, self._transfers.send)
+        held = self._acts._held_bytes
+        kept = self._retention.keep(tensor, layer, held, self._transfers.send, self._layout)
         self._acts._held_bytes += size_in_bytes(kept)
         return kept
+
+    def successor(self, tensor: torch.Tensor, kept: Any, layer: str) -> torch.Tensor:
+        """Return what the network goes on from, so that gradients pass through what was kept."""
+        return self._retention.successor(tensor, kept, layer, self._layout)
 
     def record(self, names: Sequence[str], kept: Any) -> None:
         """Enter a call under each name of its layer, in memory of its own."""
@@ -266,6 +316,10 @@ class Recorder(Sink[Activations]):
             own = self._retention.duplicate(kept, name, self._acts._held_bytes)
             self._acts._held_bytes += size_in_bytes(own)
             write(name, own)
+
+    def copied(self) -> None:
+        """Take note that the model was copied."""
+        self._acts._was_copied = True
 
     def missed(self, names: Sequence[str]) -> None:
         """Remember why these layers may have no calls."""
@@ -284,33 +338,4 @@ class Recorder(Sink[Activations]):
             self._acts._calls[name] = [_Gathered(kept)]
             return
         recorded[0].add(name, kept)
-        self._acts._held_bytes -= sum(tensor.nbytes for tensor in tensors(kept))
-
-
-def _describe(value: torch.Tensor | ChannelStats | None) -> tuple[str, str, str, str, str, str]:
-    if value is None:
-        return ("no tensor", "", "", "", "", "")
-    if isinstance(value, ChannelStats):
-        whole = value.pooled()
-        low, mean, high = (f"{field.item():.4g}" for field in (whole.min, whole.mean, whole.max))
-        return (f"statistics ({value.channels},)", "float64", str(whole.mean.device), low, mean, high)
-    shape = "nested" if value.is_nested else "(" + ", ".join(map(str, value.shape)) + ")"
-    try:
-        summary = _summary(value.detach())
-    except (RuntimeError, TypeError):  # a kind of tensor that cannot tell its values; a table must not fail
-        summary = ("-", "-", "-")
-    return (shape, str(value.dtype).removeprefix("torch."), str(value.device), *summary)
-
-
-def _summary(value: torch.Tensor) -> tuple[str, str, str]:
-    if value.is_meta or value.is_nested or value.numel() == 0 or value.is_complex():
-        return ("-", "-", "-")
-    if value.is_quantized:
-        value = value.dequantize()
-    if value.layout is not torch.strided:
-        value = value.to_dense()
-    if not value.is_floating_point() or value.dtype.itemsize == 1:
-        value = value.float()
-    low, high = value.aminmax()
-    mean = value.mean(dtype=torch.promote_types(value.dtype, torch.float32))
-    return (f"{low.item():.4g}", f"{mean.item():.4g}", f"{high.item():.4g}")
+        self._acts._held_bytes -= size_in_bytes(kept)

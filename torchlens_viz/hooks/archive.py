@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from torchlens_viz.errors import ArchiveError, needed, reason_of
-from torchlens_viz.files.paths import replacing
+from torchlens_viz.errors import ArchiveError
+from torchlens_viz.files.tensors import SafetensorsFile, write_safetensors
+from torchlens_viz.hooks.layout import mark, marked_dim
 from torchlens_viz.stats.channels import ChannelStats
 
 _FORMAT: Final = "torchlens_viz.activations/1"
+_WHAT: Final = "activations"
 _SCALARS: Final = (bool, int, float, str, type(None))
+_SEQUENCES: Final[Mapping[str, Callable[[Any], Any]]] = {"tuple": tuple, "list": list, "size": torch.Size}
 
 
 def write(
@@ -31,27 +34,22 @@ def write(
         path: The file; it appears whole or not at all.
         calls: What each layer put out, by name, call by call.
         selected: The names of all selected layers.
-        kinds: Named tuples that may occur, by the name they have in the file.
+        kinds: Named tuples that may occur, by the name they have in the file. Others come back as a named
+            tuple with the same fields, mappings as dicts, and subclasses of tuple and list as those.
 
     Raises:
-        ArchiveError: A value is neither a tensor nor built of tuples, lists, dicts and plain scalars, or the
-            file cannot be written.
+        ArchiveError: A value is neither a tensor nor built of tuples, lists, mappings and plain scalars, or
+            the file cannot be written.
         MissingDependencyError: safetensors is not installed.
     """
-    safetensors = _safetensors()
-    tensors: dict[str, torch.Tensor] = {}
+    packing = _Packing(kinds)
     layout = {
-        name: [_pack(value, f"{name}#{index}", tensors, kinds) for index, value in enumerate(values)]
+        name: [packing.pack(value, f"{name}#{index}") for index, value in enumerate(values)]
         for name, values in calls.items()
     }
-    about = {"format": _FORMAT, "selected": list(selected), "calls": layout}
-    metadata = {"torchlens_viz": json.dumps(about)}
-    with replacing(path, ArchiveError) as temporary:
-        try:
-            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # tensors that share memory, a full disk
-            raise ArchiveError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
-    return Path(path)
+    dims = {name: dim for name, each in packing.tensors.items() if (dim := marked_dim(each)) is not None}
+    header = {"format": _FORMAT, "selected": list(selected), "calls": layout, "channel_dims": dims}
+    return write_safetensors(path, packing.tensors, header, what=_WHAT)
 
 
 def read(
@@ -66,56 +64,85 @@ def read(
         ArchiveError: The file is missing, truncated, or holds something else.
         MissingDependencyError: safetensors is not installed.
     """
-    safetensors = _safetensors()
-    try:
-        file = safetensors.safe_open(path, framework="pt")
-        about = json.loads((file.metadata() or {}).get("torchlens_viz", "{}"))
-    except Exception as error:  # SafetensorError derives from Exception alone
-        raise ArchiveError(
-            f"cannot read {str(path)!r}: it is missing, truncated or no safetensors file "
-            f"({reason_of(error)}); save the activations again"
-        ) from error
-    if about.get("format") != _FORMAT:
-        raise ArchiveError(
-            f"cannot read {str(path)!r}: it holds no activations in the format {_FORMAT!r}; read it with "
-            "safetensors.torch.load_file"
-        )
+    file = SafetensorsFile(path, format=_FORMAT, what=_WHAT)
 
     def reader(packed: Any) -> Callable[[], Any]:
-        return lambda: _unpack(packed, file.get_tensor, kinds)
+        _unpack(packed, _placeholder(file), kinds)  # the layout is sound; now, and not when it is asked for
+        return lambda: _unpack(packed, tensor, kinds)
 
-    calls = {name: [reader(packed) for packed in values] for name, values in about["calls"].items()}
-    return about["selected"], calls
+    def tensor(name: str) -> torch.Tensor:
+        found = file.tensor(name)
+        if name in dims:
+            mark(found, dims[name])
+        return found
 
-
-def _pack(value: Any, key: str, tensors: dict[str, torch.Tensor], kinds: Mapping[str, type]) -> Any:
-    if isinstance(value, torch.Tensor):
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise ArchiveError(
-                f"`{key}` is a {value.layout} tensor of {value.dtype} on {value.device}, which safetensors "
-                "cannot hold; capture with a `reduce=` that makes it a plain one"
-            )
-        tensors[key] = value.detach().contiguous()
-        return {"tensor": key}
-    if isinstance(value, _SCALARS):
-        return {"value": value}
-    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        parts = {name: _pack(part, f"{key}.{name}", tensors, kinds) for name, part in value.items()}
-        return {"dict": parts}
-    if isinstance(value, tuple | list):
-        items = [_pack(part, f"{key}.{index}", tensors, kinds) for index, part in enumerate(value)]
-        for name, kind in (*kinds.items(), ("tuple", tuple), ("list", list)):
-            if type(value) is kind:
-                return {name: items}
-    if isinstance(value, ChannelStats):
+    try:
+        dims = dict(file.header.get("channel_dims", {}))
+        selected, layout = file.header["selected"], file.header["calls"]
+        calls = {name: [reader(packed) for packed in values] for name, values in layout.items()}
+        if not all(isinstance(name, str) for name in selected) or not set(calls) <= set(selected):
+            raise ValueError("its layers are not those that were selected")
+        if not all(type(dim) is int for dim in dims.values()):
+            raise ValueError("a dimension is none")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ArchiveError(
-            f"`{key}` is statistics (`reduce=RunningStats`), which a file of activations does not hold; save "
-            "what their `to_dict()` returns instead"
+            f"cannot read {str(path)!r}: its header is damaged; save the activations again"
+        ) from error
+    return list(selected), calls
+
+
+class _Packing:
+    """Values as JSON, and the tensors in them on the side; one that occurs twice is held once."""
+
+    def __init__(self, kinds: Mapping[str, type]) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._kinds = kinds
+        self._names: dict[int, str] = {}  # by id of a tensor, which the caller keeps alive
+
+    def pack(self, value: Any, key: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            return {"tensor": self._names.get(id(value)) or self._hold(value, key)}
+        if isinstance(value, _SCALARS):
+            return {"value": value}
+        if isinstance(value, Mapping):
+            return self._pack_mapping(value, key)
+        if isinstance(value, tuple | list):
+            items = [self.pack(part, f"{key}.{index}") for index, part in enumerate(value)]
+            for name, kind in (*self._kinds.items(), ("size", torch.Size)):
+                if type(value) is kind:
+                    return {name: items}
+            if fields := getattr(value, "_fields", None):
+                return {"named": {"name": type(value).__name__, "fields": list(fields), "items": items}}
+            return {"tuple" if isinstance(value, tuple) else "list": items}
+        if isinstance(value, ChannelStats):
+            raise ArchiveError(
+                f"`{key}` is statistics (`reduce=RunningStats`), which a file of activations does not hold; "
+                "save what their `to_dict()` returns instead"
+            )
+        raise ArchiveError(
+            f"`{key}` is a {type(value).__name__}, which a file cannot hold without code; select layers that "
+            "put out tensors, tuples, lists or mappings"
         )
-    raise ArchiveError(
-        f"`{key}` is a {type(value).__name__}, which a file cannot hold without code; select layers that put "
-        "out tensors, tuples, lists or dicts"
-    )
+
+    def _hold(self, tensor: torch.Tensor, key: str) -> str:
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise ArchiveError(
+                f"`{key}` is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which "
+                "safetensors cannot hold; capture with a `reduce=` that makes it a plain one"
+            )
+        name, number = key, 1
+        while name in self.tensors:  # the key "a.b" beside "b" within "a"
+            number += 1
+            name = f"{key}~{number}"
+        self.tensors[name] = tensor
+        self._names[id(tensor)] = name
+        return name
+
+    def _pack_mapping(self, value: Mapping[Any, Any], key: str) -> Any:
+        parts = [(name, self.pack(part, f"{key}.{name}")) for name, part in value.items()]
+        if all(isinstance(name, str) for name, _ in parts):
+            return {"dict": dict(parts)}
+        return {"mapping": [[self.pack(name, f"{key}'s key"), part] for name, part in parts]}
 
 
 def _unpack(packed: Any, get: Callable[[str], torch.Tensor], kinds: Mapping[str, type]) -> Any:
@@ -123,15 +150,23 @@ def _unpack(packed: Any, get: Callable[[str], torch.Tensor], kinds: Mapping[str,
     if kind == "tensor":
         return get(content)
     if kind == "value":
+        if not isinstance(content, _SCALARS):
+            raise ValueError("a scalar is none")
         return content
     if kind == "dict":
         return {name: _unpack(part, get, kinds) for name, part in content.items()}
+    if kind == "mapping":
+        return {_unpack(name, get, kinds): _unpack(part, get, kinds) for name, part in content}
+    if kind == "named":
+        items = [_unpack(part, get, kinds) for part in content["items"]]
+        return namedtuple(content["name"], content["fields"])(*items)
     items = [_unpack(part, get, kinds) for part in content]
-    if kind in kinds:
-        return kinds[kind](*items)
-    return tuple(items) if kind == "tuple" else items
+    return kinds[kind](*items) if kind in kinds else _SEQUENCES[kind](items)
 
 
-def _safetensors() -> Any:
-    needed("safetensors.torch", "activations are saved with safetensors", "safetensors")
-    return needed("safetensors", "activations are saved with safetensors", "safetensors")
+def _placeholder(file: SafetensorsFile) -> Callable[[str], Any]:
+    def get(name: str) -> None:
+        if name not in file.names:
+            raise KeyError(name)
+
+    return get

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import GeneratorType
 from typing import Any, final
 
 import torch
@@ -14,17 +14,35 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from torchlens_viz.errors import CaptureError
-from torchlens_viz.models.layers import Layer
+from torchlens_viz.models.layers import Layer, unwrap
 
 _SHARDED = frozenset({"FullyShardedDataParallel", "FSDPModule"})
-_lock = threading.Lock()
-_holders = 0
-_stance: Any = None
+_TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)  # of one thread
+_lock = threading.RLock()
+_holders: set[Hashable] = set()
+_previous: Any = None  # the stance that is to be again, once nobody holds another one
+_is_eager = False
 
 
 @final
 class StopForwardError(BaseException):
     """Unwinds a forward pass; not an `Exception`, because models may catch those."""
+
+
+def let_go(error: BaseException) -> None:
+    """Forget where an exception that ended a pass came through, as if the pass had returned.
+
+    Its frames hold activations. A checkpoint that it came through would leave the hooks in place that it has
+    installed for saved tensors, in all of the process, until its frame is collected.
+    """
+    step = error.__traceback__
+    while step is not None:
+        if "checkpoint" in step.tb_frame.f_code.co_filename:
+            for value in step.tb_frame.f_locals.values():
+                if isinstance(value, GeneratorType):
+                    value.close()
+        step = step.tb_next
+    error.__traceback__ = error.__context__ = None
 
 
 @final
@@ -48,16 +66,15 @@ class StopPoint:
         self._depth = 0
         self._active = False
 
-    def __enter__(self) -> StopPoint:
+    def begin(self) -> None:
+        """Stand in, for calls from this thread."""
         self._thread = threading.get_ident()
         self._previous = self._model.__dict__.get("_compiled_call_impl")
-        self._model.__dict__["_compiled_call_impl"] = self
         self._active = True
-        return self
+        self._model.__dict__["_compiled_call_impl"] = self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
+        """Do so no longer; may be called again."""
         self._active = False
         top = self._model.__dict__.get("_compiled_call_impl")
         # One that was left earlier may still stand below this one, where blocks overlap without nesting.
@@ -85,18 +102,26 @@ class StopPoint:
         except StopForwardError as stop:
             if stop is not self._error or self._depth > 1:  # a model that calls itself ends as a whole
                 raise
+            let_go(stop)
             return None
         finally:
             self._depth -= 1
 
 
 def refuse_torchscript(model: nn.Module) -> None:
-    """Raise `CaptureError` for a scripted, traced or frozen model, whose children run without Python."""
-    if isinstance(model, torch.jit.ScriptModule):
+    """Raise `CaptureError` for a scripted, traced, frozen or exported model, whose children never run."""
+    if _is_exported(unwrap(model)):
         raise CaptureError(
-            "the model is TorchScript (scripted, traced or frozen): hooks on its layers never fire; "
-            "capture the nn.Module it was made from"
+            "the model was made by torch.export: it is a graph of single operations, in which no layer runs "
+            "and hooks never fire; capture the nn.Module it was made from"
         )
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Tell whether a module is a graph of operations rather than of layers, as torch.export makes."""
+    return isinstance(module, torch.fx.GraphModule) and any(
+        isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes
+    )
 
 
 def refuse_unhookable(model: nn.Module, selected: Sequence[Layer], *, stop: bool, compiled: str) -> None:
@@ -123,7 +148,7 @@ def refuse_unhookable(model: nn.Module, selected: Sequence[Layer], *, stop: bool
                 "the model is a DataParallel over several devices, which runs short-lived replicas: capture "
                 "`model.module` on one device, or use DistributedDataParallel"
             )
-        if compiled == "error" and ("_orig_mod" in module._modules or module._compiled_call_impl is not None):
+        if compiled == "error" and is_compiled(module):
             raise CaptureError(
                 'the model is compiled and `compiled="error"`: hooks do not fire in compiled code; capture '
                 'the uncompiled module, or pass `compiled="eager"`'
@@ -132,12 +157,34 @@ def refuse_unhookable(model: nn.Module, selected: Sequence[Layer], *, stop: bool
         _refuse_stop(model)
 
 
+def is_traced() -> bool:
+    """Tell whether the code that asks is being compiled or exported, in which no value can be kept.
+
+    `torch.compiler.is_compiling()` alone would not do: while any thread compiles, it says so in all of them.
+    """
+    if torch.compiler.is_dynamo_compiling():  # what Dynamo reads as True, and Python as False
+        return True
+    return torch.compiler.is_compiling() and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether `torch.compile` has compiled a module, by wrapping it or in place."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
 def _refuse_stop(model: nn.Module) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel) and torch.is_grad_enabled():
         raise CaptureError(
             "`stop=True` would leave DistributedDataParallel waiting for the gradients of the layers that "
             "did not run: capture `model.module`, or run under torch.no_grad()"
         )
+    refuse_always_called(model)
+
+
+def refuse_always_called(model: nn.Module) -> None:
+    """Raise `CaptureError` where ending a forward pass early would skip what is always to be called."""
     if nn_module._global_forward_hooks_always_called or any(
         module._forward_hooks_always_called for module in model.modules()
     ):
@@ -150,29 +197,43 @@ def _refuse_stop(model: nn.Module) -> None:
 @contextmanager
 def eager_stance() -> Iterator[None]:
     """Run compiled code eagerly, in the whole process, until the last block that asked for it ends."""
-    # Importing Dynamo takes a second; where nobody has imported it, nothing has been compiled.
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    _acquire()
+    holder = object()
     try:
+        hold_eager(holder)
         yield
     finally:
-        _release()
+        try:
+            let_compile(holder)
+        finally:
+            let_compile(holder)  # once more: Ctrl-C may have come within the first
 
 
-def _acquire() -> None:
-    global _holders, _stance
+def hold_eager(holder: Hashable) -> None:
+    """Run compiled code eagerly, in the whole process, until `let_compile(holder)`."""
+    # Importing Dynamo takes a second; where nobody has imported it, nothing has been compiled.
+    if "torch._dynamo" in sys.modules:
+        _holders.add(holder)
+        _settle()
+
+
+def let_compile(holder: Hashable) -> None:
+    """Undo `hold_eager`; may be called again, and where that was broken off."""
+    _holders.discard(holder)
+    if _previous is not None:
+        _settle()
+
+
+def _settle() -> None:
+    """Make the stance what the holders want, from whatever state an earlier call was broken off in."""
+    global _is_eager, _previous
+    from torch._dynamo import eval_frame
+
     with _lock:
-        if _holders == 0:
-            _stance = torch.compiler.set_stance("force_eager")
-        _holders += 1
-
-
-def _release() -> None:
-    global _holders, _stance
-    with _lock:
-        _holders -= 1
-        if _holders == 0:
-            _stance.__exit__(None, None, None)
-            _stance = None
+        if _holders and not _is_eager:
+            _previous = _previous or eval_frame._stance
+            torch.compiler.set_stance("force_eager")
+            _is_eager = True
+        elif not _holders and _previous is not None:
+            eval_frame._set_stance(_previous)
+            _is_eager = False
+            _previous = None

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, inf, prod
 from typing import Any, Final, Literal, Protocol, TypeAlias, cast, final
 
 import torch
 
+from torchlens_viz.arguments import flag, real, shown
 from torchlens_viz.errors import (
     CaptureMemoryError,
     InvalidArgumentError,
     InvalidTypeError,
     TorchlensVizError,
 )
+from torchlens_viz.hooks.graph import passage, select_channels
+from torchlens_viz.hooks.layout import Layout, mark, marked_dim
 from torchlens_viz.hooks.sink import real_tensor
-from torchlens_viz.nested import map_tensors, tensors
+from torchlens_viz.nested import leaves, map_tensors
 from torchlens_viz.stats.running import RunningStats
 
 Reduction: TypeAlias = Callable[[torch.Tensor], Any] | type[RunningStats] | RunningStats
@@ -35,13 +38,15 @@ class Retention:
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     channels: tuple[int, ...] | None = None
-    channel_dim: int = 1
     reduce: Reduction | None = None
     max_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.copy not in (True, False, "lazy"):
-            raise InvalidArgumentError(f'`copy` must be True, False or "lazy", got {self.copy!r}')
+        if not isinstance(self.copy, bool) and not (isinstance(self.copy, str) and self.copy == "lazy"):
+            raise InvalidArgumentError(f'`copy` must be True, False or "lazy", got {shown(self.copy)}')
+        flag(self.grad, "grad")
+        if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
+            raise InvalidTypeError(f"`dtype` must be a torch.dtype, got {shown(self.dtype)}")
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise InvalidArgumentError(f"`dtype` must be a floating-point type, got {self.dtype}")
         if self.gathers:
@@ -54,21 +59,27 @@ class Retention:
                 )
         elif self.reduce is not None and not callable(self.reduce):
             raise InvalidTypeError(
-                f"`reduce` must be a function of one tensor or RunningStats, got {self.reduce!r}"
+                f"`reduce` must be a function of one tensor or RunningStats, got {shown(self.reduce)}"
             )
-        if self.max_bytes is not None and self.max_bytes <= 0:
-            raise InvalidArgumentError(f"`max_bytes` must be positive, got {self.max_bytes}")
+        elif self.grad and self.channels is not None and len(set(self.channels)) < len(self.channels):
+            raise InvalidArgumentError(
+                f"`channels` must be distinct with `grad=True`, got {list(self.channels)}; "
+                "of one that is kept twice, neither has the whole gradient"
+            )
+        elif self.grad and self.reduce is not None:
+            raise InvalidArgumentError(
+                "`reduce` cannot go with `grad=True`, which lets the network go on from what is kept; "
+                "leave `reduce` out, and reduce `acts[name]` yourself: it is on the graph"
+            )
+        if self.max_bytes is not None and not 0 < real(self.max_bytes, "max_bytes") < inf:
+            raise InvalidArgumentError(f"`max_bytes` must be positive, got {shown(self.max_bytes)}")
+        if self.max_bytes is not None:
+            object.__setattr__(self, "max_bytes", ceil(self.max_bytes))
 
     @property
     def gathers(self) -> bool:
         """Whether each call adds to statistics, instead of being kept by itself."""
         return self.reduce is RunningStats or isinstance(self.reduce, RunningStats)
-
-    @property
-    def is_on_graph(self) -> bool:
-        """Whether what is kept can stand in the graph for the tensor itself: a whole clone, of its type."""
-        changes = (self.dtype, self.device, self.channels, self.reduce)
-        return self.grad and self.copy is True and all(change is None for change in changes)
 
     def keep(
         self,
@@ -76,6 +87,7 @@ class Retention:
         layer: str,
         held: int,
         send: Callable[[torch.Tensor], torch.Tensor],
+        layout: Layout,
     ) -> Any:
         """Return what is to be kept of `tensor`.
 
@@ -84,6 +96,7 @@ class Retention:
             layer: The layer's name, for messages.
             held: Bytes that the capture holds already.
             send: Moves a tensor of our own to the host; its values may come later.
+            layout: Knows which dimension counts channels.
 
         Raises:
             CaptureError: The tensor exists only within a transform such as `vmap`.
@@ -94,34 +107,58 @@ class Retention:
         kept: Any = real if self.grad else real.detach()
         is_ours = False
         if self.channels is not None:
-            self._check(held, layer, _bytes_of_channels(kept, self.channels, self.channel_dim, layer))
-            index = torch.tensor(self.channels, device="cpu").to(kept.device, non_blocking=True)
-            kept, is_ours = kept.index_select(self.channel_dim, index), True
+            dim = layout.channel_dim(kept, layer)
+            self._check(held, layer, _bytes_of_channels(kept, self.channels, dim, layer))
+            kept, is_ours = select_channels(kept, dim, self.channels, on_graph=self.grad), True
         if self.gathers:
-            return self._gathered(kept, layer, held)
+            return self._gathered(kept, layer, held, layout.channel_dim(real, layer))
         if self.reduce is not None:
             reduced = cast("Callable[[torch.Tensor], Any]", self.reduce)(kept)
-            if not self.grad:  # it may have parameters, and so a graph of its own
-                reduced = map_tensors(torch.Tensor.detach, reduced)
+            reduced = map_tensors(torch.Tensor.detach, reduced)  # it may have parameters, and so a graph
             self._check(held, layer, size_in_bytes(reduced))
             # A reduction may return a view of what it was given, so that it is not ours; but it is small.
             return map_tensors(lambda part: self._place(part, send, is_ours=False), reduced)
         if self.max_bytes is not None:
             itemsize = (self._dtype_of(kept) or kept.dtype).itemsize
             self._check(held, layer, kept.numel() * itemsize)
-        return self._place(kept, send, is_ours=is_ours)
+        placed = self._place(kept, send, is_ours=is_ours)
+        if placed is not real and (found := layout.found(real, layer)) is not None:
+            mark(placed, found)
+        return placed
+
+    def successor(self, tensor: torch.Tensor, kept: torch.Tensor, layer: str, layout: Layout) -> torch.Tensor:
+        """Return what the network is to go on from, so that its gradient passes through what was kept.
+
+        Args:
+            tensor: What the layer took or put out.
+            kept: What `keep` made of it.
+            layer: The layer's name.
+            layout: Knows which dimension counts channels.
+
+        Returns:
+            The values of `tensor`, in memory of their own; or `tensor`, where that was kept itself, or where
+            there is no gradient.
+        """
+        if kept is tensor or not kept.requires_grad:
+            return tensor
+        if self.channels is None and (kept.dtype, kept.device) == (tensor.dtype, tensor.device):
+            return _lazy_clone(kept) if self.copy == "lazy" and _can_share(kept) else kept.clone()
+        dim = None if self.channels is None else layout.channel_dim(tensor, layer)
+        return passage(tensor, kept, dim, self.channels)
 
     def duplicate(self, kept: Any, layer: str, held: int) -> Any:
-        """Return what was kept once more, in memory of its own, for another name of the same layer."""
-        self._check(held, layer, size_in_bytes(kept))
-        return map_tensors(torch.clone, kept)
+        """Return what was kept once more for another name of the same layer.
 
-    def _gathered(self, tensor: torch.Tensor, layer: str, held: int) -> RunningStats:
-        example = self.reduce
-        if isinstance(example, RunningStats):
-            stats = example.fresh()
-        else:
-            stats = RunningStats(channel_dim=self.channel_dim)
+        That is in memory of its own; but on a graph it is the same, from which the network goes on.
+        """
+        if self.grad:
+            return kept
+        self._check(held, layer, size_in_bytes(kept))
+        return map_tensors(_clone, kept)
+
+    def _gathered(self, tensor: torch.Tensor, layer: str, held: int, dim: int) -> RunningStats:
+        example = self.reduce if isinstance(self.reduce, RunningStats) else RunningStats()
+        stats = example.fresh() if example.channel_dim is not None else example.fresh(channel_dim=dim)
         try:
             stats.update(tensor)
         except TorchlensVizError as error:
@@ -162,16 +199,16 @@ def travels(tensor: torch.Tensor, device: torch.device | None) -> bool:
 
 
 def size_in_bytes(value: Any) -> int:
-    """Return the bytes of all tensors in a nested value, counted by their elements."""
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors(value))
+    """Return the bytes of all tensors and statistics in a nested value, tensors counted by their elements."""
+    if isinstance(value, torch.Tensor):  # nearly always, and on the path of every call
+        return value.numel() * value.dtype.itemsize
+    return sum(
+        each._nbytes if isinstance(each, RunningStats) else each.numel() * each.dtype.itemsize
+        for each in leaves((torch.Tensor, torch.fx.Proxy, RunningStats), value)
+    )
 
 
 def _bytes_of_channels(tensor: torch.Tensor, channels: Sequence[int], dim: int, layer: str) -> int:
-    if not -tensor.ndim <= dim < tensor.ndim:
-        raise InvalidArgumentError(
-            f"`channel_dim` must be a dimension of what `{layer}` puts out, got {dim} "
-            f"(shape {tuple(tensor.shape)})"
-        )
     if max(channels) >= tensor.shape[dim]:
         raise InvalidArgumentError(
             f"`channels` must be below {tensor.shape[dim]} for `{layer}`, got {max(channels)} "
@@ -179,6 +216,13 @@ def _bytes_of_channels(tensor: torch.Tensor, channels: Sequence[int], dim: int, 
         )
     rest = prod(size for axis, size in enumerate(tensor.shape) if axis != dim % tensor.ndim)
     return rest * len(channels) * tensor.dtype.itemsize
+
+
+def _clone(kept: torch.Tensor) -> torch.Tensor:
+    clone = kept.clone()
+    if (dim := marked_dim(kept)) is not None:
+        mark(clone, dim)
+    return clone
 
 
 def _can_share(tensor: torch.Tensor) -> bool:

@@ -40,6 +40,10 @@ class Sink(Protocol[Opened]):
             layer: Its name; the first one where it has several.
         """
 
+    def successor(self, tensor: torch.Tensor, kept: Any, layer: str) -> torch.Tensor:
+        """Return what the network goes on from instead of a tensor; asked where this is on the graph."""
+        return tensor
+
     def record(self, names: Sequence[str], kept: Any) -> None:
         """Take note of a call that ended.
 
@@ -53,9 +57,13 @@ class Sink(Protocol[Opened]):
         """Take note of a call in another thread, which is not recorded."""
         return
 
-    def excuse(self, error: Exception) -> None:
-        """Raise what went wrong in a hook, or return to let the network go on."""
-        raise error
+    def copied(self) -> None:
+        """Take note that the model was copied, without the hooks of this block."""
+        return
+
+    def excuses(self, error: Exception) -> bool:
+        """Tell whether the network goes on although this went wrong in a hook; else it is raised there."""
+        return False
 
     def close(self) -> None:
         """End, as the block is left, however it is."""

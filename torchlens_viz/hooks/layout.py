@@ -1,0 +1,177 @@
+"""Which dimension of what a layer puts out counts its channels: one answer for the whole library."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, final
+
+import torch
+from torch import nn
+from torch.nn.modules import batchnorm, instancenorm
+
+from torchlens_viz.arguments import integer
+from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.hooks.axes import ChannelAxes
+from torchlens_viz.models.layers import Layer
+
+# What these put out has channels before as many dimensions of positions as their names say.
+_BEFORE_POSITIONS: Final[dict[type, int]] = {
+    getattr(nn, f"{kind}{rank}d"): rank
+    for rank in (1, 2, 3)
+    for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")
+}
+_SECOND: Final = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.GroupNorm)
+_LAST: Final = (
+    nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase,
+    nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
+)  # fmt: skip
+# Where a tensor that `capture` hands out says which dimension it is.
+_MARK: Final = "_torchlens_viz_channel_dim"
+
+
+@final
+class Layout:
+    """Knows of chosen layers which dimension of what they put out, or take, counts channels.
+
+    The kind of a layer says it where it can: convolutions and batch normalisation count channels in the
+    second dimension, dense and recurrent layers and attention in the last. Of others, such as a ReLU or a
+    block that was written by hand, the operations say it that led to the tensor: see `ChannelAxes`.
+
+    Args:
+        layers: The layers.
+        told: The dimension of all of them, where the caller says it.
+
+    Raises:
+        InvalidTypeError: `told` is no integer.
+    """
+
+    def __init__(self, layers: Sequence[Layer], told: int | None = None) -> None:
+        self._told = None if told is None else integer(told, "channel_dim")
+        self._modules = {layer.name: layer.module for layer in layers}
+        self._axes: ChannelAxes | None = None
+        self._known: dict[tuple[str, int], int] = {}
+        self._says = {name for name, module in self._modules.items() if _by_kind(module, 4) is not None}
+        self._is_open = self._modules.keys() - self._says
+
+    @property
+    def must_follow(self) -> bool:
+        """Whether there are layers of which the kind does not say it."""
+        return self._told is None and bool(self._is_open)
+
+    def begin(self) -> None:
+        """Follow operations of this thread, where that is needed, until each layer has run once."""
+        if self.must_follow:
+            self._axes = ChannelAxes()
+            self._axes.begin()
+
+    def end(self) -> None:
+        """Follow no longer; may be called again."""
+        if self._axes is not None:
+            self._axes.end()
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow within the block."""
+        try:
+            self.begin()
+            yield
+        finally:
+            try:
+                self.end()
+            finally:
+                self.end()  # once more: Ctrl-C may have come within the first
+
+    def channel_dim(self, tensor: torch.Tensor, layer: str) -> int:
+        """Return the dimension of a tensor, of a layer, that counts channels: an index from 0.
+
+        Where nothing says it, that is the second dimension, and a warning says so.
+
+        Raises:
+            InvalidArgumentError: The caller named a dimension that the tensor does not have.
+        """
+        if self._told is not None:
+            return told_dim(tensor, self._told, f"what `{layer}` puts out")
+        found = self.found(tensor, layer)
+        if found is not None:
+            return found
+        warnings.warn(
+            f"nothing tells which dimension of what `{layer}` puts out counts channels (shape "
+            f"{tuple(tensor.shape)}): the second one is taken; say which it is with `channel_dim=`",
+            stacklevel=2,
+        )
+        self._known[layer, tensor.ndim] = 1
+        return 1
+
+    def found(self, tensor: torch.Tensor, layer: str) -> int | None:
+        """Return the same where something says it, else None."""
+        if self._told is not None:
+            return self._told % tensor.ndim if -tensor.ndim <= self._told < tensor.ndim else None
+        known = self._known.get((layer, tensor.ndim))
+        if known is None:
+            if layer in self._says:
+                known = _by_kind(self._modules[layer], tensor.ndim)
+            elif self._axes is not None:
+                known = self._axes.of(tensor)
+                if known is None and tensor.ndim > 1 and self._axes.is_untouched(tensor):
+                    known = 1  # what a network takes is (N, C, ...)
+            if known is None:
+                return 1 if tensor.ndim <= 2 else None  # (N, C), whatever made it
+            self._known[layer, tensor.ndim] = known
+            self._is_open.discard(layer)
+        elif self._axes is not None and not self._is_open:  # all are known, and the first of them runs again
+            self._axes.stop()
+        return known
+
+
+def told_dim(tensor: torch.Tensor, told: int, what: str) -> int:
+    """Return a dimension that the caller named as an index from 0.
+
+    Raises:
+        InvalidArgumentError: The tensor has no such dimension.
+    """
+    if not -tensor.ndim <= told < tensor.ndim:
+        raise InvalidArgumentError(
+            f"`channel_dim` must be a dimension of {what}, got {told} (shape {tuple(tensor.shape)})"
+        )
+    return told % tensor.ndim
+
+
+def mark(tensor: torch.Tensor, dim: int) -> None:
+    """Note in a tensor of our own which of its dimensions counts channels, for `marked_dim`."""
+    setattr(tensor, _MARK, dim)
+
+
+def marked_dim(tensor: torch.Tensor) -> int | None:
+    """Return which dimension counts channels in a tensor that `capture` handed out, where that is known."""
+    found: int | None = getattr(tensor, _MARK, None)
+    return found
+
+
+def mixes_layouts(model: nn.Module) -> bool:
+    """Tell whether a model has parts that count channels in the last dimension of what has positions."""
+    return any(
+        isinstance(module, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding)
+        or "Permute" in type(module).__name__
+        or "RMSNorm" in type(module).__name__
+        for module in model.modules()
+    )
+
+
+def _by_kind(module: nn.Module, rank: int) -> int | None:
+    """Return where a layer of torch's own, as torch made it, has the channels of `rank` dimensions."""
+    forward = getattr(type(module), "forward", None)
+    home = getattr(forward, "__module__", None) or ""  # what torch.fx generates has none
+    if "forward" in vars(module) or not home.startswith("torch.nn.modules."):
+        return None
+    for kind, positions in _BEFORE_POSITIONS.items():
+        if isinstance(module, kind):
+            return max(rank - positions - 1, 0)
+    if isinstance(module, _SECOND):
+        return min(1, rank - 1)
+    if isinstance(module, nn.LayerNorm):
+        return max(rank - len(module.normalized_shape), 0)
+    if isinstance(module, _LAST):
+        return rank - 1
+    return None
