@@ -1,4 +1,4 @@
-"""A batch back to the pixels it was made from, whatever the preprocessing did."""
+"""One image as what a model takes: every mode of a picture, tensors, and preprocessing of either kind."""
 
 from __future__ import annotations
 
@@ -8,73 +8,168 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.models.demo_net import preprocess as demo_preprocess
-from torchlens_viz.models.inputs import as_batch, as_pixels
+from torchlens_viz import maximize, overlay_grid, pair_grid
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.files.pictures import read_image
+from torchlens_viz.models.inputs import (
+    as_batch,
+    image_batch,
+    input_of,
+    model_input,
+    require_usual_shape,
+    shown_to,
+)
+
+RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (8, 1))
 
 
-def photograph() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(60, 190, (16, 24, 3), dtype=np.uint8))
+def in_mode(mode):
+    """A ramp from black to white in a mode, and what it is in [0, 1]."""
+    gray = Image.fromarray(RAMP)
+    if mode == "I;16":
+        return Image.fromarray(RAMP.astype(np.uint16) * 257)
+    if mode == "I":
+        return Image.fromarray(RAMP.astype(np.int32))
+    if mode == "F":
+        return Image.fromarray(RAMP.astype(np.float32) / 255)
+    if mode == "1":
+        return gray.point(lambda value: 255 * (value > 127)).convert("1")
+    return gray.convert("P") if mode == "P" else gray.convert("RGB").convert(mode)
 
 
-def test_normalisation_is_undone():
-    image = photograph()
-    pixels = as_pixels(demo_preprocess(image), image, preprocess=demo_preprocess)
-    expected = np.asarray(image).transpose(2, 0, 1) / 255
-    assert np.abs(pixels.numpy() - expected).max() < 1e-5
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F"]
+)
+def test_a_picture_of_any_mode_is_the_same_ramp(mode, tmp_path):
+    picture = in_mode(mode)
+    expected = torch.from_numpy((RAMP > 127).astype(np.float32) if mode == "1" else RAMP / np.float32(255))
+    for channels in (1, 3, None):
+        batch = image_batch(picture, channels)
+        assert batch.shape == (1, channels or 3, 8, 16)
+        assert (batch - expected).abs().max() <= 1.01 / 255
+    if mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):  # what a PNG holds
+        picture.save(tmp_path / "x.png")
+        with Image.open(tmp_path / "x.png") as opened:
+            same = torch.from_numpy(np.array(read_image(tmp_path / "x.png"))).movedim(2, 0)[None] / 255
+            assert image_batch(opened).equal(same)
 
 
-def test_cropping_and_borders_stay_and_normalisation_is_undone_all_the_same():
-    def crop(image: Image.Image) -> torch.Tensor:
-        batch = demo_preprocess(image.crop((0, 0, 12, 16)))
-        return nn.functional.pad(batch, (1, 1, 1, 1), value=-2.0)
-
-    image = photograph()
-    pixels = as_pixels(crop(image), image, preprocess=crop)
-    assert (
-        np.abs(pixels.numpy()[:, 1:-1, 1:-1] - np.asarray(image)[:, :12].transpose(2, 0, 1) / 255).max()
-        < 1e-5
-    )
-    assert (pixels[:, 0] == 0).all()
+def test_a_tiff_that_counts_from_white_is_not_a_negative(tmp_path):
+    for tag, values in ((0, 65535 - RAMP.astype(np.uint16) * 257), (1, RAMP.astype(np.uint16) * 257)):
+        Image.fromarray(values).save(tmp_path / "x.tif", tiffinfo={0x0106: tag})
+        assert np.array_equal(np.array(read_image(tmp_path / "x.tif"))[..., 0], RAMP)
+        with Image.open(tmp_path / "x.tif") as opened:
+            assert torch.equal(image_batch(opened, 1)[0, 0], torch.from_numpy(RAMP) / 255)
 
 
-def test_tensors_are_undone_too_and_bytes_are_bytes():
-    image = torch.rand(3, 5, 7)
-    bytes_ = (255 * image).to(torch.uint8)
-    assert torch.allclose(
-        as_pixels((image[None] - 0.3) / 2, image, preprocess=lambda x: (x - 0.3) / 2), image
-    )
-    assert torch.equal(as_pixels(bytes_[None], bytes_), bytes_ / 255)
-    half = as_pixels((bytes_[None] / 510), bytes_, preprocess=lambda x: x / 510)
-    assert torch.allclose(half, bytes_ / 255)
+def test_transparency_is_white_and_exif_is_obeyed(tmp_path):
+    assert (image_batch(Image.new("RGBA", (2, 2), (0, 0, 0, 0))) == 1).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    Image.fromarray(RAMP).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        assert image_batch(opened).shape == (1, 3, 16, 8)
 
 
-def standardised(image: object) -> torch.Tensor:
-    batch = as_batch(image)
-    return (batch - batch.mean()) / batch.std()
+def test_bytes_count_to_255_and_other_tensors_are_as_they_are():
+    values = torch.arange(12, dtype=torch.uint8).view(3, 2, 2)
+    assert image_batch(values).equal(values[None] / 255)
+    assert image_batch(values.float()[None]).equal(values[None].float())
+    with pytest.raises(InvalidArgumentError, match=r"`image` must be one image .*got shape \(2, 3, 4, 4\)"):
+        image_batch(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(InvalidTypeError, match="`image` must be a tensor or a picture, got str"):
+        as_batch("cat.jpg")
 
 
-def picky(image: Image.Image) -> torch.Tensor:
-    if len(set(image.getdata())) == 1:
-        raise ValueError("a picture of one colour")
-    return standardised(image)
+def normalise(images):
+    """As `torchvision.transforms.Normalize`: of tensors alone."""
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"img should be Tensor Image. Got {type(images)}")
+    return (images - 0.5) / 0.25
 
 
-@pytest.mark.parametrize("preprocess", [standardised, picky])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_cannot_be_undone_is_spread(preprocess):
-    image = photograph()
-    batch = preprocess(image)
-    pixels = as_pixels(batch, image, preprocess=preprocess)
-    low, high = batch.min(), batch.max()
-    assert torch.allclose(pixels, (batch[0] - low) / (high - low))
+def from_picture(image):
+    """As most preprocessing: of pictures alone, and turned into a tensor with one row."""
+    return normalise(torch.from_numpy(np.array(image.convert("RGB"))).movedim(2, 0)[None] / 255)
 
 
-def test_a_given_inverse_comes_first():
-    image = torch.rand(3, 4, 4)
-    pixels = as_pixels(image[None] * 3, image, preprocess=lambda x: x * 3, invert=lambda x: 1 - x / 3)
-    assert torch.allclose(pixels, 1 - image)
+def test_preprocessing_of_pictures_and_of_tensors_means_the_same_everywhere():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8))
+    assert model_input(picture, normalise).equal(model_input(picture, from_picture))
+    for draw in (overlay_grid, pair_grid):
+        sheets = [draw(net, "0", picture, preprocess=each) for each in (normalise, from_picture)]
+        assert sheets[0].tobytes() == sheets[1].tobytes()
+    options = {"size": 8, "steps": 6, "precision": "float32"}
+    results = [maximize(net, "0", preprocess=each, **options) for each in (normalise, from_picture)]
+    torch.testing.assert_close(results[0].images, results[1].images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(results[0].scores, results[1].scores, rtol=1e-4, atol=1e-4)
+
+
+def test_preprocessing_that_takes_nothing_says_what_it_said():
+    def broken(image):
+        raise ValueError(f"not a {type(image).__name__}, please")
+
     with pytest.raises(
-        InvalidArgumentError, match=r"`invert` must keep the height and width of \(1, 3, 4, 4\)"
+        InvalidArgumentError, match=r"fails for the picture \(ValueError: not a Image.*Tensor"
     ):
-        as_pixels(image[None], image, invert=lambda x: x[..., 1:])
+        overlay_grid(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", Image.new("RGB", (9, 9)), preprocess=broken)
+    with pytest.raises(
+        InvalidArgumentError, match=r"`preprocess` must make of images.*not a Tensor.*not a Image"
+    ):
+        maximize(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", size=9, preprocess=broken)
+
+
+@pytest.mark.parametrize("draw", [overlay_grid, pair_grid])
+def test_gray_networks_take_gray_pictures(draw):
+    net = nn.Sequential(nn.Conv2d(1, 2, 3))
+    gray = Image.fromarray(RAMP)
+    assert draw(net, "0", gray).tobytes() == draw(net, "0", gray.convert("RGB")).tobytes()
+    assert draw(net, "0", gray).tobytes() == draw(net, "0", torch.from_numpy(RAMP)[None]).tobytes()
+    result = maximize(net, "0", [0], image=gray, steps=1)
+    assert result.images.shape == (1, 1, 8, 16)
+
+
+def test_a_long_thin_picture_is_refused_before_preprocessing_enlarges_it():
+    def enlarge(image):
+        raise AssertionError("it was enlarged")
+
+    with pytest.raises(InvalidArgumentError, match=r"`image` must be at most 250 times as long .* 1 x 20000"):
+        model_input(Image.new("RGB", (1, 20000)), enlarge)
+
+
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (torch.zeros(3, 4, 4, device="meta"), "plain values, got torch.float32 on meta; load its values"),
+        (torch.zeros(3, 4, 4).to_sparse(), "a dense tensor"),
+    ],
+)
+def test_tensors_without_plain_values_are_no_images(image, what):
+    with pytest.raises(InvalidTypeError, match=f"`image` must (hold|be) {what}"):
+        as_batch(image)
+
+
+def test_a_model_that_fails_says_what_it_was_given():
+    net = torch.nn.Conv2d(4, 1, 1)
+    batch = torch.zeros(1, 3, 2, 2)
+    with pytest.raises(
+        InvalidArgumentError, match=r"`x` must be what the model takes: Conv2d fails for .* \(1, 3"
+    ):
+        with shown_to(net, batch, "x"):
+            net(batch)
+
+
+def test_a_rule_that_is_neither_key_nor_place_nor_function_is_refused():
+    with pytest.raises(InvalidTypeError, match="`input_of` must be a key, a place or a function, got range"):
+        input_of(torch.zeros(2, 3), range(2))
+
+
+def test_pictures_that_preprocessing_would_enlarge_beyond_memory_are_refused():
+    require_usual_shape(Image.new("RGB", (2, 500)), "image")
+    for size in ((2, 501), (20000, 1)):
+        with pytest.raises(
+            InvalidArgumentError, match=r"`image` must be at most 250 times as long as .* crop it"
+        ):
+            require_usual_shape(Image.new("RGB", size), "image")

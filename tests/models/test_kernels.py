@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
+from torchlens_viz import maximize
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.models.kernels import kernels_of
+from torchlens_viz.models.kernels import entry_of, image_channels, kernels_of
 
 # Quantised tensors are deprecated in torch; until they are gone, their kernels can be drawn.
 quantised = pytest.mark.filterwarnings(
@@ -319,3 +320,104 @@ def test_a_weight_that_a_class_computes_is_what_it_computes():
 def test_kernels_are_taken_from_a_scripted_part():
     conv = nn.Conv2d(3, 4, 3)
     assert torch.equal(kernels_of(nn.Sequential(torch.jit.script(conv)), "0").weight, conv.weight)
+
+
+class DecoderFirst(nn.Module):
+    """Defines what runs last before what runs first."""
+
+    def __init__(self, latent=8):
+        super().__init__()
+        self.decoder, self.encoder = nn.ConvTranspose2d(latent, 3, 2, 2), nn.Conv2d(3, latent, 3, 2, 1)
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x).relu())
+
+
+class TakesTwo(DecoderFirst):
+    def forward(self, x, y):
+        return super().forward(x) + y
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "channels"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), "0", 3),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)), "0", 1),
+        (nn.Sequential(nn.Conv2d(13, 4, 3), nn.Conv2d(4, 4, 3)), "0", 13),
+        (DecoderFirst(), "encoder", 3),
+        (DecoderFirst(latent=4), "encoder", 3),
+        (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3)), "1", 3),
+        (nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16, 4, 3)), "1", 1),
+        (nn.Sequential(nn.PixelUnshuffle(2), parametrizations.weight_norm(nn.Conv2d(12, 4, 3))), "1", 3),
+        (nn.Sequential(nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "0", 6),  # of another size
+        (TakesTwo(), "decoder", 8),  # cannot be tried, so that the order of definition counts
+    ],
+)
+def test_images_enter_at_the_first_convolution_to_run(model, name, channels):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    entry = entry_of(model)
+    assert (entry.layer.name, entry.channels) == (name, channels)
+    assert image_channels(model) == channels
+    assert kernels_of(model).name == name
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    assert model.training
+
+
+def test_networks_without_a_convolution_take_three_channels():
+    assert image_channels(nn.Linear(3, 4)) == 3
+
+
+class EqualRate:
+    """A hook of somebody's own that computes the weight before each pass, as equalised learning rates do."""
+
+    def __call__(self, module, args):
+        module.weight = module.weight_orig * 0.5
+
+    @classmethod
+    def apply(cls, module):
+        weight = module._parameters.pop("weight")
+        module.register_parameter("weight_orig", weight)
+        module.weight = weight.detach() * 0.5
+        module.register_forward_pre_hook(cls())
+        return module
+
+
+COMPUTED = {
+    "pruned": (lambda conv: prune.l1_unstructured(conv, "weight", 0.3), "weight_orig"),
+    "pruned by structure": (lambda conv: prune.ln_structured(conv, "weight", 0.5, 2, 0), "weight_orig"),
+    "pruned twice": (
+        lambda conv: prune.random_unstructured(prune.l1_unstructured(conv, "weight", 0.3), "weight", 0.3),
+        "weight_orig",
+    ),
+    "old weight norm": (nn.utils.weight_norm, "weight_v"),
+    "old spectral norm": (nn.utils.spectral_norm, "weight_orig"),
+    "weight norm": (parametrizations.weight_norm, "parametrizations.weight.original1"),
+    "spectral norm": (parametrizations.spectral_norm, "parametrizations.weight.original"),
+    "equal rates": (EqualRate.apply, "weight_orig"),
+}
+
+
+@pytest.mark.parametrize("change", ["load", "step"])
+@pytest.mark.parametrize("kind", COMPUTED)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_kernels_are_those_of_now(kind, change):
+    """Not those of the last forward pass: they are what the layer then computes with."""
+    make, name = COMPUTED[kind]
+    torch.manual_seed(0)
+    net = nn.Sequential(make(nn.Conv2d(1, 4, 3, bias=False))).eval()
+    net(torch.rand(1, 1, 8, 8))
+    if change == "load":
+        torch.manual_seed(1)
+        net.load_state_dict(nn.Sequential(make(nn.Conv2d(1, 4, 3, bias=False))).state_dict())
+    else:
+        with torch.no_grad():
+            net[0].get_parameter(name).add_(torch.randn(4, 1, 3, 3))
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    kernels = kernels_of(net).weight
+    assert all(map(torch.equal, before.values(), net.state_dict().values()))
+    impulses = torch.eye(9).view(9, 1, 3, 3)
+    expected = net(impulses)[..., 0, 0].T.reshape(4, 1, 3, 3).detach()
+    torch.testing.assert_close(kernels, expected)
+    result = maximize(net, "0", size=6, steps=2, precision="float32")
+    told = net(result.images).mean((2, 3)).diagonal().detach()
+    torch.testing.assert_close(result.scores, told)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import sys
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 
 def load(path: Path) -> nn.Module:
     model = network(seed=1)
-    load_weights(model, read_weights(path), str(path))
+    load_weights(model, read_weights(path).tensors, str(path))
     return model
 
 
@@ -72,11 +74,42 @@ def test_the_prefix_of_a_parallel_or_compiled_model_is_removed(tmp_path, prefix)
     assert equal(load(tmp_path / "w.pth"), network())
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda: network().state_dict(), []),
+        (
+            lambda: {"state_dict": prefixed("model.")},
+            ["from its `state_dict`", "without the prefix `model.`"],
+        ),
+        (
+            lambda: {"model": {"ema": prefixed("net.")}},
+            ["from its `model`, `ema`", "without the prefix `net.`"],
+        ),
+        (lambda: {"model": {}, "model_ema": network().state_dict()}, ["from its `model_ema`"]),
+        (
+            lambda: {"n_averaged": torch.tensor(3), **prefixed("module.")},
+            ["without `n_averaged`", "without the prefix `module.`"],
+        ),
+    ],
+)
+def test_what_was_done_to_find_the_weights_is_told(tmp_path, content, told):
+    torch.save(content(), tmp_path / "w.pth")
+    read, model = read_weights(tmp_path / "w.pth"), network(seed=1)
+    assert [*read.notes, *load_weights(model, read.tensors, "w.pth")] == told
+    assert equal(model, network())
+
+
+def test_averaged_weights_are_taken_before_others(tmp_path):
+    torch.save({"state_dict": network(2).state_dict(), "ema": network(0).state_dict()}, tmp_path / "w.pth")
+    assert equal(load(tmp_path / "w.pth"), network(0))
+
+
 def test_a_prefix_that_the_model_has_itself_is_kept(tmp_path):
     torch.save(prefixed("module."), tmp_path / "w.pth")
     model = nn.Module()
     model.module = network(seed=1)
-    load_weights(model, read_weights(tmp_path / "w.pth"), "w.pth")
+    load_weights(model, read_weights(tmp_path / "w.pth").tensors, "w.pth")
     assert equal(model.module, network())
 
 
@@ -183,3 +216,50 @@ def test_missing_safetensors_names_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(MissingDependencyError, match=r'python -m pip install "torchlens_viz\[safetensors\]"'):
         read_weights(tmp_path / "w.safetensors")
+
+
+def selfish() -> dict[str, object]:
+    """A checkpoint that holds itself."""
+    found: dict[str, object] = {"epoch": 1}
+    found["state_dict"] = {"model": found}
+    return found
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(tmp_path):
+    torch.save(selfish(), tmp_path / "w.pth")
+    refusal(tmp_path / "w.pth", "must hold a state_dict, got the keys .* with no tensors by name")
+
+
+def test_an_archive_that_unpacks_to_many_times_its_length_is_refused_unread(tmp_path, monkeypatch):
+    torch.save(network().state_dict(), tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/data/9", bytes(2**27))
+    assert (tmp_path / "w.pth").stat().st_size < 2**20
+    monkeypatch.setattr(torch, "load", None)
+    refusal(tmp_path / "w.pth", "is an archive of .* bytes that unpacks to many times as many")
+
+
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "w.pth")
+    refusal(tmp_path / "w.pth", "which is a pipe or device")
+    refusal(Path("/dev/zero"), "which is a pipe or device")
+
+
+@pytest.mark.parametrize(
+    ("state", "held"),
+    [
+        ({1: torch.zeros(1)}, "got 1: a tensor of shape"),
+        ({"w": torch.zeros(1), ("a", "b"): 1}, r"got \('a', 'b'\): 1"),
+        ({"w": torch.zeros(2, device="meta")}, "got 'w': a tensor of shape"),
+    ],
+)
+def test_what_is_no_dense_tensor_under_a_name_is_refused(tmp_path, state, held):
+    torch.save(state, tmp_path / "w.pth")
+    refusal(tmp_path / "w.pth", f"must hold dense tensors with values under names, {held}")
+
+
+def test_an_edited_version_is_told_as_what_does_not_fit(tmp_path):
+    state = network().state_dict()
+    state._metadata = {"": 7}
+    torch.save(state, tmp_path / "w.pth")
+    refusal(tmp_path / "w.pth", "does not fit Sequential: .*int")

@@ -8,6 +8,7 @@ import re
 import sys
 import urllib.error
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 from torchvision.transforms._presets import ImageClassification
 
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.models.zoo import load_model, load_structure
 
 NAME = "squeezenet1_1"
 WEIGHTS = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
@@ -111,7 +112,8 @@ def test_a_file_is_loaded_into_a_torchvision_model(tmp_path):
     torch.save({"state_dict": state_with(0.5)}, tmp_path / "w.pth")
     loaded = load_model(NAME.upper(), weights=str(tmp_path / "w.pth"))
     assert all((parameter == 0.5).all() for parameter in loaded.model.parameters())
-    assert loaded.weights_note == f"weights of {str(tmp_path / 'w.pth')!r}, preprocessing of {WEIGHTS!r}"
+    where = f"{str(tmp_path / 'w.pth')!r} (from its `state_dict`)"
+    assert loaded.weights_note == f"weights of {where}, preprocessing of {WEIGHTS!r}"
 
 
 @pytest.mark.parametrize(
@@ -141,13 +143,31 @@ def test_a_detector_takes_the_picture_at_its_own_size():
     assert loaded.preprocess(PHOTO).shape == (1, 3, 300, 420)
 
 
-@pytest.mark.parametrize(
-    ("name", "needs"), [("raft_small", "two pictures"), ("r3d_18", "a clip of several frames")]
-)
-def test_a_model_that_takes_no_single_picture_says_so(name, needs):
-    loaded = load_model(name, weights="none")
-    with pytest.raises(ModelLoadError, match=f"{name} takes {needs}, not one picture; draw its kernels"):
-        loaded.preprocess(PHOTO)
+def test_a_network_for_video_is_shown_a_still_clip():
+    loaded = load_model("r3d_18", weights="none")
+    clip = loaded.preprocess(PHOTO)
+    frames = torch.from_numpy(np.array(PHOTO)).permute(2, 0, 1)[None].repeat(16, 1, 1, 1)
+    assert torch.equal(clip, torchvision.models.video.R3D_18_Weights.DEFAULT.transforms()(frames)[None])
+    assert torch.equal(clip[:, :, 0], clip[:, :, 15])
+    assert loaded.weights_note.endswith("16 times the same frame")
+    with torch.no_grad():
+        assert loaded.run(clip).shape == (1, len(loaded.names)) == (1, 400)
+
+
+@pytest.mark.parametrize("size", [(300, 420), (20, 50)])
+def test_a_network_for_optical_flow_is_shown_the_picture_twice(size):
+    loaded = load_model("raft_small", weights="none")
+    frame = loaded.preprocess(PHOTO.resize(size))
+    assert all(side % 8 == 0 and side >= 128 for side in frame.shape[2:])
+    assert frame.min() >= -1
+    assert frame.max() <= 1
+    (first, second), named = loaded.inputs_of(frame)
+    assert torch.equal(first, second)
+    assert (first is second, named) == (False, {})
+
+
+def test_a_classifier_knows_the_names_of_its_classes():
+    assert load_model(NAME, weights="none").names == tuple(WEIGHTS.meta["categories"])
 
 
 def test_a_quantized_name_is_the_float_network_with_its_weights():
@@ -255,9 +275,31 @@ def test_a_file_is_loaded_into_a_factorys_model(write_module):
     assert loaded.weights_note.startswith("weights of 'w.pth', preprocessing: ")
 
 
-def test_none_for_a_factory_would_be_ignored_and_is_refused(write_module):
+def test_none_for_a_factory_leaves_what_it_sets(write_module):
     write_module("mine_d", FACTORY)
-    refusal("`weights` must be left out or a file for a factory", "mine_d:make", weights="none")
+    none, default = (load_model("mine_d:make", weights=which) for which in ("none", "DEFAULT"))
+    assert torch.equal(none.model[0].weight, default.model[0].weight)
+    assert none.weights_note == default.weights_note
+
+
+def test_a_structure_has_no_values_where_that_is_possible(write_module):
+    assert all(each.is_meta for each in load_structure("resnet18").model.parameters())
+    looking = "def looks():\n    net = make()\n    return net if net[0].bias.tolist() else 0"
+    write_module("mine_s", f"{FACTORY}\n{looking}")
+    # It computes its widths with tensors as it is built.
+    widths = load_structure("regnet_y_400mf").model
+    assert all(each.is_meta for each in widths.parameters() if each.numel() > 1000)
+    assert widths.trunk_output.block1[0].proj[0].out_channels == 48
+    assert not load_structure("mine_s:looks").model[0].weight.is_meta
+    with pytest.raises(ModelLoadError, match="no torchvision model is named 'alexnot'"):
+        load_structure("alexnot")
+
+
+def test_a_structure_leaves_no_trace_in_what_was_imported_for_it(write_module):
+    source = "MEAN = torch.tensor(2.0)\ndef preprocess(image):\n    return torch.ones(3, 4, 4) * MEAN"
+    write_module("mine_t", f"{FACTORY}\n{source}")
+    assert load_structure("mine_t:make").model[0].weight.is_meta
+    assert torch.equal(load_model("mine_t:make").preprocess(PHOTO), torch.full((1, 3, 4, 4), 2.0))
 
 
 def test_a_preprocess_beside_the_factory_is_used(write_module):
@@ -293,9 +335,45 @@ def test_the_usual_preprocessing_crops_scales_and_normalises(write_module):
     assert preprocess(Image.new("L", (100_000, 3))).shape == (1, 3, 224, 224)
 
 
+def test_a_factory_may_return_preprocessing_and_names_too(write_module):
+    write_module(
+        "mine_p",
+        f"{FACTORY}\ndef pair():\n    return make(), lambda image: torch.full((3, 4, 5), 1.0 * image.width)\n"
+        "def three():\n    return *pair(), ['cat', 'dog']\n"
+        "def preprocess(image):\n    raise AssertionError\n"
+        "def unprepared():\n    return make(), None, ('a', 'b')\n",
+    )
+    pair, three = load_model("mine_p:pair"), load_model("mine_p:three")
+    assert torch.equal(pair.preprocess(PHOTO), torch.full((1, 3, 4, 5), 420.0))
+    assert pair.weights_note.endswith("preprocessing of mine_p:pair")
+    assert (pair.names, three.names) == ((), ("cat", "dog"))
+    assert load_model("mine_p:unprepared").weights_note.endswith("preprocessing of mine_p:preprocess")
+
+
+def test_a_factory_is_found_in_a_file_with_what_stands_beside_it(write_module, tmp_path):
+    write_module("beside_q", "WIDTH = 7")
+    write_module("odd-name", f"from beside_q import WIDTH\n{FACTORY}")
+    write_module("deep.file_q", f"{FACTORY}\nmade = nn.Conv2d(3, 5, 3)")
+    before = list(sys.path)
+    assert isinstance(load_model("./odd-name.py:make").model[0], nn.Conv2d)
+    assert load_model("deep/file_q.py:made").model.out_channels == 5
+    again = load_model(f"{tmp_path / 'deep' / 'file_q.py'}:made").model
+    assert again is load_model("deep/file_q.py:made").model  # a module runs once
+    assert sys.path == before
+
+
 @pytest.mark.parametrize(
     ("source", "spec", "message"),
     [
+        ("", "no_such_file.py:make", "there is no file 'no_such_file.py'; check the path"),
+        ("x = 1 / 0", "./mine_h.py:make", r"running 'mine_h.py' raised ZeroDivisionError: .*see `python "),
+        (FACTORY, "./mine_h.py", r"must say which function or class of './mine_h.py' builds it, such as"),
+        ("def make(): return 3, 4", "mine_h:make", r"\(model, preprocess, names\), got \(int, int\)"),
+        (f"{FACTORY}\ndef two(): return make(), 4", "mine_h:two", "as its second part, got int"),
+        (f"{FACTORY}\ndef three(): return make(), None, 'cat'", "mine_h:three", "as its third part, got str"),
+        (f"{FACTORY}\ndef four(): return make(), None, [], 4", "mine_h:four", "got .*list, int"),
+        ("", "model.pt", "got the file 'model.pt', which holds weights and not the .* --weights model.pt"),
+        ("", "nets/best.safetensors", "--weights nets/best.safetensors"),
         (
             "",
             "no_such_module_x:make",
@@ -315,7 +393,7 @@ def test_the_usual_preprocessing_crops_scales_and_normalises(write_module):
         (FACTORY, ":make", "the part before the colon must be a full module name"),
         (FACTORY, ".mine_h:make", "the part before the colon must be a full module name"),
         ("make = 3", "mine_h:make", "must be an nn.Module or a function that returns one, got int"),
-        ("def make(): return 3", "mine_h:make", "must return an nn.Module, got int"),
+        ("def make(): return 3", "mine_h:make", r"must return an nn.Module, .*, got int"),
         (
             "def make(width): return 3",
             "mine_h:make",
@@ -334,3 +412,14 @@ def test_loading_warns_of_nothing_even_where_warnings_are_shown():
         warnings.simplefilter("always")
         load_model("googlenet", weights="none").preprocess(PHOTO)
     assert [str(warning.message) for warning in caught] == []
+
+
+def test_a_default_device_that_was_taken_back_does_no_harm():
+    def load():
+        torch.set_default_device("cpu")
+        torch.set_default_device(None)
+        return load_model(NAME, weights="none").name
+
+    # A default device belongs to its thread: that of the other tests keeps what torch 2.8 cannot restore.
+    with ThreadPoolExecutor() as thread:
+        assert thread.submit(load).result() == NAME

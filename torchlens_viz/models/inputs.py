@@ -1,29 +1,93 @@
-"""Inputs: one image as the batch that a model takes, and a model's input as the picture it was."""
+"""Inputs: which part of a batch a model takes, and one image as the batch that it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.arguments import check_dense, function, shown
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, TorchlensVizError, one_line
+from torchlens_viz.files.pictures import as_rgb
+from torchlens_viz.nested import tensors
+
+InputOf: TypeAlias = str | int | Callable[[Any], Any] | None
+
+_MOST_SIDES: Final = 250  # at 256 pixels for the shorter side, 16 million pixels
+_USUAL_KEYS: Final = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
 
 
-def as_batch(image: torch.Tensor | Image.Image) -> torch.Tensor:
-    """Return one image as (1, C, H, W); a picture as RGB values in [0, 1].
+def input_of(batch: Any, rule: InputOf) -> Any:
+    """Return the part of a batch that a model takes.
+
+    Args:
+        batch: A tensor; a tuple or list, of which the first is taken; or a mapping, of which the value under
+            the first of the keys `pixel_values`, `image`, `images`, `img`, `input`, `inputs`, `x` is taken.
+        rule: In place of that, a key, a place, or a function of the batch.
+
+    Raises:
+        InvalidArgumentError: There is no such part.
+        InvalidTypeError: It is no tensor.
+    """
+    found = part_of(batch, rule)
+    if isinstance(found, torch.Tensor) or (callable(rule) and next(tensors(found), None) is not None):
+        return found
+    raise InvalidTypeError(
+        f"`loader` must yield tensors, tuples that begin with one, or mappings with one, got a "
+        f"{_told(batch)}; say with `input_of` which part is the input"
+    )
+
+
+def part_of(batch: Any, rule: InputOf) -> Any:
+    """Do as `input_of` with what may hold something else than tensors, such as an item of a dataset."""
+    if callable(rule):
+        return rule(batch)
+    if rule is not None:
+        if not isinstance(rule, str | int):
+            raise InvalidTypeError(f"`input_of` must be a key, a place or a function, got {shown(rule)}")
+        try:
+            return batch[rule]
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise InvalidArgumentError(
+                f"`input_of` must be a part of every batch, got {shown(rule)} for a {_told(batch)}"
+            ) from error
+    if isinstance(batch, Mapping):
+        key = next((key for key in _USUAL_KEYS if key in batch), None)
+        if key is None:
+            raise InvalidArgumentError(
+                f"`input_of` must say which part of a batch is the input, got a {_told(batch)}; pass one of "
+                "its keys"
+            )
+        return batch[key]
+    return batch[0] if isinstance(batch, tuple | list) and batch else batch
+
+
+def _told(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__} with the keys {', '.join(map(repr, batch))}"
+    return f"{type(batch).__name__}"
+
+
+def as_batch(image: object) -> torch.Tensor:
+    """Return a tensor (1, C, H, W) or (C, H, W) as (1, C, H, W).
 
     Raises:
         InvalidArgumentError: The tensor is no image, or more than one.
-        InvalidTypeError: It is neither a tensor nor a picture.
+        InvalidTypeError: It is no tensor.
     """
-    if isinstance(image, Image.Image):
-        picture = torch.from_numpy(np.array(image.convert("RGB")))
-        image = picture.movedim(2, 0).float() / 255
     if not isinstance(image, torch.Tensor):
         raise InvalidTypeError(f"`image` must be a tensor or a picture, got {type(image).__name__}")
+    check_dense(image, "`image`")
+    if image.is_meta or image.is_quantized:
+        remedy = "load its values first" if image.is_meta else "pass `.dequantize()`"
+        raise InvalidTypeError(
+            f"`image` must hold plain values, got {image.dtype} on {image.device}; {remedy}"
+        )
     batch = image[None] if image.ndim == 3 else image
     if batch.ndim != 4 or len(batch) != 1 or batch.numel() == 0:
         raise InvalidArgumentError(
@@ -32,104 +96,98 @@ def as_batch(image: torch.Tensor | Image.Image) -> torch.Tensor:
     return batch
 
 
-def as_pixels(
-    batch: torch.Tensor,
-    image: torch.Tensor | Image.Image,
-    *,
-    preprocess: Callable[[Any], torch.Tensor] | None = None,
-    invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """Return a model's input as the picture that a person would see.
-
-    What `preprocess` did to the colours is undone: where it makes black and white of a black and a white
-    picture, these are black and white here. If that cannot be told, the range of the values is spread over
-    [0, 1], unless they lie in it. Resizing and cropping stay.
+def image_batch(image: torch.Tensor | Image.Image, channels: int | None = None) -> torch.Tensor:
+    """Return one image as (1, C, H, W), pixels in [0, 1].
 
     Args:
-        batch: (1, C, H, W), the input.
-        image: What it was made from.
-        preprocess: What made it.
-        invert: Makes of `batch` pixels in [0, 1], in place of all that.
-
-    Returns:
-        (3, H, W) float32 on the CPU in [0, 1]. Of images with other than 1 or 3 channels, their mean.
-    """
-    pixels = batch.detach()
-    if invert is not None:
-        pixels = as_batch(invert(pixels))
-        if pixels.shape[2:] != batch.shape[2:]:
-            raise InvalidArgumentError(
-                f"`invert` must keep the height and width of {tuple(batch.shape)}, got {tuple(pixels.shape)}"
-            )
-    pixels = pixels.cpu().float() / (255 if pixels.dtype == torch.uint8 else 1)
-    probes = None if preprocess is None or invert is not None else _black_and_white(image, preprocess, batch)
-    if probes is not None:
-        black, white = probes
-        pixels = (pixels - black) / (white - black)
-    pixels = pixels[0].nan_to_num(0.0, 1.0, 0.0)
-    if probes is None and invert is None and (pixels.min() < 0 or pixels.max() > 1):
-        low, high = pixels.min(), pixels.max()
-        pixels = (pixels - low) / (high - low)
-    if len(pixels) != 3:
-        pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
-    return pixels.clamp(0, 1)
-
-
-def colours_as_in(
-    preprocess: Callable[[Image.Image], torch.Tensor],
-) -> tuple[tuple[int, int], Callable[[torch.Tensor], torch.Tensor]]:
-    """Return what preprocessing does to colours, as a function that gradients pass through.
-
-    Args:
-        preprocess: Makes of a picture (1, C, H, W). Whatever it does to sizes is left out.
-
-    Returns:
-        The height and width that it makes of a square picture of 256 pixels a side, and a function from
-        images (N, C, H, W) in [0, 1] to what the model takes.
+        image: A picture of any mode, which is read as `torchlens_viz.files.pictures.read_image` says; or a
+            tensor (1, C, H, W) or (C, H, W), of which uint8 counts from 0 to 255 and all else is taken as it
+            is.
+        channels: How many the model takes: of a picture, 1 makes gray, and anything else is RGB.
 
     Raises:
-        InvalidArgumentError: What it does to a colour is not one straight line per channel.
+        InvalidArgumentError: The tensor is no image, or more than one.
+        InvalidTypeError: It is neither a tensor nor a picture.
     """
-    made = [as_batch(preprocess(Image.new("RGB", (256, 256), (level,) * 3))) for level in (0, 128, 255)]
-    black, gray, white = (each.detach().cpu().float().flatten(2).median(dim=2).values for each in made)
-    if not torch.allclose(gray, black + (white - black) * (128 / 255), atol=1e-3) or black.equal(white):
-        raise InvalidArgumentError(
-            "the preprocessing must scale every colour channel along a straight line, which this one does "
-            "not; call `maximize` from Python with a differentiable `preprocess`"
-        )
-    width, offset = (white - black)[..., None, None], black[..., None, None]
-
-    def apply(images: torch.Tensor) -> torch.Tensor:
-        return images * width.to(images.device) + offset.to(images.device)
-
-    height, breadth = made[0].shape[2:]
-    return (height, breadth), apply
-
-
-def _black_and_white(
-    image: torch.Tensor | Image.Image, preprocess: Callable[[Any], torch.Tensor], batch: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return what preprocessing makes of black and of white, (1, C, 1, 1) each, or None."""
-    made = []
-    for is_white in (False, True):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                output = as_batch(preprocess(_plain(image, is_white=is_white)))
-        except Exception:  # it may well be made for other pictures than these
-            return None
-        if output.shape[1] != batch.shape[1]:
-            return None
-        # The median, because a border may have been added.
-        middle = output.detach().cpu().float().flatten(2).median(dim=2).values
-        made.append(middle[..., None, None])
-    black, white = made
-    return (black, white) if bool((white - black > 1e-6).all()) else None
-
-
-def _plain(image: torch.Tensor | Image.Image, *, is_white: bool) -> torch.Tensor | Image.Image:
     if isinstance(image, Image.Image):
-        mode = image.mode if image.mode in ("L", "RGB") else "RGB"
-        return Image.new(mode, image.size, "white" if is_white else "black")
-    if image.is_floating_point() and (image.min() < 0 or image.max() > 1):
-        raise InvalidArgumentError("values beyond [0, 1] have no known white")
-    return torch.full_like(image, (1 if image.is_floating_point() else 255) if is_white else 0)
+        picture = as_rgb(image)
+        pixels = torch.from_numpy(np.array(picture.convert("L") if channels == 1 else picture))
+        return (pixels[None, None] if channels == 1 else pixels.movedim(2, 0)[None]).float() / 255
+    batch = as_batch(image)
+    return batch.float() / 255 if batch.dtype == torch.uint8 else batch
+
+
+def require_usual_shape(image: Image.Image, name: str) -> None:
+    """Refuse a picture so long and thin that preprocessing, which enlarges its shorter side, fills memory.
+
+    Args:
+        image: The picture.
+        name: What the option is called.
+
+    Raises:
+        InvalidArgumentError: One side is more than 250 times as long as the other.
+    """
+    short, long = sorted(image.size)
+    if long > _MOST_SIDES * short:
+        raise InvalidArgumentError(
+            f"`{name}` must be at most {_MOST_SIDES} times as long as it is wide for a preprocessing, which "
+            f"may enlarge it, got {image.width} x {image.height} pixels; crop it"
+        )
+
+
+@contextmanager
+def shown_to(model: nn.Module, batch: torch.Tensor, name: str = "image") -> Iterator[None]:
+    """Say of whatever a model raises within the block that it did not take such an input.
+
+    Args:
+        model: The model that runs.
+        batch: What it is given.
+        name: What the option is called that it was made of.
+
+    Raises:
+        InvalidArgumentError: The model failed.
+    """
+    try:
+        yield
+    except TorchlensVizError:
+        raise
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"`{name}` must be what the model takes: {type(model).__name__} fails for {batch.dtype} of shape "
+            f"{tuple(batch.shape)} ({one_line(error)})"
+        ) from error
+
+
+def model_input(
+    image: torch.Tensor | Image.Image,
+    preprocess: Callable[[Any], torch.Tensor] | None,
+    channels: int | None = None,
+) -> torch.Tensor:
+    """Return what a model takes of one image, (1, C, H, W).
+
+    Args:
+        image: A picture or a tensor.
+        preprocess: What makes it of the image, or where it does not take pictures, of the image as a tensor
+            in [0, 1]; None is `image_batch`.
+        channels: How many the model takes.
+
+    Raises:
+        InvalidArgumentError: The preprocessing fails, or does not make one image.
+        InvalidTypeError: The image is neither a tensor nor a picture.
+    """
+    if function(preprocess, "preprocess") is None:
+        return image_batch(image, channels)
+    assert preprocess is not None
+    if not isinstance(image, Image.Image):
+        return as_batch(preprocess(image))
+    require_usual_shape(image, "image")
+    try:
+        return as_batch(preprocess(image))
+    except Exception as error:  # it may be made for tensors
+        try:
+            return as_batch(preprocess(image_batch(image, channels)))
+        except Exception as other:
+            raise InvalidArgumentError(
+                f"`preprocess` must make of a picture, or of images in [0, 1], what the model takes, and "
+                f"fails for the picture ({one_line(error)}) and for a tensor ({one_line(other)})"
+            ) from error

@@ -1,18 +1,23 @@
-"""The kernels of a layer, whatever kind of convolution it is, as one tensor (O, I, kH, kW)."""
+"""The kernels of a layer, whatever kind of convolution it is, as one tensor; and which one images enter."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils.weight_norm import WeightNorm
 
 from torchlens_viz.arguments import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.models.layers import Layer, Selector, named_layers, select_one
+from torchlens_viz.models.copying import computes_weights, private_copy
+from torchlens_viz.models.layers import Layer, Selector, named_layers, select_one, unwrap
 from torchlens_viz.models.state import inference
+
+_RGB: Final = 3
+_FEW: Final = range(1, 5)  # as many channels as images have
+_SIDES: Final = (64, 224, 32)  # of images that are tried
 
 
 class Kernels(NamedTuple):
@@ -31,7 +36,8 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
     Args:
         model_or_weight: A model, or kernels (O, I, kH, kW), (O, I, k) of a 1-D or (O, I, kD, kH, kW) of a 3-D
             convolution.
-        layer: Which layer of the model, by a selector that finds exactly one; None is the first convolution.
+        layer: Which layer of the model, by a selector that finds exactly one; None is the first convolution
+            to run.
 
     Returns:
         One filter per output channel: transposed convolutions, stored the other way round, too. Kernels of
@@ -49,7 +55,7 @@ def kernels_of(model_or_weight: nn.Module | torch.Tensor, layer: Selector | None
         return Kernels(_as_planes(_numbers(model_or_weight, "the weight"), "the weight"), "")
     if not isinstance(model_or_weight, nn.Module):
         raise InvalidTypeError(f"expected a model or a weight tensor, got {type(model_or_weight).__name__}")
-    name, module = convolutions(model_or_weight)[0] if layer is None else select_one(model_or_weight, layer)
+    name, module = entry_of(model_or_weight).layer if layer is None else select_one(model_or_weight, layer)
     weight = _stored_weight(module)
     if weight is None:
         raise InvalidArgumentError(f"`{name}` ({type(module).__name__}) has no kernels; choose a convolution")
@@ -82,6 +88,81 @@ def convolutions(model: nn.Module) -> list[Layer]:
     )
 
 
+class Entry(NamedTuple):
+    """Where images enter a network.
+
+    Attributes:
+        layer: The first convolution to run.
+        channels: How many channels the images have.
+    """
+
+    layer: Layer
+    channels: int
+
+
+def entry_of(model: nn.Module) -> Entry:
+    """Return where images enter a network.
+
+    That is mostly its first convolution in the order of definition. Where that does not look like one that
+    images enter, as where a decoder is defined before its encoder or pixels are unshuffled first, a copy of
+    the model runs on the meta device, where nothing is computed.
+
+    Raises:
+        LayerNotFoundError: It has no convolution.
+    """
+    found = convolutions(model)
+    defined = Entry(found[0], _inputs_of(found[0].module))
+    sizes = [_inputs_of(layer.module) for layer in found]
+    if defined.channels == _RGB or (defined.channels in _FEW and _RGB not in sizes):
+        return defined
+    return next(_tried(model, found, dict.fromkeys((_RGB, 1, *sizes, 2, 4))), defined)
+
+
+def image_channels(model: nn.Module) -> int:
+    """Return how many channels the images of a network have; 3 where it has no convolution."""
+    try:
+        return entry_of(model).channels
+    except LayerNotFoundError:
+        return _RGB
+
+
+def _inputs_of(module: nn.Module) -> int:
+    return int(getattr(module, "in_channels", _RGB))
+
+
+def _tried(model: nn.Module, found: list[Layer], numbers: Iterable[int]) -> Iterator[Entry]:
+    """Yield what convolution takes images of so many channels first, for the numbers of which one does."""
+    try:
+        twin = private_copy(unwrap(model), lambda tensor: tensor.detach().to("meta"), warn=False)
+        names = {id(twin.get_submodule(layer.name)): layer for layer in found}
+    except Exception:  # it may not be made to be copied
+        return
+    ran: list[Layer] = []
+    for module in twin.modules():
+        if id(module) in names:
+            module.forward = _noting(module.forward, names[id(module)], ran)
+    for number in numbers:
+        for side in _SIDES:
+            ran.clear()
+            try:
+                with torch.no_grad():
+                    twin(torch.zeros(1, number, side, side, device="meta"))
+            except Exception:  # what comes after the first convolution may well want another size
+                pass
+            if ran:
+                yield Entry(ran[0], number)
+                break
+
+
+def _noting(forward: Callable[..., Any], layer: Layer, ran: list[Layer]) -> Callable[..., Any]:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        ran.append(layer)
+        return output
+
+    return noting
+
+
 def _stored_weight(module: nn.Module) -> torch.Tensor | None:
     is_plain = "weight" in module._parameters and not hasattr(type(module), "weight")
     if is_plain and not module._forward_pre_hooks:  # nothing computes it anew
@@ -90,10 +171,22 @@ def _stored_weight(module: nn.Module) -> torch.Tensor | None:
         weight = getattr(module, "weight", None)
         if callable(weight) and not isinstance(weight, torch.Tensor):
             weight = weight()  # quantised layers
-        for hook in module._forward_pre_hooks.values():  # the attribute is of the last forward pass
-            if isinstance(hook, WeightNorm) and hook.name == "weight":
-                weight = hook.compute_weight(module)
+        if module._forward_pre_hooks and computes_weights(module):
+            weight = _of_now(module)
     return _if_kernels(weight)
+
+
+def _of_now(module: nn.Module) -> object:
+    """Return the weight that hooks compute before each forward pass: the attribute is of the last one."""
+    twin = private_copy(module, _values_of, warn=False)
+    for hook in twin._forward_pre_hooks.values():
+        hook(twin, ())
+    return getattr(twin, "weight", None)
+
+
+def _values_of(tensor: torch.Tensor) -> torch.Tensor:
+    values = tensor.detach()
+    return values if isinstance(tensor, nn.Parameter) else values.clone()
 
 
 def _if_kernels(weight: object) -> torch.Tensor | None:

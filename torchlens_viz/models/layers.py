@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import nn
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.arguments import shown
+from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 
 OneSelector: TypeAlias = (
     str | int | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
@@ -20,6 +22,7 @@ Selector: TypeAlias = OneSelector | Sequence[OneSelector]
 
 # Modules that stand between a parent and the module a person wrote; they have no place in a name.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+_MOST_SELECTORS = 2**20
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -30,9 +33,29 @@ class Layer(NamedTuple):
     module: nn.Module
 
 
+def require_module(model: object) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        InvalidTypeError: It is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module a person wrote, without `torch.compile`, `DataParallel` or DDP around it."""
+    """Return the module a person wrote, without `torch.compile`, `DataParallel` or DDP around it.
+
+    Raises:
+        CaptureError: It is TorchScript, which has no layers that anybody could look into.
+    """
+    require_module(model)
     while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise CaptureError(
+                "the model is TorchScript (scripted, traced or frozen): hooks on its layers never fire; "
+                "capture the nn.Module it was made from"
+            )
         inner = model._modules.get("_orig_mod")
         if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
@@ -78,14 +101,16 @@ def select(model: nn.Module, layers: Selector) -> list[Layer]:
         >>> [layer.name for layer in select(net, [-1, "1"])]
         ['1', '2']
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     known = named_layers(model)
     selectors = layers if isinstance(layers, Sequence) and not isinstance(layers, str) else [layers]
     if isinstance(layers, nn.Module):  # nn.Sequential and nn.ModuleList may look like sequences
         selectors = [layers]
     if not selectors:
         raise InvalidArgumentError("`layers` must name at least one layer, got an empty list")
+    if len(selectors) > _MOST_SELECTORS:
+        raise InvalidArgumentError(
+            f"`layers` must be at most {_MOST_SELECTORS:,} selectors, got {shown(layers)}; use a glob"
+        )
     wanted = {layer.name for selector in selectors for layer in _matches(known, selector)}
     return [layer for layer in known if layer.name in wanted]
 
@@ -104,8 +129,9 @@ def select_one(model: nn.Module, layer: Selector) -> Layer:
     return found[0]
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
+def nearest(name: object, names: Sequence[str]) -> str:
     """Return a clause with the names most like `name`, or the first few where none is."""
+    name = name if isinstance(name, str) else ""
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if not close and name:
         close = [other for other in names if other.endswith(name) or name.endswith(f".{other}")][:3]
@@ -142,7 +168,7 @@ def _matches(known: list[Layer], selector: OneSelector) -> list[Layer]:
         return found or _fail(f"no layer satisfies the predicate; {nearest('', names)}")
     raise InvalidTypeError(
         "`layers` must be a name, an int, a glob, a re.Pattern, a module class, a module, a predicate or a "
-        f"list of those, got {selector!r}"
+        f"list of those, got {shown(selector)}"
     )
 
 
@@ -150,7 +176,7 @@ def _numbered(known: list[Layer], number: int) -> nn.Module:
     leaves = list({id(layer.module): layer.module for layer in known if not layer.module._modules}.values())
     if not -len(leaves) <= number < len(leaves):
         _fail(
-            f"layer {number} is out of range: the model has {len(leaves)} modules without children, "
+            f"layer {shown(number)} is out of range: the model has {len(leaves)} modules without children, "
             f"0 to {len(leaves) - 1}, or -1 from the end"
         )
     return leaves[number]

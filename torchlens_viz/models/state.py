@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Final
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from torchlens_viz.arguments import named_device
+from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
+
+_CPU: Final = torch.device("cpu")
 
 
 @contextmanager
@@ -21,14 +27,23 @@ def inference(model: nn.Module) -> Iterator[None]:
     """
     flags = {module: module.training for module in model.modules()}
     devices = {parameter.get_device() for parameter in model.parameters() if parameter.is_cuda}
-    for module in flags:  # `eval()` may be overridden, to merge weights for one, and could not be undone
-        module.training = False
+    set_eval(model)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+def set_eval(model: nn.Module) -> None:
+    """Put every module into eval mode by its flag alone.
+
+    `eval()` may be overridden, to fold an update into the weights for one, and what that changes could not be
+    undone, or would be changed in memory that another model shares.
+    """
+    for module in model.modules():
+        module.training = False
 
 
 @contextmanager
@@ -57,6 +72,21 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
         for buffers, own in before:
             buffers.clear()
             buffers.update(own)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode without gradients, so that nothing of it is left in a model or elsewhere.
+
+    Flags, buffers, random numbers of Python, numpy and torch, and caches are afterwards as they were.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(same_random_numbers())
+        stack.enter_context(no_cached_parametrizations())
+        stack.enter_context(no_autocast_cache())
+        stack.enter_context(same_buffers(model))
+        stack.enter_context(inference(model))
+        yield
 
 
 @contextmanager
@@ -89,12 +119,37 @@ def no_autocast_cache() -> Iterator[None]:
 def like_parameters(batch: torch.Tensor, model: nn.Module) -> torch.Tensor:
     """Return a batch on the device of the model's first parameter, and of its type if it is floating."""
     first = next((each for each in model.parameters() if each.is_floating_point()), None)
-    if first is None:
-        return batch
-    return batch.to(first.device, first.dtype if batch.is_floating_point() else None)
+    device = device_of(model, batch.device)
+    return batch.to(device, first.dtype if first is not None and batch.is_floating_point() else None)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model's first parameter or buffer is; a model without any is on the CPU."""
-    tensors: Sequence[Any] = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
+def device_of(model: nn.Module, otherwise: torch.device = _CPU) -> torch.device:
+    """Return where a model's first parameter or buffer is; a model without any is anywhere."""
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return otherwise if first is None else first.device
+
+
+def usable_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """Return a device that tensors can be put on.
+
+    Args:
+        device: What the caller named.
+        name: What the option is called.
+
+    Raises:
+        InvalidArgumentError: There is no such device, or it holds no values.
+    """
+    try:
+        found = named_device(device, name)
+        if found.type != "meta":
+            torch.zeros(1, device=found)
+            return found
+        reason = "it holds no values"
+    except TorchlensVizError:
+        raise
+    except Exception as error:  # each kind of device has its own
+        reason = one_line(error)
+    raise InvalidArgumentError(
+        f"`{name}` must be a device of this machine, got {str(device)!r} ({reason}); "
+        "leave it out, or pass cpu"
+    )

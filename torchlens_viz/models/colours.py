@@ -1,0 +1,190 @@
+"""What preprocessing does to colours, found by trying: applied to images, and undone for pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias, final
+
+import torch
+from PIL import Image
+
+from torchlens_viz.arguments import function
+from torchlens_viz.errors import InvalidArgumentError, one_line
+from torchlens_viz.models.inputs import as_batch, model_input
+
+Preprocess: TypeAlias = Callable[[Any], torch.Tensor]
+
+_PRIMARIES: Final = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
+_CHECKS: Final = ((255, 255, 255), (128, 128, 128), (200, 30, 90))
+_CLOSE: Final = 1.5 / 255  # of the range of a channel: conversions between colour spaces round to 8 bits
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Colours:
+    """What preprocessing makes of colours: `matrix @ rgb + offset`, for rgb in [0, 1].
+
+    Attributes:
+        matrix: (C, 3) float32, for the C channels that the model takes.
+        offset: (C,) float32.
+        size: Height and width that it makes of a square picture of 256 pixels a side.
+    """
+
+    matrix: torch.Tensor
+    offset: torch.Tensor
+    size: tuple[int, int]
+
+    def apply(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what the model takes of images (N, 3, H, W) in [0, 1]; gradients pass through."""
+        matrix, offset = (part.to(images.device, images.dtype) for part in (self.matrix, self.offset))
+        if images.shape[1] == 1:  # gray: all three are the same
+            mixed = images * matrix.sum(1)[:, None, None]
+        elif self._is_diagonal:
+            mixed = images * matrix.diagonal()[:, None, None]
+        else:
+            mixed = torch.einsum("ck,nkhw->nchw", matrix, images)
+        return mixed + offset[:, None, None]
+
+    def undo(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the pictures (N, 3, H, W) that become a batch (N, C, H, W); gray where colours are lost.
+
+        Raises:
+            InvalidArgumentError: Different pictures become the same, and no gray one is among them.
+        """
+        values = batch.detach().cpu().double() - self.offset.double()[:, None, None]
+        matrix = self.matrix.double()
+        if matrix.shape[0] == 3 and torch.linalg.cond(matrix) < 1e4:
+            return torch.einsum("kc,nchw->nkhw", torch.linalg.inv(matrix), values).float()
+        gray = matrix.sum(1)
+        if torch.linalg.matrix_rank(matrix, rtol=1e-2) == 1 and bool((gray.abs() > 0).all()):
+            return (values / gray[:, None, None]).mean(1, keepdim=True).expand(-1, 3, -1, -1).float()
+        raise InvalidArgumentError(
+            "`preprocess` makes the same of different colours, so that the picture cannot be told from the "
+            "model's input; pass `invert`, which makes pixels in [0, 1] of it"
+        )
+
+    @property
+    def _is_diagonal(self) -> bool:
+        return self.matrix.shape == (3, 3) and bool((self.matrix == self.matrix.diagonal().diag()).all())
+
+
+def colours_of(preprocess: Preprocess, like: torch.Tensor | Image.Image | None = None) -> Colours:
+    """Find what preprocessing does to colours, by giving it pictures of one colour each.
+
+    Args:
+        preprocess: Makes of a picture what the model takes, (1, C, H, W) or (C, H, W). What it does to sizes
+            is left out.
+        like: What it is made for: a picture or a tensor; None is a picture of 256 x 256 pixels.
+
+    Raises:
+        InvalidArgumentError: It fails for such pictures, or what it does to a colour is no straight line.
+    """
+    made = {colour: _of_plain(preprocess, like, colour) for colour in (*_PRIMARIES, *_CHECKS)}
+    black, *primaries = (made[colour][0] for colour in _PRIMARIES)
+    matrix = torch.stack([each - black for each in primaries], dim=1)
+    reach = torch.stack([each - black for each, _ in made.values()]).abs().amax(0)
+    for colour in _CHECKS:
+        told = matrix @ (torch.tensor(colour, device="cpu") / 255) + black
+        if not bool(((told - made[colour][0]).abs() <= _CLOSE * reach.clamp(min=1e-6)).all()):
+            raise InvalidArgumentError(
+                "the preprocessing must take every colour along a straight line, which this one does not: "
+                f"{tuple(colour)} becomes {_shown(made[colour][0])} where {_shown(told)} lies on the line"
+            )
+    if not bool((reach > 1e-6).any()):
+        raise InvalidArgumentError("the preprocessing makes the same of every picture of one colour")
+    # Where a channel comes from one colour alone, what 8 bits left of the others is none of it.
+    matrix = matrix.masked_fill(matrix.abs() < 1e-6 * matrix.abs().amax(), 0.0)
+    return Colours(matrix, black, made[_PRIMARIES[0]][1])
+
+
+def as_pixels(
+    batch: torch.Tensor,
+    image: torch.Tensor | Image.Image,
+    *,
+    preprocess: Preprocess | None = None,
+    invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    colours: Colours | None = None,
+) -> torch.Tensor:
+    """Return a model's input as the picture that a person would see.
+
+    What `preprocess` did to the colours is undone, where it takes each along a straight line: scales,
+    another order of channels, another colour space. Where it does not, the range of the values is spread
+    over [0, 1], unless they lie in it. Resizing and cropping stay.
+
+    Args:
+        batch: (1, C, H, W), the input.
+        image: What it was made from.
+        preprocess: What made it.
+        invert: Makes of `batch` pixels in [0, 1], in place of all that.
+        colours: What `colours_of` found for images like this one, so as not to find it anew.
+
+    Returns:
+        (3, H, W) float32 on the CPU in [0, 1]. Of images with other than 1 or 3 channels, their mean.
+
+    Raises:
+        InvalidArgumentError: Different colours become the same, or `invert` changes the size.
+    """
+    pixels = batch.detach()
+    if function(invert, "invert") is not None:
+        assert invert is not None
+        pixels = as_batch(invert(pixels))
+        if pixels.shape[2:] != batch.shape[2:]:
+            raise InvalidArgumentError(
+                f"`invert` must keep the height and width of {tuple(batch.shape)}, got {tuple(pixels.shape)}"
+            )
+    pixels = pixels.cpu().float() / (255 if pixels.dtype == torch.uint8 else 1)
+    if preprocess is not None and invert is None and colours is None:
+        colours = known_colours(preprocess, image)
+    if colours is not None:
+        pixels = colours.undo(pixels)
+    pixels = pixels[0].nan_to_num(0.0, 1.0, 0.0)
+    if colours is None and invert is None and (pixels.min() < 0 or pixels.max() > 1):
+        low, high = pixels.min(), pixels.max()
+        pixels = (pixels - low) / (high - low)
+    if len(pixels) != 3:
+        pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
+    return pixels.clamp(0, 1)
+
+
+def known_colours(preprocess: Preprocess, like: torch.Tensor | Image.Image) -> Colours | None:
+    """Return what `colours_of` finds, or None where that cannot be told."""
+    try:
+        return colours_of(preprocess, like)
+    except InvalidArgumentError:
+        return None
+
+
+def _of_plain(
+    preprocess: Preprocess, like: torch.Tensor | Image.Image | None, colour: tuple[int, int, int]
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Return what becomes of one colour, (C,), and the height and width that it comes in."""
+    if isinstance(like, torch.Tensor):
+        given: Any = _plain_tensor(like, colour)
+    else:
+        size = (256, 256) if like is None else like.size
+        given = Image.new("RGB", size, colour)
+        if like is not None and like.mode == "L":
+            given = given.convert("L")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            batch = model_input(given, preprocess).detach().cpu().float()
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"the preprocessing fails for a picture of one colour ({one_line(error)})"
+        ) from error
+    # The median, because a border may have been added.
+    return batch.flatten(2).median(dim=2).values[0], (batch.shape[2], batch.shape[3])
+
+
+def _plain_tensor(like: torch.Tensor, colour: tuple[int, int, int]) -> torch.Tensor:
+    if like.is_floating_point() and (like.min() < 0 or like.max() > 1):
+        raise InvalidArgumentError("values beyond [0, 1] have no known white")
+    channels = like.shape[-3]
+    values = torch.tensor(colour if channels == 3 else [sum(colour) / 3] * channels, device="cpu")
+    values = values / 255 if like.is_floating_point() else values
+    return values.to(like.device, like.dtype)[:, None, None].expand(like.shape).clone()
+
+
+def _shown(values: torch.Tensor) -> str:
+    return "(" + ", ".join(f"{value:.3g}" for value in values.tolist()) + ")"
