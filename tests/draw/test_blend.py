@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.pixels import overlay
+from torchlens_viz.draw.blend import placed
 from torchlens_viz.draw.palette import colormap
 from torchlens_viz.receptive.find import receptive_field
 
@@ -167,3 +168,25 @@ def test_many_maps_are_drawn_as_each_alone():
 
 
 # Bad input
+
+
+def test_maps_in_the_pixels_of_an_image_stand_where_their_positions_do():
+    maps = torch.tensor([[[1.0, 3.0], [5.0, 7.0]], [[0.0, -2.0], [0.0, 0.0]]])
+    found = placed(maps, (4, 5), origins=(1.0, 0.0), steps=(2.0, 4.0), interpolation="bilinear")
+    across = torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0])
+    assert torch.equal(found[0], torch.stack([across, across, across + 2, across + 4]))
+    assert torch.equal(found[1, 3], torch.zeros(5))
+    assert found[1, 0].tolist() == [0.0, -0.5, -1.0, -1.5, -2.0]
+    nearest = placed(maps[:1], (4, 5), origins=(1.0, 0.0), steps=(2.0, 4.0), interpolation="nearest")
+    assert nearest[0, 0].tolist() == [1.0, 1.0, 3.0, 3.0, 3.0]
+    evenly = placed(
+        maps[:1], (4, 4), origins=(torch.nan, torch.nan), steps=(0.0, 0.0), interpolation="nearest"
+    )
+    assert evenly[0].tolist() == [[1.0, 1.0, 3.0, 3.0]] * 2 + [[5.0, 5.0, 7.0, 7.0]] * 2
+
+
+def test_a_mirrored_map_is_turned_back():
+    maps = torch.rand(1, 3, 5)
+    options = {"size": (7, 10), "interpolation": "bilinear"}
+    mirrored = placed(maps.flip(2), origins=(1.0, 8.5), steps=(2.0, -2.0), **options)
+    torch.testing.assert_close(mirrored, placed(maps, origins=(1.0, 0.5), steps=(2.0, 2.0), **options))

@@ -15,7 +15,6 @@ from torch import nn
 
 from tests.pixels import (
     CYAN,
-    DARK,
     GREEN,
     HEADER,
     MAGENTA,
@@ -29,7 +28,9 @@ from tests.pixels import (
     written,
 )
 from torchlens_viz import feature_grid, kernel_grid
+from torchlens_viz.draw.text import text_width
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.grids.features import feature_sheet
 
 # The contract in numpy, one tile and one pixel at a time where that is plainest.
 
@@ -39,7 +40,7 @@ def test_the_comparison_can_fail():
     image = feature_grid(values[:, 0])
     assert_drawn_as_promised(image, values)
     changed = image.copy()
-    changed.putpixel((40, 5), (image.getpixel((40, 5)) + 1) % 251)
+    changed.putpixel((40, 5), (12, 34, 56))
     for other, options in ((changed, {}), (image, {"scale_each": True}), (image, {"nrow": 2})):
         with pytest.raises(AssertionError, match="assert"):
             assert_drawn_as_promised(other, values, **options)
@@ -72,10 +73,10 @@ def test_zero_is_exactly_white_and_positive_is_red(cmap):
     assert pixels[2][2] > pixels[2][0]
 
 
-@pytest.mark.parametrize(("value", "mode", "colour"), [(0.0, "L", 0), (3.0, "L", 128), (-3.0, "L", 128)])
-def test_constant_map_is_drawn_as_such(value, mode, colour):
+@pytest.mark.parametrize(("value", "colour"), [(0.0, 0), (3.0, 128), (-3.0, 128)])
+def test_constant_map_is_drawn_as_such(value, colour):
     image = feature_grid(torch.full((1, 4, 4), value), padding=0)
-    assert image.mode == mode
+    assert image.mode == "RGB"
     assert set(np.array(image).ravel().tolist()) == {colour}
 
 
@@ -253,7 +254,9 @@ def check_every_tile(
     factor = layout["upscale"] or math.ceil(32 / max(height, width))
     columns = min(count, layout["nrow"] or math.ceil(math.sqrt(count)))
     padding, header = layout["padding"], HEADER if layout["labels"] else 0
-    across, down = width * factor + padding, height * factor + header + padding
+    widest = max(text_width(str(index)) for index in range(count)) if layout["labels"] else 0
+    across = max(width * factor + padding, widest + 6 if widest else 0)  # a cell is as wide as its label
+    down = height * factor + header + padding
     size = (columns * across + padding, math.ceil(count / columns) * down + padding)
     if layout["legend"]:
         assert sheet.width >= size[0]
@@ -312,7 +315,7 @@ def enlarged_linearly(tile: np.ndarray, factor: int) -> np.ndarray:
 
 def test_bilinear_is_linear_between_pixel_centres():
     maps = torch.rand(4, 5, 3)
-    pixels = np.array(feature_grid(maps, interpolation="bilinear", upscale=7, padding=0, nrow=4))
+    pixels = np.array(feature_sheet(maps, interpolation="bilinear", upscale=7, padding=0, nrow=4))
     low, high = maps.min().item(), maps.max().item()
     expected = [enlarged_linearly((tile.double().numpy() - low) / (high - low), 7) * 255 for tile in maps]
     assert np.abs(pixels - np.concatenate(expected, 1)).max() <= 1.5  # a level is one gray and a bit
@@ -354,7 +357,7 @@ def test_smoothing_stays_inside_tiles():
 def test_smoothing_a_tile_that_fills_float32_stays_in_range():
     maps = torch.tensor([[3e38, -3e38], [-3e38, 3e38]])[None]
     maps = maps.repeat(1, 3, 3)
-    levels = np.array(feature_grid(maps, interpolation="bicubic", upscale=4, padding=0))
+    levels = np.array(feature_sheet(maps, interpolation="bicubic", upscale=4, padding=0))
     assert levels.max() == 250
     assert levels.min() == 0
     assert levels.mean() == pytest.approx(125, abs=1)
@@ -369,7 +372,7 @@ def test_first_tiles_are_drawn_as_if_they_were_all_and_the_rest_is_mentioned():
     assert few.width >= chosen.width
     assert few.height > chosen.height
     assert np.array_equal(colours(few)[: chosen.height, : chosen.width], colours(chosen))
-    assert has_ink(colours(few)[chosen.height :], DARK)
+    assert has_ink(colours(few)[chosen.height :], WHITE)
 
 
 def test_enough_tiles_leave_nothing_to_mention():
@@ -393,7 +396,7 @@ def test_largest_sheet_is_limited_by_its_own_pixels_only():
     with pytest.raises(InvalidArgumentError, match=r"pixels \(20000 tiles of 128 x 128\)"):
         feature_grid(torch.zeros(1).expand(20_000, 128, 128))
     few = feature_grid(torch.zeros(1).expand(20_000, 128, 128), max_tiles=2)
-    assert few.size == (259, 154)
+    assert few.size == (259, 160)
 
 
 @pytest.mark.cuda
@@ -403,7 +406,7 @@ def test_largest_sheet_is_limited_by_its_own_pixels_only():
 def test_cuda_tensors_are_drawn_as_on_the_cpu(options):
     maps = ramp(8, 1, 9, 9)
     maps[0, 0, 4, 4], maps[1, 0, 4, 4] = math.nan, math.inf
-    here, there = feature_grid(maps[:, 0], **options), feature_grid(maps[:, 0].cuda(), **options)
+    here, there = feature_sheet(maps[:, 0], **options), feature_sheet(maps[:, 0].cuda(), **options)
     assert here.mode == there.mode
     difference = np.array(here).astype(int) - np.array(there).astype(int)
     assert np.abs(difference).max() <= 1
@@ -421,7 +424,7 @@ def test_every_tile_is_on_exactly_one_page(size, rank):
     seen = []
     for page in range(math.ceil(12 / size)):
         options = {"max_tiles": size, "page": page, "value_range": (0, 250), "padding": 0, "nrow": 1}
-        pixels = np.array(feature_grid(values, sort_by=rank, cmap="viridis", **options))
+        pixels = np.array(feature_sheet(values, sort_by=rank, cmap="viridis", **options))
         seen += [int(pixels[top, 0]) for top in range(0, 32 * min(size, 12 - page * size), 32)]
     assert sorted(seen) == list(range(12))
     assert seen == sorted(seen, reverse=True)

@@ -13,7 +13,7 @@ from torchvision.utils import make_grid as torchvision_grid
 
 from torchlens_viz import make_grid
 from torchlens_viz.draw.grid import compose
-from torchlens_viz.errors import InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -257,3 +257,14 @@ def test_enlarged_tiles_are_repeated_pixels(count, upscale, columns, padding):
 def test_cuda_grid_is_torchvisions_within_rounding(options):
     batch = torch.randn(17, 3, 9, 9, device="cuda")
     torch.testing.assert_close(make_grid(batch, **options), torchvision_grid(batch, **options))
+
+
+@pytest.mark.parametrize("limits", [(1, 0), (0, float("nan")), (float("-inf"), 1)])
+def test_limits_that_are_none_are_refused(limits):
+    with pytest.raises(InvalidArgumentError, match=r"`value_range` must be .* low <= high, both finite"):
+        make_grid(BATCH, normalize=True, value_range=limits)
+
+
+def test_a_grid_that_no_memory_holds_is_refused_before_it_is_made():
+    with pytest.raises(InvalidArgumentError, match=r"the grid would have 160,064 x 160,064 pixels; use less"):
+        make_grid(torch.rand(64, 3, 8, 8), padding=20_000)

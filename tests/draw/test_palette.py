@@ -117,10 +117,19 @@ def test_what_is_not_finite_looks_like_no_level_no_padding_and_no_text(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_stands_out_from_the_padding(name):
+def test_the_page_is_white_and_text_on_it_black(name):
     colours = colormap(name)
-    padding, text = lightness(colours.palette[[colormaps.PADDING, colormaps.TEXT]])
-    assert abs(padding - text) > 80
+    assert colours.palette[[colours.page, colormaps.TEXT]].tolist() == [[255] * 3, [0] * 3]
+    assert colours.page == (125 if colours.diverging else colormaps.PADDING)
+
+
+def test_the_page_of_a_map_without_white_in_its_middle_is_white_all_the_same():
+    gray = np.repeat(np.linspace(0, 200, 251).astype(np.uint8)[:, None], 3, 1)
+    colours = Colormap("dark", gray, diverging=True)
+    assert colours.page == colormaps.PADDING
+    assert colours.palette[colours.page].tolist() == [255] * 3
+    pale = np.repeat(np.linspace(245, 247, 251).astype(np.uint8)[:, None], 3, 1)
+    assert Colormap("pale", pale, diverging=True).page == 125  # padding in white would not show
 
 
 @pytest.mark.parametrize("name", DIVERGING)

@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
+from tests.pixels import robust_ends
+from torchlens_viz.draw.scale import (
+    Limits,
+    find_limits,
+    finite_range,
+    robust_range,
+    share_beyond,
+    special_codes,
+    to_levels,
+    words_for,
+)
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -258,8 +268,8 @@ def test_nan_in_any_channel_outweighs_infinities():
         ({"value_range": (1,)}, r"`value_range` must be \(low, high\).* got \(1,\)"),
         ({"value_range": (1, 2, 3)}, r"got \(1, 2, 3\)"),
         ({"value_range": (2, 1)}, r"low <= high.* got \(2, 1\)"),
-        ({"value_range": (0, math.inf)}, r"both finite, got \(0, inf\)"),
-        ({"value_range": (math.nan, 1)}, r"both finite, got \(nan, 1\)"),
+        ({"value_range": (0, math.inf)}, r'both finite, or "robust", got \(0, inf\)'),
+        ({"value_range": (math.nan, 1)}, r'both finite, or "robust", got \(nan, 1\)'),
         ({"value_range": "ab"}, "got 'ab'"),
     ],
 )
@@ -283,3 +293,103 @@ def test_levels_on_cuda_are_those_of_the_cpu():
     finite = tiles.isfinite()
     assert torch.equal(here[finite], there[finite])
     assert torch.equal(special_codes(tiles), special_codes(tiles.cuda()).cpu())
+
+
+# Robust limits.
+
+
+def robust(groups: torch.Tensor) -> list[tuple[float, float]]:
+    low, high, _ = robust_range(groups)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("kind", ["signed", "rectified", "shifted", "negative", "not finite"])
+def test_robust_limits_are_values_of_the_right_rank(kind, dtype):
+    values = torch.randn(4, 3001, dtype=torch.float64)
+    values[0, 7], values[1, 8] = 200.0, -300.0
+    values = {
+        "signed": values,
+        "rectified": values.relu(),
+        "shifted": values.abs() + 5,
+        "negative": -values.abs(),
+        "not finite": values.masked_fill(torch.rand(4, 3001) < 0.1, math.nan),
+    }[kind].to(dtype)
+    values[3, 5:9] = math.inf if kind == "not finite" else values[3, 5:9]
+    rows = [row[np.isfinite(row)] for row in values.double().numpy()]
+    expected = [robust_ends(row) for row in rows]
+    assert robust(values) == expected
+    assert [robust(row[None])[0] for row in values] == expected  # selected, where the others are sorted
+    low, high, all_finite = finite_range(values)
+    assert all(low[i] <= ends[0] < ends[1] <= high[i] for i, ends in enumerate(expected))
+    assert robust_range(values)[2] == all_finite == (kind != "not finite")
+
+
+def test_robust_limits_leave_out_an_outlier_and_tell_how_many_values_lie_beyond():
+    tiles = torch.linspace(-1, 1, 10_000).reshape(1, 1, 100, 100).clone()
+    tiles[0, 0, 50, 50] = 200.0
+    limits = find(tiles, value_range="robust")
+    assert limits.low.item() == pytest.approx(-0.99, abs=1e-3)
+    assert limits.high.item() == pytest.approx(0.99, abs=1e-3)
+    assert share_beyond(tiles, limits) == pytest.approx(98 / 10_000)  # 49 at either end
+    assert find(tiles).high.item() == 200.0
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.0] * 500, (0.0, 0.0)),
+        ([0.0] * 5000 + [3.0], (0.0, 3.0)),  # what fires once in 5,000 is no outlier among zeros
+        ([5.0] * 999 + [7.0], (5.0, 7.0)),  # nothing would be left
+        ([2.0, 3.0] * 500 + [-0.5, -9.0], (-0.5, 3.0)),  # both signs stay, by the value next to zero
+        ([-2.0, -3.0] * 500 + [0.5, 9.0], (-3.0, 0.5)),
+        ([1.0, 2.0, 9.0], (1.0, 9.0)),  # too few to cut any
+        ([math.nan] * 4, (0.0, 1.0)),
+        ([math.nan, 0.0], (0.0, 0.0)),
+        ([1.0, 2.0] * 300 + [0.0], (0.0, 2.0)),  # zero stays within, where it occurs
+    ],
+)
+def test_robust_limits_of_rare_values(values, expected):
+    row = torch.tensor(values)[None]
+    assert robust(row) == [expected]
+    assert robust(torch.cat([row, row])) == [expected] * 2
+
+
+def test_values_are_not_changed_by_looking_for_their_limits():
+    values = torch.randn(1, 1000)
+    before = values.clone()
+    robust_range(values)
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize(
+    ("beyond", "robust", "line"),
+    [
+        (None, True, None),
+        (0.0, False, None),
+        (0.0, True, "limits at 0.5% and 99.5%, no value beyond"),
+        (0.0001, True, "limits at 0.5% and 99.5%, under 0.1% of the values beyond"),
+        (0.0093, True, "limits at 0.5% and 99.5%, 0.9% of the values beyond"),
+        (0.25, False, "25.0% of the values beyond"),
+    ],
+)
+def test_what_is_said_of_values_beyond(beyond, robust, line):
+    assert words_for(beyond, robust=robust) == ([] if line is None else [line])
+
+
+@pytest.mark.parametrize("word", ["Robust", "full", "", "ab"])
+def test_other_words_are_no_range(word):
+    with pytest.raises(InvalidArgumentError, match=rf"or \"robust\", got '{word}'"):
+        find(column([1.0]), value_range=word)
+
+
+def test_robust_limits_need_normalize():
+    with pytest.raises(InvalidArgumentError, match="`value_range` has no effect with `normalize=False`"):
+        find(column([1.0]), value_range="robust", normalize=False)
+
+
+@pytest.mark.cuda
+def test_robust_limits_on_cuda_are_those_on_the_cpu():
+    values = torch.cat([torch.randn(3, 3001), torch.randn(1, 3001).relu()])
+    assert robust(values.cuda()) == robust(values)
+    assert robust(values[:1].cuda()) == robust(values[:1])

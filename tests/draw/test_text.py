@@ -11,16 +11,17 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from tests.pixels import DARK, HEADER, SIGNED_MAPS, WHITE, colours, has_ink, ramp, same, written
+from tests.pixels import HEADER, SIGNED_MAPS, WHITE, colours, has_ink, ramp, same, written
 from torchlens_viz import feature_grid, kernel_grid
 from torchlens_viz.draw import canvas
 from torchlens_viz.draw import text as lettering
 from torchlens_viz.errors import InvalidTypeError
+from torchlens_viz.grids.features import feature_sheet
 
 TEXTS = ("features.0: scale of step 0, 0.0% beyond", "-0.123", "jgyÅÇ _", "ffi AVATAR", "", "  a ", "ó…/")
 
 
-@pytest.mark.parametrize("size", lettering.SIZES)
+@pytest.mark.parametrize("size", [lettering.SIZE, lettering.TITLE_SIZE])
 @pytest.mark.parametrize(
     ("mode", "fill", "ground"),
     [("P", 3, 0), ("L", 0, 255), ("L", 255, 10), ("RGB", (255, 10, 99), (3, 200, 30))],
@@ -51,24 +52,24 @@ def tile_areas(image: Image.Image, count: int, columns: int, size: int, padding:
 
 
 @pytest.mark.parametrize("labels", [True, ["first", "second", "third", "a very long label indeed", "ü"]])
-@pytest.mark.parametrize(("cmap", "background"), [("gray", WHITE), ("RdBu_r", DARK)])
-def test_labels_stand_above_their_tiles_and_change_no_pixel_of_them(labels, cmap, background):
-    maps = ramp(5, 40, 40)
+@pytest.mark.parametrize("cmap", ["gray", "RdBu_r"])
+def test_labels_stand_above_their_tiles_and_change_no_pixel_of_them(labels, cmap):
+    maps = ramp(5, 180, 180)
     plain = feature_grid(maps, cmap=cmap, padding=2)
     labelled = feature_grid(maps, cmap=cmap, padding=2, labels=labels)
     assert labelled.mode == plain.mode
     assert labelled.size == (plain.width, plain.height + 2 * HEADER)
     for before, after in zip(
-        tile_areas(plain, 5, 3, 40, 2, 0), tile_areas(labelled, 5, 3, 40, 2, HEADER), strict=True
+        tile_areas(plain, 5, 3, 180, 2, 0), tile_areas(labelled, 5, 3, 180, 2, HEADER), strict=True
     ):
         assert np.array_equal(before, after)
     pixels = colours(labelled)
     for index in range(5):
-        top, left = 2 + index // 3 * (40 + HEADER + 2), 2 + index % 3 * 42
-        assert has_ink(pixels[top : top + HEADER, left : left + 40], background), index
-    gap = pixels[2 : 2 + HEADER, [40 + 2, 82 + 2, 124 + 2]]
-    assert not has_ink(gap[:, :2], background)  # neighbours do not run into each other
-    assert not has_ink(pixels[-42 - HEADER : -42, -42:], background)  # there is no sixth tile
+        top, left = 2 + index // 3 * (180 + HEADER + 2), 2 + index % 3 * 182
+        assert has_ink(pixels[top : top + HEADER - 1, left : left + 180], WHITE), index
+    gap = pixels[2 : 1 + HEADER, [182, 183, 364, 365, 546, 547]]
+    assert not has_ink(gap, WHITE)  # neighbours do not run into each other
+    assert not has_ink(pixels[-180 - HEADER :, -182:], WHITE)  # there is no sixth tile
 
 
 def test_labels_differ_where_their_texts_do():
@@ -93,11 +94,39 @@ def is_labelled(image: Image.Image, maps: torch.Tensor, labels: list[str]) -> bo
 def test_numbers_of_deep_layers_are_told_apart_on_small_tiles():
     maps = torch.zeros(3, 3, 3)
     labels = ["100/107", "100/117", "110/107"]  # the same where shortened to "10…7" or "1…7"
+    cell = max(map(lettering.text_width, labels)) + 6
     pixels = colours(feature_grid(maps, labels=labels, nrow=3))[1 : 1 + HEADER, 1:]
-    first, second, third = (pixels[:, at : at + 33] for at in (0, 34, 68))
+    first, second, third = (pixels[:, at : at + cell] for at in (0, cell, 2 * cell))
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, third)
     assert all(has_ink(part, WHITE) for part in (first, second, third))
+
+
+@pytest.mark.parametrize("upscale", [1, 8])
+def test_a_label_wider_than_its_tile_is_whole_and_makes_the_cell_wider(monkeypatch, upscale):
+    maps, labels = ramp(6, 11, 11), ["0: 0.123 #8", "0: 0.0456 #10", "", "1", "1: -0.3 #7", "1: 2e-05 #9"]
+    lines = written(monkeypatch)
+    sheet = feature_grid(maps, labels=labels, nrow=3, upscale=upscale)
+    assert lines == labels
+    tile, widest = 11 * upscale, max(map(lettering.text_width, labels))
+    across = max(tile + 1, widest + 6)
+    assert sheet.size == (3 * across + 1, 2 * (tile + HEADER + 1) + 1)
+    pixels, plain = colours(sheet), colours(feature_grid(maps, nrow=3, upscale=upscale))
+    for index in range(6):
+        top, left = 1 + HEADER + index // 3 * (HEADER + tile + 1), 1 + index % 3 * across
+        alone = plain[1 + index // 3 * (tile + 1) :, 1 + index % 3 * (tile + 1) :][:tile, :tile]
+        assert np.array_equal(pixels[top : top + tile, left : left + tile], alone)
+        beside = pixels[top : top + tile, left + tile + 1 : left + across - 1]
+        assert not has_ink(beside, WHITE)  # but for the line around the tile
+
+
+def test_no_cell_is_wider_than_a_label_of_240_pixels(monkeypatch):
+    lines = written(monkeypatch)
+    sheet = feature_grid(ramp(2, 40, 40), labels=["a", "word " * 40])
+    assert sheet.width == 2 * (240 + 6) + 1
+    assert lines[0] == "a"
+    assert "…" in lines[1]
+    assert lettering.text_width(lines[1]) <= 240
 
 
 def test_label_over_several_lines_stays_in_its_line():
@@ -122,9 +151,8 @@ def test_legend_stands_below_and_changes_nothing_above(style):
     assert explained.mode == plain.mode
     above = colours(explained)[: plain.height, : plain.width]
     assert np.array_equal(above, colours(plain))
-    background = tuple(colours(plain)[0, 0])
-    assert has_ink(colours(explained)[plain.height :], background)
-    assert not has_ink(colours(explained)[plain.height :, -1:], background)  # nothing is clipped
+    assert has_ink(colours(explained)[plain.height :], WHITE)
+    assert not has_ink(colours(explained)[plain.height :, -1:], WHITE)  # nothing is clipped
 
 
 @pytest.mark.parametrize("cmap", ["gray", "hot", *SIGNED_MAPS])
@@ -132,7 +160,7 @@ def test_legend_shows_every_level_of_the_map_in_order(cmap):
     image = colours(feature_grid(ramp(4, 40, 40), cmap=cmap, legend=True))
     plain = feature_grid(ramp(4, 40, 40), cmap=cmap)
     scale = colours(feature_grid(torch.arange(251.0).reshape(1, 1, 251) - 125, cmap=cmap, padding=0))[0]
-    bar = image[plain.height + 4 + 8]  # through the middle of the line of text
+    bar = image[plain.height + 4 + 11]  # through the middle of the line of text
     starts = [at for at in range(len(bar) - 250) if np.array_equal(bar[at : at + 251], scale)]
     assert len(starts) == 1
 
@@ -182,7 +210,45 @@ def test_legend_tells_close_limits_apart():
 
 def test_long_layer_name_does_not_make_a_long_picture():
     model = nn.ModuleDict({"a" * 1000: nn.Conv2d(3, 2, 3)})
-    assert kernel_grid(model, legend=True).width <= 640
+    assert kernel_grid(model, legend=True).width <= 400
+
+
+def test_lines_are_broken_between_words_and_none_is_lost(monkeypatch):
+    lines = written(monkeypatch)
+    title = " ".join(f"word{index}" for index in range(20))
+    sheet = feature_grid(ramp(4, 10, 10), title=title)
+    assert len(lines) > 1
+    assert " ".join(lines) == title
+    assert all(lettering.text_width(line, lettering.TITLE_SIZE) <= 392 for line in lines)
+    assert sheet.width <= 400
+    wide = feature_grid(ramp(4, 900, 900), title=title)
+    assert lines[-1] == title  # where there is room
+    assert wide.width == 1803
+
+
+def test_a_text_of_many_lines_ends_with_its_last_words():
+    lines = lettering.wrapped("many words " * 100 + "end", 200)
+    assert len(lines) == 4
+    assert lines[-1].endswith("end")
+    assert "…" in lines[-1]
+    assert all(lettering.text_width(line) <= 200 for line in lines)
+    assert lettering.wrapped("  ", 200) == []
+
+
+def test_legend_says_how_many_values_lie_beyond_the_limits(monkeypatch):
+    maps = torch.linspace(-1, 1, 4 * 1600).reshape(4, 40, 40).clone()
+    maps[2, 7, 7] = 200.0
+    lines = written(monkeypatch)
+    feature_grid(maps, value_range="robust", legend=True)
+    low, high, words = lines[0], lines[1], " ".join(lines[2:-1])
+    assert (low, high) == ("-0.991", "0.991")  # zero in the middle
+    assert words == "limits at 0.5% and 99.5%, 1.0% of the values beyond"
+    del lines[:]
+    feature_grid(maps, value_range=(-0.5, 0.5), legend=True)
+    assert lines == ["-0.5", "0.5", "50.0% of the values beyond", "4 maps of 40 x 40"]
+    del lines[:]
+    feature_grid(maps, legend=True)
+    assert lines == ["-200", "200", "4 maps of 40 x 40"]
 
 
 # How many are shown.
@@ -226,22 +292,32 @@ def test_sheet_under_a_title_is_unchanged(options, legend):
     titled = feature_grid(maps, legend=legend, title="Maps of the first layer", **options)
     assert titled.mode == plain.mode
     above = titled.height - plain.height
-    assert above == 24
+    assert above == 36
     pixels = colours(titled)
     assert np.array_equal(pixels[above:, : plain.width], colours(plain))
-    background = pixels[0, 0]
-    assert (pixels[:above] != background).any()
-    assert not (pixels[above:, plain.width :] != background).any()
+    assert has_ink(pixels[:above], WHITE)
+    assert not has_ink(pixels[above:, plain.width :], WHITE)
 
 
-def test_title_of_colour_kernels_and_of_gray_maps_keeps_the_mode():
-    assert kernel_grid(torch.rand(4, 3, 5, 5), title="RGB").mode == "RGB"
-    assert feature_grid(torch.rand(4, 5, 5), title="gray").mode == "L"
+def test_a_title_keeps_the_palette_of_what_is_written_to_files():
+    assert feature_sheet(torch.rand(4, 5, 5), title="gray").mode == "L"
+    assert feature_sheet(torch.randn(4, 5, 5), title="signed").mode == "P"
+
+
+def test_sheets_are_rgb_in_memory():
+    for image in (
+        kernel_grid(torch.rand(4, 3, 5, 5)),
+        kernel_grid(torch.randn(4, 2, 5, 5)),
+        feature_grid(torch.rand(4, 5, 5)),
+        feature_grid(torch.randn(4, 5, 5), legend=True),
+    ):
+        assert image.mode == "RGB"
+        assert np.array(image).shape == (image.height, image.width, 3)
 
 
 def test_long_title_is_shortened_and_one_of_several_lines_becomes_one(monkeypatch):
     maps = torch.rand(4, 5, 5)
-    assert feature_grid(maps, title="long " * 500).width <= 640
+    assert feature_grid(maps, title="long " * 500).width <= 400
     assert same(feature_grid(maps, title="two\nlines"), feature_grid(maps, title="two lines"))
     lines = written(monkeypatch)
     kernel_grid(nn.ModuleDict({"in\ntwo": nn.Conv2d(3, 2, 3)}), legend=True)
@@ -263,7 +339,7 @@ WORDS = ["日本語", "العربية", "हिन्दी", "Ελληνικά"
 
 @pytest.mark.parametrize("word", WORDS)
 def test_no_letter_of_another_script_is_lost(word):
-    maps = torch.zeros(2, 200, 200)
+    maps = torch.zeros(2, 300, 300)
     whole = colours(feature_grid(maps, labels=[word, word]))
     blank = colours(feature_grid(maps, labels=["", ""]))
     assert (whole != blank).any()
@@ -272,7 +348,7 @@ def test_no_letter_of_another_script_is_lost(word):
         assert not np.array_equal(colours(feature_grid(maps, labels=[other, other])), whole), ascii(
             word[place]
         )
-    tiles = [slice(1 + HEADER, 201 + HEADER)]
+    tiles = [slice(1 + HEADER, 301 + HEADER)]
     assert all(np.array_equal(whole[rows], blank[rows]) for rows in tiles)
 
 
@@ -280,7 +356,7 @@ def test_no_letter_of_another_script_is_lost(word):
 def test_letters_without_any_font_are_written_as_escapes(word, monkeypatch):
     monkeypatch.setattr(lettering, "_of_system", lambda name, size: None)
     maps = torch.zeros(1, 600, 600)
-    own = lettering._pillows(12)
+    own = lettering._pillows(lettering.SIZE)
     spelt = "".join(each if lettering._has(own, each) else ascii(each)[1:-1] for each in word)
     sheet = feature_grid(maps, labels=[word], title=word)
     assert same(sheet, feature_grid(maps, labels=[spelt], title=spelt))

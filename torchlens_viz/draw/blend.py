@@ -10,10 +10,19 @@ from typing import Final
 import numpy as np
 import torch
 
+from torchlens_viz.arguments import number
 from torchlens_viz.draw.palette import LEVELS, Colormap, Table, colormap
-from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
+from torchlens_viz.draw.scale import (
+    Limits,
+    ValueRange,
+    find_limits,
+    is_robust,
+    share_beyond,
+    special_codes,
+    to_levels,
+    words_for,
+)
 from torchlens_viz.draw.style import Interpolation
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 _AT_ONCE: Final = 2**21  # pixels that are worked on together
 _ZERO: Final = LEVELS // 2
@@ -27,6 +36,7 @@ class Blend:
     limits: Limits
     colours: Colormap
     alpha: float
+    clipped: list[str]
 
     @classmethod
     def of(
@@ -36,7 +46,7 @@ class Blend:
         alpha: float,
         cmap: str | Table | Colormap,
         scale_each: bool,
-        value_range: Sequence[float] | None,
+        value_range: ValueRange | None,
     ) -> Blend:
         """Decide for maps (K, h, w).
 
@@ -47,28 +57,25 @@ class Blend:
             cmap: A colour map as in `kernel_grid`. `"auto"` is `"RdBu_r"` if there are negative values, else
                 `"hot"` from 0 on.
             scale_each: Give each map its own range.
-            value_range: The range (low, high) to show.
+            value_range: The range (low, high) to show, or `"robust"`.
 
         Raises:
             InvalidArgumentError: An option has a value that it cannot have.
             InvalidTypeError: An option has another type.
         """
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise InvalidTypeError(f"`alpha` must be a number from 0 to 1, got {alpha!r}")
-        if not 0 <= alpha <= 1:
-            raise InvalidArgumentError(f"`alpha` must be from 0 to 1, got {alpha!r}")
-        limits = find_limits(
-            maps.float()[:, None], normalize=True, scale_each=scale_each, value_range=value_range
-        )
+        alpha = number(alpha, "alpha", least=0, most=1)
+        tiles = maps.float()[:, None]
+        limits = find_limits(tiles, normalize=True, scale_each=scale_each, value_range=value_range)
         signed = bool(limits.low.min() < 0)
         colours = colormap(
             ("RdBu_r" if signed else "hot") if isinstance(cmap, str) and cmap == "auto" else cmap
         )
         if colours.diverging:
             limits = limits.symmetric()
-        elif not signed and value_range is None:
+        elif not signed and (value_range is None or is_robust(value_range)):
             limits = Limits(torch.zeros_like(limits.low), limits.high, limits.all_finite)
-        return cls(limits, colours, float(alpha))
+        beyond = None if value_range is None else share_beyond(tiles, limits)
+        return cls(limits, colours, float(alpha), words_for(beyond, robust=is_robust(value_range)))
 
     def tiles(
         self,
@@ -98,10 +105,7 @@ class Blend:
         """
         maps = maps.detach().cpu().float()
         counts = maps.shape[1:]
-        places = [
-            _places(size, count, origin, step, upscale)
-            for size, count, origin, step in zip(image.shape[1:], counts, origins, steps, strict=True)
-        ]
+        places = _places_of(image.shape[1:], counts, origins, steps, upscale)
         weights = [_weights(at, count, interpolation) for at, count in zip(places, counts, strict=True)]
         nearest = [
             torch.from_numpy(np.floor(at + 0.5).clip(0, count - 1).astype(np.int64))
@@ -137,6 +141,7 @@ class Blend:
                 lines.append(f"{names[0]}: {low:.3g}, clear: {clear:.3g}, {names[1]}: {high:.3g}")
             else:
                 lines.append(f"{self.colours.name}: from {clear:.3g}, clear, to {high:.3g}")
+        lines += self.clipped
         if not self.limits.all_finite:
             lines.append("magenta: NaN, green: +Inf, cyan: -Inf")
         return lines
@@ -165,12 +170,45 @@ class Blend:
         return torch.from_numpy(self.colours.levels.copy()).float()[levels], strength * self.alpha
 
 
+def placed(
+    maps: torch.Tensor,
+    size: Sequence[int],
+    *,
+    origins: Sequence[float],
+    steps: Sequence[float],
+    interpolation: Interpolation,
+) -> torch.Tensor:
+    """Return maps in the pixels of an image, each value where its position stands.
+
+    Args:
+        maps: (K, h, w).
+        size: Height and width of the image.
+        origins: As in `Blend.tiles`.
+        steps: As in `Blend.tiles`.
+        interpolation: As in `Blend.tiles`.
+
+    Returns:
+        (K, H, W) float32 on the CPU; no value is beyond those of its map, and those that are not finite
+        count as zero.
+    """
+    maps = maps.detach().cpu().float()
+    places = _places_of(size, maps.shape[1:], origins, steps, 1)
+    weights = [_weights(at, count, interpolation) for at, count in zip(places, maps.shape[1:], strict=True)]
+    return _smooth(maps, weights)
+
+
+def _places_of(
+    size: Sequence[int], counts: Sequence[int], origins: Sequence[float], steps: Sequence[float], upscale: int
+) -> list[np.ndarray[tuple[int], np.dtype[np.float64]]]:
+    return [_places(*axis, upscale) for axis in zip(size, counts, origins, steps, strict=True)]
+
+
 def _places(
     size: int, count: int, origin: float, step: float, upscale: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Return the position of the map, as a fraction, that each output pixel lies over."""
     pixels = (np.arange(size * upscale) + 0.5) / upscale - 0.5
-    if step <= 0 or not isfinite(origin):
+    if step == 0 or not isfinite(origin):
         origin, step = (size / count - 1) / 2, size / count
     return (pixels - origin) / step
 

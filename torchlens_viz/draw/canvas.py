@@ -13,17 +13,27 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from torchlens_viz.arguments import wide
 from torchlens_viz.draw import text
 from torchlens_viz.draw.grid import compose
 from torchlens_viz.draw.palette import LEVELS, PADDING, SPECIAL_COLOURS, TEXT, Colormap, colormap
-from torchlens_viz.draw.scale import Limits, find_limits, special_codes, to_levels
-from torchlens_viz.draw.style import Style, own_labels
+from torchlens_viz.draw.scale import (
+    Limits,
+    find_limits,
+    is_robust,
+    share_beyond,
+    special_codes,
+    to_levels,
+    words_for,
+)
+from torchlens_viz.draw.style import Choice, Style, choose, own_labels
 from torchlens_viz.draw.text import captioned, entry
 from torchlens_viz.errors import InvalidArgumentError
 
 _TILE_SIZE: Final = 32
 _MOST_PIXELS: Final = 2**28
-_GAP: Final = 2  # at least, between the labels of neighbours
+_GAP: Final = 6  # at least, between the labels of neighbours
+_WIDEST_LABEL: Final = 240  # that a cell is made wider than its tile for
 
 
 def draw(
@@ -75,51 +85,6 @@ def draw_chosen(
     return _draw(tiles, plain, own, [*choice.lines, *lines], (), scale=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which of so many tiles a sheet shows.
-
-    Attributes:
-        places: Their places, in the order in which they are shown.
-        count: How many there are to choose from.
-        lines: What is to be said of it: nothing where all are shown.
-    """
-
-    places: list[int]
-    count: int
-    lines: list[str]
-
-    def labels(self, all_labels: Sequence[str]) -> list[str]:
-        """Return the labels of those that are shown."""
-        return [all_labels[place] for place in self.places]
-
-
-def choose(style: Style, count: int, order: Sequence[int] | None = None) -> Choice:
-    """Choose the tiles of a page.
-
-    Args:
-        style: Says how many, and which page.
-        count: How many tiles there are.
-        order: Their order, where it is not their own.
-
-    Raises:
-        InvalidArgumentError: There is no such page.
-    """
-    size = count if style.max_tiles is None else style.max_tiles
-    pages = max(1, ceil(count / size))
-    if style.page >= pages:
-        raise InvalidArgumentError(
-            f"`page` must be below {pages} ({count} tiles, {size} on each), got {style.page}"
-        )
-    shown = range(style.page * size, min((style.page + 1) * size, count))
-    lines = []
-    if len(shown) < count:
-        first = f"{len(shown)}" if shown.start == 0 else f"{shown.start + 1} to {shown.stop}"
-        by = f", ranked by {style.sort_by}" if style.sort_by else ""
-        lines.append(f"{first} of {count} shown{by}")
-    return Choice([index if order is None else order[index] for index in shown], count, lines)
-
-
 def _draw(
     tiles: torch.Tensor,
     style: Style,
@@ -130,7 +95,7 @@ def _draw(
     scale: bool,
 ) -> Image.Image:
     """Draw these tiles and no others; `lines` stand below always, `notes` and the scale in the legend."""
-    layout = _Layout.of(tiles.shape, style)  # refuses what is too large, so it comes before the work
+    layout = _Layout.of(tiles.shape, style, labels)  # refuses what is too large, so it comes before the work
     tiles = _as_floating(tiles, style)
     limits = find_limits(
         tiles, normalize=style.normalize, scale_each=style.scale_each, value_range=style.value_range
@@ -141,25 +106,31 @@ def _draw(
     image = _paint(tiles, limits, colours, style, layout)
     if style.labels is not False:
         _write_labels(image, labels, layout, entry(image, colours, TEXT))
-    below = [*lines, *(notes if style.legend else [])]
+    limits_shown = limits if style.legend and scale else None
+    cut = [] if limits_shown is None or style.value_range is None else _cut_off(tiles, limits, style)
+    below = [*cut, *lines, *(notes if style.legend else [])]
     if not (below or style.legend or style.title):
         return image
-    limits_shown = limits if style.legend and scale else None
     return captioned(image, colours, title=style.title, limits=limits_shown, lines=below)
 
 
-def check_size(shape: Sequence[int], style: Style) -> None:
+def _cut_off(tiles: torch.Tensor, limits: Limits, style: Style) -> list[str]:
+    return words_for(share_beyond(tiles, limits), robust=is_robust(style.value_range))
+
+
+def check_size(shape: Sequence[int], style: Style, labels: Sequence[str] = ()) -> None:
     """Refuse tiles that `draw` would refuse for the size of their sheet, without looking at any value.
 
     Args:
         shape: (T, C, H, W) of the tiles.
         style: How they are to be drawn; of several pages the first is the largest.
+        labels: What will be written above them, where that is known.
 
     Raises:
         InvalidArgumentError: The sheet would have too many pixels.
     """
     count, *rest = shape
-    _Layout.of((len(choose(replace(style, page=0), count).places), *rest), style)
+    _Layout.of((len(choose(replace(style, page=0), count).places), *rest), style, labels)
 
 
 def check_size_of_each(shape: Sequence[int], style: Style) -> None:
@@ -203,7 +174,7 @@ def draw_each(tiles: torch.Tensor, style: Style) -> list[Image.Image]:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where tiles go, in output pixels."""
+    """Where tiles go, in output pixels; `gap` is what a cell is wider than its tile, for the label."""
 
     count: int
     columns: int
@@ -212,17 +183,23 @@ class _Layout:
     tile_width: int
     padding: int
     header: int
+    gap: int
 
     @classmethod
-    def of(cls, shape: Sequence[int], style: Style) -> _Layout:
+    def of(cls, shape: Sequence[int], style: Style, labels: Sequence[str] = ()) -> _Layout:
         count, _, height, width = shape
         upscale = style.upscale or ceil(_TILE_SIZE / max(height, width))
-        header = 0 if style.labels is False else text.LINE_HEIGHT
+        labels = () if style.labels is False else labels
+        lines = max([0 if style.labels is False else 1, *(label.count("\n") + 1 for label in labels)])
+        header = lines * text.LINE_HEIGHT
+        widest = max([0, *(text.text_width(line) for label in labels for line in label.split("\n"))])
+        needed = min(widest, _WIDEST_LABEL) + _GAP if widest else 0
+        gap = max(0, needed - style.padding - width * upscale)
         columns = style.nrow or ceil(sqrt(count))
-        layout = cls(count, columns, upscale, height * upscale, width * upscale, style.padding, header)
+        layout = cls(count, columns, upscale, height * upscale, width * upscale, style.padding, header, gap)
         rows = ceil(count / columns)
         pixels = rows * (layout.tile_height + header + style.padding)
-        pixels *= min(columns, count) * (layout.tile_width + style.padding)
+        pixels *= min(columns, count) * (layout.tile_width + gap + style.padding)
         if pixels > _MOST_PIXELS:
             raise InvalidArgumentError(
                 f"the sheet would have {pixels:,} pixels ({count} tiles of {layout.tile_height} x "
@@ -236,7 +213,7 @@ class _Layout:
         places = (divmod(index, self.columns) for index in range(self.count))
         return [
             (
-                self.padding + column * (self.tile_width + self.padding),
+                self.padding + column * (self.tile_width + self.gap + self.padding),
                 self.padding + row * (self.header + self.tile_height + self.padding),
             )
             for row, column in places
@@ -252,19 +229,19 @@ def _alone(style: Style) -> Style:
 def _write_labels(
     image: Image.Image, labels: Sequence[str], layout: _Layout, ink: int | tuple[int, int, int]
 ) -> None:
-    room = layout.tile_width + layout.padding - _GAP
-    size = text.fitting_size(labels, room)
+    room = layout.tile_width + layout.gap + layout.padding - _GAP
     for (x, y), label in zip(layout.corners(), labels, strict=True):
-        words = label if size < text.SIZES[0] else text.shortened(label, room)
-        below = (text.SIZES[0] - size) // 2  # small letters stand as close to their tile
-        text.write_line(image, (x, y + below), words, ink, size)
+        lines = label.split("\n")
+        y += layout.header - len(lines) * text.LINE_HEIGHT  # the last line stands next to the tile
+        for place, line in enumerate(lines):
+            text.write_line(image, (x, y + place * text.LINE_HEIGHT), text.shortened(line, room), ink)
 
 
 def _as_floating(tiles: torch.Tensor, style: Style) -> torch.Tensor:
     if tiles.dtype == torch.uint8 and not style.normalize:
         return tiles.float() / 255
     is_exact = tiles.dtype == torch.float32 or tiles.dtype.itemsize <= 2
-    return tiles.float() if is_exact else tiles.double()
+    return tiles.float() if is_exact else wide(tiles)
 
 
 def _choose_colours(tiles: torch.Tensor, style: Style, limits: Limits) -> Colormap:
@@ -286,7 +263,9 @@ def _paint(
         levels = _smoothly_enlarged(levels, codes, repeat, style.interpolation, last)
         repeat = 1
 
-    def laid_out(parts: torch.Tensor, pad_value: int, upscale: int) -> npt.NDArray[np.uint8]:
+    def laid_out(
+        parts: torch.Tensor, pad_value: int, upscale: int, frame: int | None = None
+    ) -> npt.NDArray[np.uint8]:
         sheet = compose(
             parts,
             columns=layout.columns,
@@ -294,11 +273,14 @@ def _paint(
             pad_value=pad_value,
             upscale=upscale,
             header=layout.header,
+            gap=layout.gap,
+            frame=frame,
         )
         pixels: npt.NDArray[np.uint8] = sheet.movedim(0, 2).contiguous().numpy(force=True)
         return pixels
 
-    pixels = laid_out(levels, 255 if is_colour else PADDING, repeat)
+    frame = None if is_colour or colours.page == PADDING else PADDING
+    pixels = laid_out(levels, 255 if is_colour else colours.page, repeat, frame)
     if codes is not None:
         special = laid_out(codes, 0, layout.upscale)[..., 0]
         for code in SPECIAL_COLOURS:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
+from math import inf
 
 import torch
 
-from torchlens_viz.arguments import check_dense
+from torchlens_viz.arguments import check_dense, flag, integer, real, shown, wide
 from torchlens_viz.draw.scale import finite_range
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 # torchvision does not stretch a range narrower than this, and neither does its drop-in.
 _NARROWEST = 1e-5
+_MOST_PIXELS = 2**30
 
 
 @torch.no_grad()
@@ -54,12 +57,26 @@ def make_grid(
         torch.Size([3, 14, 20])
     """
     images = _as_batch(tensor)
-    if nrow < 1:
+    if integer(nrow, "nrow") < 1:
         raise InvalidArgumentError(f"`nrow` (the number of columns) must be at least 1, got {nrow}")
-    if padding < 0:
+    if integer(padding, "padding") < 0:
         raise InvalidArgumentError(f"`padding` must not be negative, got {padding}")
-    if value_range is not None and len(value_range) != 2:
-        raise InvalidArgumentError(f"`value_range` must be (low, high), got {tuple(value_range)}")
+    normalize, scale_each = flag(normalize, "normalize"), flag(scale_each, "scale_each")
+    if value_range is not None:
+        value_range = _two_numbers(value_range)
+    if value_range is not None and not -inf < value_range[0] <= value_range[1] < inf:
+        raise InvalidArgumentError(
+            f"`value_range` must be (low, high) with low <= high, both finite, got {tuple(value_range)}"
+        )
+    height = -(-len(images) // nrow) * (images.shape[2] + padding)
+    width = min(nrow, len(images)) * (images.shape[3] + padding)
+    if height * width > _MOST_PIXELS:
+        raise InvalidArgumentError(
+            f"the grid would have {height:,} x {width:,} pixels; use less `padding`, or compose fewer images"
+        )
+    pad_value = real(pad_value, "pad_value")
+    if images.dtype.is_floating_point and torch.finfo(images.dtype).max < abs(pad_value) < inf:
+        raise InvalidArgumentError(f"`pad_value` must be a number of {images.dtype}, got {pad_value}")
     if normalize:
         images = _normalized(images, value_range, scale_each)
     channels = 3 if images.shape[1] == 1 else images.shape[1]
@@ -78,6 +95,8 @@ def compose(
     pad_value: float,
     upscale: int = 1,
     header: int = 0,
+    gap: int = 0,
+    frame: float | None = None,
 ) -> torch.Tensor:
     """Lay tiles out in rows, each enlarged by itself, with padding between and around them.
 
@@ -88,6 +107,8 @@ def compose(
         pad_value: Value of the padding and of places without a tile.
         upscale: Each pixel of a tile becomes `upscale` x `upscale` pixels.
         header: Rows of padding that each tile gets above it, for a label.
+        gap: Columns of padding that each tile gets to its right besides, for a label wider than the tile.
+        frame: Value of a line, one pixel wide, around each tile, where there is padding; None for none.
 
     Returns:
         (C, H', W') with H' = rows * (upscale * H + padding) + padding, and W' alike.
@@ -95,11 +116,17 @@ def compose(
     count, channels, height, width = tiles.shape
     columns = min(columns, count)
     rows = -(-count // columns)
-    cell_height, cell_width = header + height * upscale + padding, width * upscale + padding
+    cell_height, cell_width = header + height * upscale + padding, width * upscale + gap + padding
     grid = tiles.new_empty((channels, cell_height * rows + padding, cell_width * columns + padding))
     grid_height, grid_width = grid.shape[1:]
     distinct = 1 if tiles.stride(1) == 0 else channels
     grid[:distinct].fill_(pad_value)
+    if frame is not None and padding:
+        tops = torch.arange(rows, device=tiles.device) * cell_height + padding + header
+        lefts = torch.arange(columns, device=tiles.device) * cell_width + padding
+        in_last = count - (rows - 1) * columns
+        for down, across in ((tops[:-1], lefts), (tops[-1:], lefts[:in_last])):
+            _frame(grid[:distinct], down, across, (height * upscale, width * upscale), frame)
     cells = grid.as_strided(
         (distinct, rows, height, upscale, columns, width, upscale),
         (
@@ -122,6 +149,27 @@ def compose(
         cells[:, full, :, :, :rest].copy_(sources[full * columns :].permute(1, 2, 3, 0, 4, 5))
     grid[distinct:] = grid[:1]
     return grid
+
+
+def _frame(
+    grid: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, size: tuple[int, int], value: float
+) -> None:
+    """Draw a line, one pixel wide, around tiles that stand in rows and columns of a grid (C, H, W)."""
+    height, width = size
+    down, across = (torch.arange(-1, side + 1, device=tops.device) for side in (height, width))
+    grid[:, torch.cat([tops - 1, tops + height])[:, None], (lefts[:, None] + across).flatten()] = value
+    grid[:, (tops[:, None] + down).flatten()[:, None], torch.cat([lefts - 1, lefts + width])] = value
+
+
+def _two_numbers(value_range: Sequence[float]) -> tuple[float, float]:
+    rule = f"`value_range` must be (low, high), got {shown(value_range)}"
+    try:
+        low, high = (float(end) for end in islice(value_range, 3))
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError(rule) from None
+    except (TypeError, RuntimeError):
+        raise InvalidTypeError(rule) from None
+    return low, high
 
 
 def _as_batch(tensor: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
@@ -176,5 +224,5 @@ def _normalized(images: torch.Tensor, value_range: Sequence[float] | None, scale
     # As torchvision does it: the width in double precision, the division in the type that the CPU computes
     # half precision in, and a rounding to the dtype after each of the two steps.
     compute = torch.promote_types(images.dtype, torch.float32)
-    widths = (highs.double() - lows.double()).clamp_(min=_NARROWEST).to(compute)
+    widths = (wide(highs) - wide(lows)).clamp_(min=_NARROWEST).to(images.device, compute)
     return (images - lows).to(compute).div_(widths).to(images.dtype)

@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 LEVELS: Final = 251
@@ -33,6 +34,8 @@ SPECIAL_COLOURS: Final = {
 Table: TypeAlias = npt.NDArray[np.uint8]
 _WHITE: Final = (255, 255, 255)
 _BLACK: Final = (0, 0, 0)
+_LINE: Final = (40, 40, 40)
+_PALE: Final = 230  # a middle at least as light as this is as good as white
 
 # Colours at equal distances; what lies between is linear. The brewer scheme's middle is a light grey
 # (247, 247, 247); here zero is white.
@@ -98,7 +101,7 @@ NAMES: Final = ("gray", "hot", "viridis", "seismic", "RdBu_r")
 
 @dataclass(frozen=True, slots=True)
 class Colormap:
-    """A colour per level, and the colours of padding and text that stand out from them.
+    """A colour per level, and the colours of the page, of the lines around tiles and of text.
 
     `levels` is (251, 3) uint8. A diverging map is meant for values with zero in the middle, drawn white.
     """
@@ -109,19 +112,20 @@ class Colormap:
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """Colour of the padding: dark where white means zero, white elsewhere."""
-        return (40, 40, 40) if self.diverging else _WHITE
+        """Colour of the padding: dark where zero is as white as the page, white elsewhere."""
+        return _LINE if self.page != PADDING else _WHITE
 
     @property
-    def foreground(self) -> tuple[int, int, int]:
-        """Colour of text on the padding."""
-        return _WHITE if self.diverging else _BLACK
+    def page(self) -> int:
+        """Entry of the page, on which tiles and words stand: white, be it the level in the middle."""
+        middle = LEVELS // 2
+        return middle if self.diverging and int(self.levels[middle].min()) >= _PALE else PADDING
 
     @property
     def palette(self) -> Table:
         """All 256 entries, (256, 3) uint8: the levels, padding, NaN, +Inf, -Inf and text."""
         special = [SPECIAL_COLOURS[code] for code in (NAN, POSITIVE_INFINITY, NEGATIVE_INFINITY)]
-        extra = np.array([self.background, *special, self.foreground], np.uint8)
+        extra = np.array([self.background, *special, _BLACK], np.uint8)
         return np.concatenate([self.levels, extra])
 
 
@@ -172,8 +176,8 @@ def _of_matplotlib(name: str) -> Table:
         from matplotlib import colormaps
     except ImportError:
         raise InvalidArgumentError(
-            f'`cmap` must be "auto" or one of {", ".join(NAMES)}, got {name!r}; matplotlib, which is not '
-            "installed, has more: `python -m pip install matplotlib`"
+            f'`cmap` must be "auto" or one of {", ".join(NAMES)}, got {shown(name)}; matplotlib, which is '
+            "not installed, has more: `python -m pip install matplotlib`"
         ) from None
     if name not in colormaps:
         near = difflib.get_close_matches(name, [*NAMES, *colormaps], n=3)

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from torchlens_viz.draw.palette import LEVELS, PADDING, TEXT, Colormap
+from torchlens_viz.draw.palette import LEVELS, TEXT, Colormap
 from torchlens_viz.draw.scale import Limits, to_levels
 
-SIZES: Final = (12, 10, 8)  # the first is that of all text that has room enough
-LINE_HEIGHT: Final = 16
-
+SIZE: Final = 16  # of letters, in pixels: half of that where a screen has two for one, still to be read
+TITLE_SIZE: Final = 20
+LINE_HEIGHT: Final = 22
+TITLE_HEIGHT: Final = 28
 
 # Fonts of the usual systems that cover scripts beyond Latin, the smaller ones first.
 _FALLBACKS: Final = (
@@ -33,37 +34,50 @@ _FALLBACKS: Final = (
 _NO_CHARACTER: Final = "\U0010ffff"
 
 Font: TypeAlias = ImageFont.ImageFont | ImageFont.FreeTypeFont
-_BAR_HEIGHT: Final = 10
+_BAR_HEIGHT: Final = 14
 _MARGIN: Final = 4
-_LONGEST_LINE: Final = 640
+_NARROWEST: Final = 400  # that lines are broken to
+_MOST_LINES: Final = 4  # that a line is broken into
 
 
 @lru_cache(maxsize=4096)
-def text_width(text: str, size: int = SIZES[0]) -> int:
+def text_width(text: str, size: int = SIZE) -> int:
     """Return the pixels that a line of text takes, in pictures with and without smooth edges of letters."""
     text, font = _lettered(text, size)
     return ceil(max(font.getlength(text, mode) for mode in ("1", "L")))
 
 
-def fitting_size(texts: Sequence[str], width: int) -> int:
-    """Return the largest size at which every text takes at most `width` pixels, or the first if none does."""
-    longest = max(texts, key=text_width)
-    return next((size for size in SIZES if text_width(longest, size) <= width), SIZES[0])
+def wrapped(text: str, width: int, size: int = SIZE) -> list[str]:
+    """Break a text between words into at most 4 lines of at most `width` pixels; none where it is empty.
+
+    A word that is longer, and what remains for the last line, are shortened.
+    """
+    words, lines = text.split(), [""]
+    for place, word in enumerate(words):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if not lines[-1] or text_width(longer, size) <= width:
+            lines[-1] = longer
+        elif len(lines) < _MOST_LINES:
+            lines.append(word)
+        else:
+            lines[-1] = " ".join([lines[-1], *words[place:]])
+            break
+    return [shortened(line, width, size) for line in lines if line]
 
 
-def shortened(text: str, width: int) -> str:
+def shortened(text: str, width: int, size: int = SIZE) -> str:
     """Return `text`, or its two ends around an ellipsis, so that it takes at most `width` pixels.
 
     Where not even one letter fits, nothing is left of it.
     """
-    if text_width(text) <= width:
+    if text_width(text, size) <= width:
         return text
 
     def ends(kept: int) -> str:
         head = (kept + 1) // 2
         return text[:head] + "…" + text[len(text) - (kept - head) :]
 
-    fitting = bisect_right(range(1, len(text)), width, key=lambda kept: text_width(ends(kept)))
+    fitting = bisect_right(range(1, len(text)), width, key=lambda kept: text_width(ends(kept), size))
     return ends(fitting) if fitting else ""
 
 
@@ -72,7 +86,7 @@ def write_line(
     at: tuple[int, int],
     text: str,
     fill: int | tuple[int, int, int],
-    size: int = SIZES[0],
+    size: int = SIZE,
 ) -> None:
     """Write one line of text with its upper left corner at `at`, (x, y)."""
     text, font = _lettered(text, size)
@@ -159,7 +173,7 @@ def captioned(
         colours: Its colours.
         title: A line above the sheet.
         limits: The values of the first and the last level, for the scale; None for no scale.
-        lines: Lines below. The picture grows wider for a line up to 640 pixels; what is longer is cut short.
+        lines: Lines below, broken to the width of the sheet, or to 400 pixels where it is narrower.
 
     Returns:
         An image of the same mode; the sheet's own pixels are unchanged in it.
@@ -175,31 +189,30 @@ def captioned(
             bar = _scale(image, colours, low, high)
         if not limits.all_finite:
             lines.append("magenta: NaN, green: +Inf, cyan: -Inf")
-    longest = max(image.width, _LONGEST_LINE) - 2 * _MARGIN
-    below: list[str | Image.Image] = [shortened(line, longest) for line in lines]
-    if bar is not None:
-        below.insert(0, bar)
-    above = [] if title is None else [shortened(_in_one_line(title), longest)]
-    parts = [*above, image, *below]
-    width = max(part.width if isinstance(part, Image.Image) else text_width(part) for part in below + above)
+    bars = [] if bar is None else [bar]
+    room = max([image.width, _NARROWEST, *(each.width + 2 * _MARGIN for each in bars)]) - 2 * _MARGIN
+    above = wrapped(title or "", room, TITLE_SIZE)
+    below = [part for line in lines for part in wrapped(line, room)]
+    widths = [each.width for each in bars] + [text_width(line) for line in below]
+    widths += [text_width(line, TITLE_SIZE) for line in above]
+    top = 2 * _MARGIN + TITLE_HEIGHT * len(above) if above else 0
+    count = len(bars) + len(below)
     canvas = _blank(
         image,
         colours,
-        max(image.width, width + 2 * _MARGIN),
-        image.height + sum(_MARGIN * 2 + LINE_HEIGHT * len(rows) for rows in (above, below) if rows),
+        max([image.width, *(width + 2 * _MARGIN for width in widths)]),
+        top + image.height + (2 * _MARGIN + LINE_HEIGHT * count if count else 0),
     )
-    y = _MARGIN if above else 0
-    for part in parts:
-        if part is image:
-            y += _MARGIN if above else 0
-            canvas.paste(image, (0, y))
-            y += image.height + _MARGIN
-            continue
-        if isinstance(part, Image.Image):
-            canvas.paste(part, (_MARGIN, y))
-        else:
-            write_line(canvas, (_MARGIN, y), part, entry(canvas, colours, TEXT))
+    canvas.paste(image, (0, top))
+    ink = entry(canvas, colours, TEXT)
+    for place, line in enumerate(above):
+        write_line(canvas, (_MARGIN, _MARGIN + TITLE_HEIGHT * place), line, ink, TITLE_SIZE)
+    y = top + image.height + _MARGIN
+    for each in bars:
+        canvas.paste(each, (_MARGIN, y))
         y += LINE_HEIGHT
+    for place, line in enumerate(below):
+        write_line(canvas, (_MARGIN, y + LINE_HEIGHT * place), line, ink)
     return canvas
 
 
@@ -209,7 +222,7 @@ def _scale(image: Image.Image, colours: Colormap, low: str, high: str) -> Image.
     width = before + LEVELS + _MARGIN + text_width(high)
     strip = _blank(image, colours, width, LINE_HEIGHT)
     levels = np.arange(LEVELS, dtype=np.uint8) if image.mode == "P" else colours.levels[:, 0]
-    strip.paste(Image.fromarray(np.tile(levels, (_BAR_HEIGHT, 1))), (before, 2))
+    strip.paste(Image.fromarray(np.tile(levels, (_BAR_HEIGHT, 1))), (before, 4))
     ink = entry(image, colours, TEXT)
     write_line(strip, (0, 0), low, ink)
     write_line(strip, (before + LEVELS + _MARGIN, 0), high, ink)
@@ -225,7 +238,7 @@ def _zero(limits: Limits) -> str:
 
 
 def _blank(image: Image.Image, colours: Colormap, width: int, height: int) -> Image.Image:
-    canvas = Image.new(image.mode, (width, height), entry(image, colours, PADDING))
+    canvas = Image.new(image.mode, (width, height), entry(image, colours, colours.page))
     if image.mode == "P":
         canvas.putpalette(colours.palette.tobytes())
     return canvas
