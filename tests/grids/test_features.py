@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.pixels import SIGNED_MAPS, STYLES, assert_drawn_as_promised, colours, ramp, same, style_names
+from tests.pixels import (
+    SIGNED_MAPS,
+    STYLES,
+    assert_drawn_as_promised,
+    colours,
+    ramp,
+    same,
+    style_names,
+    written,
+)
 from torchlens_viz import capture, feature_grid, kernel_grid, save_feature_grid, save_kernel_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 
@@ -265,3 +274,10 @@ def test_sheets_are_saved_in_both_formats(tmp_path, suffix, options):
     weight = torch.randn(5, 3, 6, 6)
     with Image.open(save_kernel_grid(weight, tmp_path / f"kernels{suffix}", sort_by="std")) as image:
         assert np.array_equal(colours(image), colours(kernel_grid(weight, sort_by="std")))
+
+
+def test_legend_says_how_many_of_the_maps_were_chosen(monkeypatch):
+    lines = written(monkeypatch)
+    feature_grid(torch.rand(96, 5, 7), channels=range(16), legend=True)
+    feature_grid(torch.rand(96, 5, 7), legend=True)
+    assert [line for line in lines if "maps" in line] == ["16 of 96 maps of 5 x 7", "96 maps of 5 x 7"]

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from tests.nets import passed_on, recorded
-from tests.pixels import CYAN, GREEN, MAGENTA, drawn_maps, names_in, read, spread
-from torchlens_viz import capture, feature_grid, save_feature_maps, save_kernel_sheets
+from tests.pixels import CYAN, GREEN, MAGENTA, colours, drawn_maps, names_in, read, robust_ends, spread
+from torchlens_viz import capture, feature_grid, kernel_grid, save_feature_maps, save_kernel_sheets
 from torchlens_viz.draw import canvas
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, PictureError
 from torchlens_viz.grids import folders
@@ -468,3 +468,23 @@ def test_pictures_wait_for_slow_files_in_bounded_number(tmp_path, monkeypatch):
     assert len(save_feature_maps(passed_on(spread(1, 300, 4, 4)), tmp_path)) == 300
     assert counts["saved"] == counts["drawn"] == 300
     assert counts["most"] <= 65
+
+
+# Robust limits.
+
+
+def test_robust_limits_are_those_of_the_layer(tmp_path):
+    values = torch.randn(1, 4, 20, 20)
+    values[0, 1, 3, 3] = 200.0
+    acts = recorded(nn.Sequential(nn.Identity()), nn.Identity, values)
+    paths = save_feature_maps(acts, tmp_path / "maps", value_range="robust")
+    ends = robust_ends(values.numpy())
+    for channel, path in enumerate(paths):
+        alone = feature_grid(values, channels=channel, value_range=ends, padding=0)
+        assert np.array_equal(read(path), colours(alone)), channel
+    weight = nn.Conv2d(2, 40, 3)
+    with torch.no_grad():
+        weight.weight[5, 1, 1, 1] = 200.0
+    ends = robust_ends(weight.weight.detach().numpy())
+    for plane, path in enumerate(save_kernel_sheets(weight, tmp_path / "kernels", value_range="robust")):
+        assert np.array_equal(read(path), colours(kernel_grid(weight, channels=plane, value_range=ends)))

@@ -18,10 +18,12 @@ from torch import nn
 
 from torchlens_viz import feature_grid, kernel_grid, pair_grid
 from torchlens_viz.files.pictures import save_picture
+from torchlens_viz.grids.features import feature_sheet
+from torchlens_viz.grids.kernels import _drawn as kernel_file
 
 GOLDEN = Path(__file__).parent / "golden"
 MOST_BYTES = 100_000
-HEADER = 16
+HEADER = 22
 
 
 # Inputs in closed form, rounded to steps, so that no version of any library can change them.
@@ -76,31 +78,31 @@ def pairs() -> Image.Image:
 
 
 SHEETS: dict[str, Callable[[], Image.Image]] = {
-    "kernels-rgb": lambda: kernel_grid(gratings(16, 3, 11)),
-    "kernels-rgb-scale-each": lambda: kernel_grid(
+    "kernels-rgb": lambda: kernel_file(gratings(16, 3, 11)),
+    "kernels-rgb-scale-each": lambda: kernel_file(
         gratings(6, 3, 7) * torch.arange(1, 7).view(6, 1, 1, 1), scale_each=True, padding=3, upscale=2, nrow=6
     ),
-    "kernels-rgb-not-finite": lambda: kernel_grid(colour_with_holes()),
-    "kernels-signed": lambda: kernel_grid(gratings(9, 5, 5)),
-    "kernels-channels": lambda: kernel_grid(
+    "kernels-rgb-not-finite": lambda: kernel_file(colour_with_holes()),
+    "kernels-signed": lambda: kernel_file(gratings(9, 5, 5)),
+    "kernels-channels": lambda: kernel_file(
         waves(32, 5, 5).view(4, 8, 5, 5), filters=[3, 0, 1], channels=[1, 7, 2, 0]
     ),
-    "kernels-ranked": lambda: kernel_grid(
+    "kernels-ranked": lambda: kernel_file(
         gratings(6, 2, 5) * torch.tensor([1.0, 4, 2, 6, 3, 5]).view(6, 1, 1, 1), sort_by="norm"
     ),
-    "kernels-matrix": lambda: kernel_grid(waves(1, 24, 40).view(24, 40, 1, 1)),
-    "kernels-slices": lambda: kernel_grid(gratings(6, 3, 5).view(2, 3, 3, 5, 5).transpose(1, 2)),
-    "maps-gray": lambda: feature_grid(waves(7, 9, 12, signed=False)),
-    "maps-signed": lambda: feature_grid(waves(7, 9, 12), padding=2, nrow=4),
-    "maps-hot": lambda: feature_grid(waves(6, 16, 16, signed=False), cmap="hot", padding=0),
-    "maps-viridis": lambda: feature_grid(waves(6, 16, 16), cmap="viridis", value_range=(-0.5, 1)),
-    "maps-seismic": lambda: feature_grid(waves(5, 10, 10) + 0.5, cmap="seismic", upscale=3, padding=1),
-    "maps-not-finite": lambda: feature_grid(not_finite()),
-    "maps-scale-each": lambda: feature_grid(
+    "kernels-matrix": lambda: kernel_file(waves(1, 24, 40).view(24, 40, 1, 1)),
+    "kernels-slices": lambda: kernel_file(gratings(6, 3, 5).view(2, 3, 3, 5, 5).transpose(1, 2)),
+    "maps-gray": lambda: feature_sheet(waves(7, 9, 12, signed=False)),
+    "maps-signed": lambda: feature_sheet(waves(7, 9, 12), padding=2, nrow=4),
+    "maps-hot": lambda: feature_sheet(waves(6, 16, 16, signed=False), cmap="hot", padding=0),
+    "maps-viridis": lambda: feature_sheet(waves(6, 16, 16), cmap="viridis", value_range=(-0.5, 1)),
+    "maps-seismic": lambda: feature_sheet(waves(5, 10, 10) + 0.5, cmap="seismic", upscale=3, padding=1),
+    "maps-not-finite": lambda: feature_sheet(not_finite()),
+    "maps-scale-each": lambda: feature_sheet(
         waves(5, 12, 8, signed=False) * torch.arange(5).view(5, 1, 1), scale_each=True
     ),
-    "maps-bicubic": lambda: feature_grid(waves(4, 8, 8, signed=False), interpolation="bicubic", upscale=4),
-    "maps-bicubic-not-finite": lambda: feature_grid(not_finite(), interpolation="bicubic", upscale=4),
+    "maps-bicubic": lambda: feature_sheet(waves(4, 8, 8, signed=False), interpolation="bicubic", upscale=4),
+    "maps-bicubic-not-finite": lambda: feature_sheet(not_finite(), interpolation="bicubic", upscale=4),
     "pairs": pairs,
 }
 
@@ -178,13 +180,13 @@ def test_golden_pictures_have_the_modes_that_are_promised():
 
 
 def boxes(count: int, columns: int, size: tuple[int, int], padding: int) -> list[tuple[slice, slice]]:
-    """Where the label of each tile stands: in the strip above it, as wide as the tile and its padding."""
+    """Where the label of each tile stands: in the strip above it but for the line around the tile."""
     height, width = size
     places = []
     for index in range(count):
         top = padding + index // columns * (HEADER + height + padding)
         left = padding + index % columns * (width + padding)
-        places.append((slice(top, top + HEADER), slice(left, left + width + padding - 2)))
+        places.append((slice(top, top + HEADER - 1), slice(left, left + width + padding - 2)))
     return places
 
 
@@ -200,15 +202,20 @@ def test_ink_stands_in_the_box_of_each_label_and_nowhere_else(cmap, count, colum
         plain = feature_grid(maps, cmap=cmap, padding=padding)
         image = feature_grid(maps, cmap=cmap, padding=padding, labels=True)
     pixels, expected = np.array(image.convert("RGB")), np.array(plain.convert("RGB"))
-    rest = (pixels != pixels[0, 0]).any(2)
+    rest = (pixels != 255).any(2)
     for index, (rows, across) in enumerate(boxes(count, columns, (36, 36), padding)):
         assert rest[rows, across].any(), f"no label above tile {index}"
         rest[rows, across] = False
-        left = across.start
-        tile = pixels[rows.stop : rows.stop + 36, left : left + 36]
+        left, below = across.start, rows.stop + 1
+        tile = pixels[below : below + 36, left : left + 36]
         top = padding + index // columns * (36 + padding)
         assert np.array_equal(tile, expected[top : top + 36, left : left + 36])
-        rest[rows.stop : rows.stop + 36, left : left + 36] = False
+        rest[below : below + 36, left : left + 36] = False
+        about = pixels[below - 1 : below + 37, left - 1 : left + 37]
+        line = [40] * 3 if cmap == "RdBu_r" else [255] * 3
+        assert (about[[0, -1]] == line).all()
+        assert (about[:, [0, -1]] == line).all()
+        rest[below - 1 : below + 37, left - 1 : left + 37] = False
     assert not rest.any()
 
 

@@ -21,15 +21,17 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNo
 
 def sheet_of(weight: torch.Tensor, plane: int, columns: int, ends: tuple[float, float]) -> np.ndarray:
     """Draw the sheet of one input channel: tiles of one pixel's padding, in the range of the layer."""
+    columns = min(columns, len(weight))
     colours = colormap("RdBu_r" if ends[0] < 0 < ends[1] else "gray")
     tiles = weight[:, plane].double().numpy()
     factor = math.ceil(32 / max(tiles.shape[1:]))
     height, width = (size * factor + 1 for size in tiles.shape[1:])
     rows = math.ceil(len(tiles) / columns)
     sheet = np.empty((rows * height + 1, columns * width + 1, 3), np.uint8)
-    sheet[...] = colours.background
+    sheet[...] = 255
     for index, tile in enumerate(tiles):
         top, left = index // columns * height + 1, index % columns * width + 1
+        sheet[top - 1 : top + height, left - 1 : left + width] = colours.background  # the line around it
         sheet[top : top + height - 1, left : left + width - 1] = drawn(tile, *ends, colours, factor)
     return sheet
 

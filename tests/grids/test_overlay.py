@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tests.pixels import overlay
+from tests.pixels import overlay, robust_ends, written
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.grids.overlay import overlay_grid, save_overlay_grid
 from torchlens_viz.grids.pairs import pair_grid
@@ -43,6 +43,22 @@ def test_a_gate_over_the_image_keeps_the_places():
 
 
 # The sheet
+
+
+def test_robust_limits_leave_an_outlier_out_and_the_legend_says_so(monkeypatch):
+    conv = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(conv.weight)
+    image = torch.rand(1, 40, 40)
+    image[0, 3, 3] = 200.0
+    ends = robust_ends(image.numpy())
+    lines = written(monkeypatch)
+    sheet = overlay_grid(conv, "", image, value_range="robust", legend=True, **PLAIN)
+    fixed = overlay_grid(conv, "", image, value_range=(0.0, ends[1]), **PLAIN)
+    assert np.array_equal(pixels_of(sheet)[: fixed.height, : fixed.width], pixels_of(fixed))
+    assert lines[0] == f"hot: from 0, clear, to {ends[1]:.3g}"
+    assert lines[1] == "limits at 0.5% and 99.5%, 0.4% of the values beyond"
+    full = overlay_grid(conv, "", image, **PLAIN)
+    assert pixels_of(full).std() != pixels_of(fixed).std()
 
 
 @pytest.fixture
@@ -119,8 +135,8 @@ def test_pairs_take_the_same_images():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alpha": 1.5}, r"`alpha` must be from 0 to 1, got 1.5"),
-        ({"alpha": float("nan")}, r"`alpha` must be from 0 to 1, got nan"),
+        ({"alpha": 1.5}, r"`alpha` must be at most 1, got 1.5"),
+        ({"alpha": float("nan")}, r"`alpha` must be finite, got nan"),
         ({"cmap": "sunny"}, r"`cmap` must be"),
         ({"interpolation": "cubic"}, r"`interpolation` must be"),
         ({"backdrop": "grey"}, r'`backdrop` must be "gray" or "color", got \'grey\''),
@@ -142,13 +158,13 @@ def test_options_that_cannot_be(net, options, message):
 
 def test_arguments_of_other_types(net):
     image = torch.rand(3, 16, 16)
-    with pytest.raises(InvalidTypeError, match=r"`model` must be an nn.Module, got Tensor"):
+    with pytest.raises(InvalidTypeError, match=r"`model` must be a torch.nn.Module, got Tensor"):
         overlay_grid(image, "1", image)
     with pytest.raises(InvalidTypeError, match=r"`image` must be a tensor or a picture, got ndarray"):
         overlay_grid(net, "1", image.numpy())
-    with pytest.raises(InvalidTypeError, match=r"`alpha` must be a number from 0 to 1, got '1'"):
+    with pytest.raises(InvalidTypeError, match=r"`alpha` must be a number, got '1'"):
         overlay_grid(net, "1", image, alpha="1")
-    with pytest.raises(InvalidTypeError, match=r"`alpha` must be a number from 0 to 1, got True"):
+    with pytest.raises(InvalidTypeError, match=r"`alpha` must be a number, got True"):
         overlay_grid(net, "1", image, alpha=True)
     with pytest.raises(InvalidTypeError, match=r"`channels` must be an int or a list of ints"):
         overlay_grid(net, "1", image, channels="0")

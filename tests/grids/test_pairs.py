@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.nets import Noisy, assert_as_before, mixed_model, snapshot
+from tests.pixels import written
 from torchlens_viz import pair_grid, save_pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.grids.pairs import measure_patterns
 
-PADDING, HEADER, FRAME, WHITE = 6, 16, 192, 255
+PADDING, HEADER, FRAME, WHITE = 6, 22, 192, 255
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -167,13 +169,35 @@ def test_labels_stand_above_and_change_no_pair():
     plain = split(
         pixels(pair_grid(network(), "0", image, sort_by="channel", labels=False, nrow=2)), 96, (96, 96), 2
     )
-    for labels in (True, ["one", "two", "three"]):
+    for labels, height in ((True, 2 * HEADER), (["one", "two", "three"], HEADER)):
         sheet = pixels(pair_grid(network(), "0", image, sort_by="channel", labels=labels, nrow=2))
-        labelled = split(sheet, 96, (96, 96), 2, HEADER)
+        labelled = split(sheet, 96, (96, 96), 2, height)
         for before, after in zip(plain, labelled, strict=True):
             assert np.array_equal(before[0], after[0])
             assert np.array_equal(before[1], after[1])
-        assert (sheet[PADDING : PADDING + HEADER, PADDING : PADDING + 98] < WHITE).any()
+        for line in range(height // HEADER):
+            top = PADDING + line * HEADER
+            assert (sheet[top : top + HEADER, PADDING : PADDING + 98] < WHITE).any()
+
+
+def test_labels_say_in_words_what_is_kept(monkeypatch):
+    lines, image = written(monkeypatch), torch.rand(3, 34, 34)
+    pair_grid(network(), "0", image, channels=[1], labels=True)
+    maps = network()[0](image[None]).detach()[0]
+    luminance = np.array([0.299, 0.587, 0.114]) @ image.numpy().reshape(3, -1).astype(float)
+    seen = torch.nn.functional.interpolate(
+        torch.from_numpy(luminance).view(1, 1, 34, 34), (32, 32), mode="bilinear", antialias=True
+    )
+    kept = abs(np.corrcoef(maps[1].flatten().numpy(), seen.flatten().numpy())[0, 1])
+    assert lines[0] == f"1: picture {kept:.2f}"
+    assert re.fullmatch(r"edges -?0\.\d\d, colour 0\.67", lines[1])
+    assert " ".join(lines[2:]) == (
+        "picture, edges: how closely the map follows the picture, and its edges, 1 exactly and 0 not at all; "
+        "colour: the share of the kernel that tells colours apart"
+    )
+    del lines[:]
+    pair_grid(nn.Conv2d(1, 2, 3), None, torch.rand(1, 34, 34), labels=True)
+    assert all(re.fullmatch(r"edges -?0\.\d\d", line) for line in (lines[1], lines[3]))
 
 
 def test_first_pairs_are_drawn_as_if_they_were_all_and_the_rest_is_mentioned():
@@ -283,7 +307,9 @@ def test_model_and_random_numbers_are_left_as_they_were():
 def test_model_is_left_as_it_was_when_it_fails():
     model = mixed_model(Failing())
     before, state = snapshot(model), torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="broken on purpose"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"`image` must be what the model takes.*broken on purpose"
+    ):
         pair_grid(model, None, torch.ones(3, 34, 34))
     assert_as_before(model, before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -329,7 +355,7 @@ def test_what_does_not_fit_raises(model, image, options, message):
 @pytest.mark.parametrize(
     ("model", "image", "options", "message"),
     [
-        (torch.rand(4, 3, 3, 3), IMAGE, {}, r"`model` must be an nn\.Module, got Tensor"),
+        (torch.rand(4, 3, 3, 3), IMAGE, {}, r"`model` must be a torch\.nn\.Module, got Tensor"),
         (network(), np.zeros((3, 34, 34)), {}, "`image` must be a tensor or a picture, got ndarray"),
         (network(), IMAGE, {"preprocess": lambda image: None}, "a tensor or a picture, got NoneType"),
         (network(), IMAGE, {"channels": [True]}, "`channels` must be an int or a list of ints"),

@@ -10,10 +10,12 @@ from typing import Unpack
 import torch
 from PIL import Image
 
-from torchlens_viz.arguments import indices_of, maps_of
+from torchlens_viz.arguments import indices_of
 from torchlens_viz.draw.canvas import draw
-from torchlens_viz.draw.style import Style, StyleOptions, ranking
+from torchlens_viz.draw.maps import maps_of
+from torchlens_viz.draw.style import Style, StyleOptions, lists_options, ranking
 from torchlens_viz.files.pictures import save_picture
+from torchlens_viz.hooks.layout import marked_dim
 
 
 class FeatureOptions(StyleOptions, total=False):
@@ -21,14 +23,17 @@ class FeatureOptions(StyleOptions, total=False):
 
     sample: int
     channels: int | Sequence[int] | None
+    channel_dim: int | None
     grid: tuple[int, int] | None
 
 
+@lists_options
 def feature_grid(
     activation: torch.Tensor,
     *,
     sample: int = 0,
     channels: int | Sequence[int] | None = None,
+    channel_dim: int | None = None,
     grid: tuple[int, int] | None = None,
     **options: Unpack[StyleOptions],
 ) -> Image.Image:
@@ -39,13 +44,15 @@ def feature_grid(
             (L, C) of a transformer.
         sample: Which input of the batch, by index from 0.
         channels: Show only these channels, by index from 0.
+        channel_dim: The dimension that counts channels. None is what `capture` found where it handed the
+            tensor out, else 1 in (N, C, H, W) and 0 in (C, H, W).
         grid: Rows and columns in which the last rows * columns tokens lie. Those before them, such as a class
             token, are left out.
         options: How to draw them, as in `kernel_grid`; `cmap="auto"` is `"RdBu_r"` for a range with both
             signs, else `"gray"`.
 
     Returns:
-        An image of mode "L" for gray, else "P".
+        An image of mode "RGB".
 
     Raises:
         InvalidArgumentError: An index is out of range, the tensor has another shape or no pixels, or an
@@ -57,11 +64,29 @@ def feature_grid(
         >>> feature_grid(torch.rand(1, 6, 40, 40), padding=2).size
         (128, 86)
     """
-    style = Style(**options)
-    maps = maps_of(activation, sample, grid=grid)
+    drawn = feature_sheet(
+        activation, sample=sample, channels=channels, channel_dim=channel_dim, grid=grid, **options
+    )
+    return drawn.convert("RGB")
+
+
+def feature_sheet(
+    activation: torch.Tensor,
+    *,
+    sample: int = 0,
+    channels: int | Sequence[int] | None = None,
+    channel_dim: int | None = None,
+    grid: tuple[int, int] | None = None,
+    **options: Unpack[StyleOptions],
+) -> Image.Image:
+    """Draw the same with a palette, as it is kept in files: of mode "L" for gray, else "P"."""
+    style = Style.of(options)
+    dim = marked_dim(activation) if channel_dim is None else channel_dim
+    maps = maps_of(activation, sample, channel_dim=dim, grid=grid)
     chosen = indices_of(channels, len(maps), "channels")
     tiles = maps if channels is None else maps[chosen]
-    notes = [f"{len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}"]
+    some = "" if len(chosen) == len(maps) else f"{len(chosen)} of "
+    notes = [f"{some}{len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}"]
     order = ranking(tiles, style.sort_by)
     return draw(tiles[:, None], style, labels=[str(index) for index in chosen], notes=notes, order=order)
 
@@ -83,4 +108,4 @@ def save_feature_grid(
     Raises:
         PictureError: The file cannot be written; nothing is left behind, and what stood there still stands.
     """
-    return save_picture(feature_grid(activation, **options), path)
+    return save_picture(feature_sheet(activation, **options), path)

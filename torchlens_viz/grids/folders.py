@@ -7,27 +7,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from math import ceil
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, Unpack
+from typing import TypeAlias, TypedDict, Unpack
 
 import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.arguments import indices_of, maps_of
-from torchlens_viz.draw.canvas import check_size, check_size_of_each, draw_each
+from torchlens_viz.arguments import indices_of, shown, wide
+from torchlens_viz.draw.canvas import check_size_of_each, draw_each
+from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.draw.palette import Colormap, Table
-from torchlens_viz.draw.scale import finite_range
-from torchlens_viz.draw.style import Interpolation, Style, StyleOptions, as_matrix, in_rows, own_labels
-from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.files.paths import safe_names
+from torchlens_viz.draw.scale import ValueRange, finite_range, is_robust, robust_range
+from torchlens_viz.draw.style import Interpolation, Style, StyleOptions, lists_options
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.files.paths import as_path, safe_names
 from torchlens_viz.files.pictures import save_picture
-from torchlens_viz.grids.kernels import kernel_grid
+from torchlens_viz.grids.kernels import Sheet, is_matrix, kernel_sheet
 from torchlens_viz.hooks.activations import Activations
+from torchlens_viz.hooks.layout import marked_dim
 from torchlens_viz.models.kernels import convolutions, kernels_of
 from torchlens_viz.models.layers import Selector, select
-from torchlens_viz.progress import tracked
+from torchlens_viz.progress import is_shown, tracked
 
 # How to draw a picture, and where it goes. Drawn late, so that a folder of any size takes little memory.
 _Job: TypeAlias = tuple[Callable[[], Image.Image], Path]
@@ -38,12 +39,13 @@ class FeatureMapOptions(TypedDict, total=False):
 
     normalize: bool
     scale_each: bool
-    value_range: Sequence[float] | None
+    value_range: ValueRange | None
     cmap: str | Table | Colormap
     upscale: int | None
     interpolation: Interpolation
 
 
+@lists_options
 def save_kernel_sheets(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -51,7 +53,7 @@ def save_kernel_sheets(
     *,
     filters: int | Sequence[int] | None = None,
     channels: int | Sequence[int] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Unpack[StyleOptions],
 ) -> list[Path]:
     """Draw the kernels of every chosen layer, one sheet per input channel: `DIR/<layer>/<channel>.png`.
@@ -67,7 +69,7 @@ def save_kernel_sheets(
         layers: Which layers; None is every convolution.
         filters: Show only these filters, by index from 0.
         channels: Write the sheets of these input channels only, by index from 0.
-        progress: Show a bar on stderr (needs tqdm).
+        progress: Show a bar on stderr; None does where tqdm is installed and somebody can see it.
         options: As in `kernel_grid`. With `max_tiles`, further filters go to `<channel>-page2.png` and so on.
 
     Returns:
@@ -80,17 +82,18 @@ def save_kernel_sheets(
         InvalidTypeError: The kernels of a layer are no dense real numbers; then nothing is written.
         PictureError: A file cannot be written. Files written before it stay.
     """
-    style = Style(**options)
+    style = Style.of(options)
     if "page" in options:
         raise InvalidArgumentError("`page` has no effect where every page is saved; leave it out")
+    has_bar, folder = is_shown(progress), as_path(directory, "directory")
     found = convolutions(model) if layers is None else select(model, layers)
-    folders = safe_names([name or "model" for name, _ in found])
+    names = safe_names([name or "model" for name, _ in found])
     jobs = [
-        (draw, Path(directory) / folder / f"{name}.png")
-        for (_, module), folder in zip(found, folders, strict=True)
-        for draw, name in _kernel_sheets(kernels_of(model, module).weight, filters, channels, style, options)
+        (draw, folder / place / f"{name}.png")
+        for (_, module), place in zip(found, names, strict=True)
+        for draw, name in _kernel_sheets(kernels_of(model, module).weight, filters, channels, style)
     ]
-    return _save_all(jobs, progress)
+    return _save_all(jobs, has_bar=has_bar)
 
 
 def save_feature_maps(
@@ -99,8 +102,9 @@ def save_feature_maps(
     *,
     sample: int = 0,
     channels: int | Sequence[int] | None = None,
+    channel_dim: int | None = None,
     grid: tuple[int, int] | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     **options: Unpack[FeatureMapOptions],
 ) -> list[Path]:
     """Draw every feature map of every recorded layer into a file of its own: `DIR/<layer>/<channel>.png`.
@@ -115,9 +119,10 @@ def save_feature_maps(
         directory: The folder; it is made where it is missing.
         sample: Which input of the batch, by index from 0.
         channels: Only these channels, by index from 0.
+        channel_dim: The dimension that counts channels in every layer; None as in `feature_grid`.
         grid: Rows and columns in which the last rows * columns tokens lie, as in `feature_grid`. Layers that
             put out maps (N, C, H, W) are drawn as they are.
-        progress: Show a bar on stderr (needs tqdm).
+        progress: Show a bar on stderr; None does where tqdm is installed and somebody can see it.
         options: `normalize`, `scale_each`, `value_range`, `cmap`, `upscale` and `interpolation` as in
             `feature_grid`.
 
@@ -130,7 +135,10 @@ def save_feature_maps(
         InvalidTypeError: A layer put out no dense real numbers; then nothing is written.
         PictureError: A file cannot be written. Files written before it stay.
     """
-    style = Style(**options)
+    style = Style.of(options)
+    has_bar, root = is_shown(progress), as_path(directory, "directory")
+    if not isinstance(acts, Activations):
+        raise InvalidTypeError(f"`acts` must be what `capture` recorded, got {shown(acts)}")
     recorded = [
         (name if len(acts.calls(name)) == 1 else f"{name}-call{index}", value)
         for name in acts
@@ -149,18 +157,18 @@ def save_feature_maps(
             wanted = "maps (N, C, H, W)" + ("" if grid is None else " and no tokens (N, L, C)")
             raise InvalidArgumentError(f"`{name}` put out no {wanted}; select other layers")
         what = f"`{name}`" if name else "the model's output"
-        maps = maps_of(value, sample, grid=grid if _are_tokens(value) else None, what=what)
+        dim = marked_dim(value) if channel_dim is None else channel_dim
+        maps = maps_of(value, sample, channel_dim=dim, grid=grid if _are_tokens(value) else None, what=what)
         check_size_of_each(maps[:, None].shape, style)
         layers.append((maps, indices_of(channels, len(maps), "channels"), folder))
     jobs: list[_Job] = []
     for maps, chosen, folder in layers:
-        own = replace(style, value_range=_range_of(maps)) if _shares_range(style) else style
+        own = replace(style, value_range=_range_of(maps, style)) if _shares_range(style) else style
         pictures = _Shared(maps[chosen], own)
         jobs += [
-            (pictures.taker(place), Path(directory) / folder / f"{index}.png")
-            for place, index in enumerate(chosen)
+            (pictures.taker(place), root / folder / f"{index}.png") for place, index in enumerate(chosen)
         ]
-    return _save_all(jobs, progress)
+    return _save_all(jobs, has_bar=has_bar)
 
 
 class _Shared:
@@ -191,51 +199,48 @@ def _kernel_sheets(
     filters: int | Sequence[int] | None,
     channels: int | Sequence[int] | None,
     style: Style,
-    options: StyleOptions,
 ) -> Iterator[tuple[Callable[[], Image.Image], str]]:
     """Yield how to draw each sheet of a layer, and its name."""
     planes = indices_of(channels, weight.shape[1], "channels")
-    rows = indices_of(filters, len(weight), "filters")
-    shared: dict[str, Any] = {**options, "filters": rows}
     if _shares_range(style):
-        shared["value_range"] = _range_of(weight)
-    if weight.shape[2:].numel() == 1:  # one picture holds all channels, and has no tiles
-        for option in ("labels", "nrow", "max_tiles"):
-            shared.pop(option, None)
-        tiles = (1, 1, len(rows), len(planes))
-        check_size(tiles, as_matrix(replace(style, labels=False, nrow=None, max_tiles=None), *tiles[2:]))
-        yield partial(kernel_grid, weight, **{**shared, "channels": planes}), "matrix"
+        style = replace(style, value_range=_range_of(weight, style))
+    if weight.ndim == 5 and weight.shape[2] > 1:
+        style = replace(style, nrow=None)  # each filter has a row
+    sheet = partial(kernel_sheet, weight, None, style, filters=filters)
+    if is_matrix(weight):  # one picture holds all channels, and has no tiles
+        whole = replace(style, labels=False, nrow=None, max_tiles=None)
+        sheet = partial(kernel_sheet, weight, None, whole, filters=filters, channels=planes)
+        sheet().check()
+        yield partial(_draw_page, sheet, 0), "matrix"
         return
-    slices = weight.shape[2] if weight.ndim == 5 else 1
-    if slices > 1:
-        shared.pop("nrow", None)  # each filter has a row
-        style = replace(style, nrow=None)
-    style = in_rows(style, slices)
-    count = len(rows) * slices
-    own_labels(style, count)
-    check_size((count, 1, *weight.shape[-2:]), style)
-    pages = ceil(count / (style.max_tiles or count))
+    first = sheet(channels=planes[0])  # all are of one size
+    first.check()
     for plane in planes:
-        for page in range(pages):
-            own = {**shared, "channels": plane, "page": page}
-            yield partial(kernel_grid, weight, **own), f"{plane}-page{page + 1}" if page else str(plane)
+        for page in range(first.pages):
+            name = f"{plane}-page{page + 1}" if page else str(plane)
+            yield partial(_draw_page, partial(sheet, channels=plane), page), name
+
+
+def _draw_page(sheet: Callable[[], Sheet], page: int) -> Image.Image:
+    return sheet().draw(page)
 
 
 def _shares_range(style: Style) -> bool:
-    return style.normalize and not style.scale_each and style.value_range is None
+    is_found = style.value_range is None or is_robust(style.value_range)
+    return style.normalize and not style.scale_each and is_found
 
 
-def _range_of(values: torch.Tensor) -> tuple[float, float]:
-    has_order = values.is_floating_point() and values.dtype.itemsize > 1  # torch compares no float8
-    low, high, _ = finite_range((values if has_order else values.double()).reshape(1, -1))
+def _range_of(values: torch.Tensor, style: Style) -> tuple[float, float]:
+    values = (values if values.is_floating_point() else wide(values)).detach().reshape(1, -1)
+    low, high, _ = robust_range(values) if is_robust(style.value_range) else finite_range(values)
     return low.item(), high.item()
 
 
-def _save_all(jobs: Sequence[_Job], progress: bool) -> list[Path]:
+def _save_all(jobs: Sequence[_Job], *, has_bar: bool) -> list[Path]:
     """Draw in this thread and write in others, a bounded number of pictures ahead."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         under_way: list[Future[Path]] = []
-        for draw, path in tracked(jobs, shown=progress, total=len(jobs), unit="file"):
+        for draw, path in tracked(jobs, shown=has_bar, total=len(jobs), unit="file"):
             if len(under_way) >= 64:
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 _raise_first(future for future in under_way if future in done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, TypedDict, Unpack, get_args
@@ -12,16 +13,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.arguments import indices_of, one_of
+from torchlens_viz.arguments import function, indices_of, one_of, plain
 from torchlens_viz.draw.blend import Blend
-from torchlens_viz.draw.canvas import choose, draw_chosen
+from torchlens_viz.draw.canvas import check_size, draw_chosen
 from torchlens_viz.draw.palette import Colormap, Table
-from torchlens_viz.draw.style import Interpolation, SortBy, Style, ranking
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.draw.scale import ValueRange
+from torchlens_viz.draw.style import Interpolation, SortBy, Style, choose, ranking
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.models.inputs import as_batch, as_pixels
-from torchlens_viz.models.layers import Selector, select
+from torchlens_viz.hooks.layout import Layout
+from torchlens_viz.models.colours import as_pixels
+from torchlens_viz.models.inputs import model_input, shown_to
+from torchlens_viz.models.kernels import image_channels
+from torchlens_viz.models.layers import Selector, require_module, select_one
 from torchlens_viz.models.state import inference, like_parameters
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
@@ -36,13 +41,14 @@ class OverlayOptions(TypedDict, total=False):
     """The options of `overlay_grid`."""
 
     channels: int | Sequence[int] | None
+    channel_dim: int | None
     preprocess: Callable[[Any], torch.Tensor] | None
     invert: Callable[[torch.Tensor], torch.Tensor] | None
     alpha: float
     backdrop: Backdrop
     cmap: str | Table | Colormap
     scale_each: bool
-    value_range: Sequence[float] | None
+    value_range: ValueRange | None
     interpolation: Interpolation
     upscale: int | None
     nrow: int | None
@@ -58,13 +64,14 @@ def overlay_grid(
     image: torch.Tensor | Image.Image,
     *,
     channels: int | Sequence[int] | None = None,
+    channel_dim: int | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     alpha: float = 0.6,
     backdrop: Backdrop = "gray",
     cmap: str | Table | Colormap = "auto",
     scale_each: bool = False,
-    value_range: Sequence[float] | None = None,
+    value_range: ValueRange | None = None,
     interpolation: Interpolation = "bicubic",
     upscale: int | None = None,
     nrow: int | None = None,
@@ -84,8 +91,11 @@ def overlay_grid(
         layer: Which layer, by a selector that finds exactly one; it must put out maps (1, C, H, W).
         image: A tensor (1, C, H, W) or (C, H, W), or a picture.
         channels: Show only these maps, by index from 0.
-        preprocess: Makes of `image` what the model takes, (1, C, H, W) or (C, H, W). Without it, a tensor is
-            taken as it is and a picture as RGB values in [0, 1].
+        channel_dim: The dimension that counts channels in what the layer puts out; None finds it, as in
+            `torchlens_viz.capture`.
+        preprocess: Makes of `image` what the model takes, (1, C, H, W) or (C, H, W); where it does not take
+            pictures, of the picture as a tensor in [0, 1]. Without it, pixels are in [0, 1]: a picture is
+            RGB, or gray where the model takes one channel, and a tensor is taken as it is, but for uint8.
         invert: Makes of the model's input, (1, C, H, W), the pixels in [0, 1] to show. Without it, the input
             is shown as `preprocess` cropped and resized it, with its change of colours undone; where that
             cannot be told, with the range of its values spread over [0, 1].
@@ -95,7 +105,7 @@ def overlay_grid(
         cmap: As in `kernel_grid`. `"auto"` is `"RdBu_r"` if there are negative values, else `"hot"` from 0
             on.
         scale_each: Give each map its own range, instead of one range for all that are shown.
-        value_range: The range (low, high) to show.
+        value_range: The range (low, high) to show, or `"robust"`, as in `kernel_grid`.
         interpolation: `"bicubic"` or `"bilinear"` between positions, or the value of the `"nearest"` one.
         upscale: Enlarge the image by this whole factor; None brings its longer side to at least 128 pixels.
         nrow: Maps per row; None is near-square.
@@ -120,23 +130,30 @@ def overlay_grid(
         >>> overlay_grid(net, "1", torch.rand(3, 64, 96), labels=False, upscale=1).size
         (195, 131)
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    require_module(model)
+    function(preprocess, "preprocess")
+    function(invert, "invert")
     one_of(backdrop, "backdrop", get_args(Backdrop))
     sheet = Style(nrow=nrow, upscale=upscale, labels=labels, max_tiles=max_tiles, sort_by=sort_by)
-    Style(interpolation=interpolation)
-    batch = like_parameters(as_batch(image if preprocess is None else preprocess(image)), model)
-    field = receptive_field(model, layer, batch.shape)
-    name, maps = _maps(model, layer, batch, field)
+    Style(interpolation=interpolation, scale_each=scale_each, legend=legend)
+    batch = like_parameters(model_input(image, preprocess, image_channels(model)), model)
+    name, maps = _maps(model, layer, batch, channel_dim)
+    field = receptive_field(model, layer, batch.shape, channel_dim=channel_dim)
+    if maps.shape[1:] != field.map_shape:
+        raise InvalidArgumentError(
+            f"`layer` must put out maps (1, C, H, W), but `{name}` puts out something of shape "
+            f"{tuple(maps.shape)} where an image has the map {field.map_shape}; choose a convolution"
+        )
     chosen = indices_of(channels, len(maps), "channels")
     choice = choose(sheet, len(chosen), ranking(maps[chosen], sort_by))
     shown = maps[[chosen[place] for place in choice.places]]
     blend = Blend.of(shown, alpha=alpha, cmap=cmap, scale_each=scale_each, value_range=value_range)
     pixels = as_pixels(batch, image, preprocess=preprocess, invert=invert)
     if backdrop == "gray":
-        luminance = torch.tensor(_LUMINANCE)[:, None, None]
+        luminance = torch.tensor(_LUMINANCE, device="cpu")[:, None, None]
         pixels = (pixels * luminance).sum(0, keepdim=True).expand(3, -1, -1)
     factor = upscale or ceil(_TILE_SIZE / max(pixels.shape[1:]))
+    check_size((len(chosen), 3, *(factor * side for side in pixels.shape[1:])), replace(sheet, upscale=1))
     tiles = blend.tiles(
         pixels,
         shown,
@@ -176,19 +193,21 @@ def save_overlay_grid(
 
 
 def _maps(
-    model: nn.Module, layer: Selector, batch: torch.Tensor, field: ReceptiveField
+    model: nn.Module, layer: Selector, batch: torch.Tensor, channel_dim: int | None
 ) -> tuple[str, torch.Tensor]:
     """Return the layer's name and its maps (C, h, w) of the only image of a batch."""
-    name = select(model, layer)[0].name
-    with inference(model), capture(model, name, stop=True) as acts:
-        model(batch)
-    output = acts.calls(name)[0]
-    if not isinstance(output, torch.Tensor) or output.ndim != 4 or output.shape[2:] != field.map_shape:
+    chosen = select_one(model, layer)
+    name, layout = chosen.name, Layout([chosen], channel_dim)
+    with inference(model), capture(model, name, stop=True) as acts, layout.following():
+        with shown_to(model, batch):
+            model(batch)
+    output = next(iter(acts.calls(name)), None)
+    if not isinstance(output, torch.Tensor) or output.ndim != 4:
         what = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise InvalidArgumentError(
             f"`layer` must put out maps (1, C, H, W), but `{name}` puts out {what}; choose a convolution"
         )
-    return name, (output.dequantize() if output.is_quantized else output)[0].float()
+    return name, plain(output).movedim(layout.channel_dim(output, name), 1)[0].float()
 
 
 def _note(name: str, field: ReceptiveField) -> str:
@@ -196,4 +215,4 @@ def _note(name: str, field: ReceptiveField) -> str:
     height, width = field.size
     stride = " x ".join(f"{step:.3g}" for step in field.stride)
     about = "" if field.is_exact else "about "
-    return f"{name}: a position sees {about}{height} x {width} pixels, every {stride}"
+    return f"{name or 'the model'}: a position sees {about}{height} x {width} pixels, every {stride}"

@@ -14,19 +14,24 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from torchlens_viz.arguments import indices_of, maps_of, one_of
-from torchlens_viz.draw.canvas import choose, draw_chosen, in_colour
-from torchlens_viz.draw.style import Style
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.arguments import flag, function, indices_of, one_of
+from torchlens_viz.draw.canvas import draw_chosen, in_colour
+from torchlens_viz.draw.maps import maps_of
+from torchlens_viz.draw.style import Style, choose
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.models.inputs import as_batch
-from torchlens_viz.models.kernels import kernels_of
-from torchlens_viz.models.layers import Selector
+from torchlens_viz.models.inputs import model_input, shown_to
+from torchlens_viz.models.kernels import image_channels, kernels_of
+from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import inference, like_parameters
 
 PairOrder: TypeAlias = Literal["picture", "edges", "color", "channel"]
 
+_MEANING: Final = (
+    "picture, edges: how closely the map follows the picture, and its edges, 1 exactly and 0 not at all; "
+    "colour: the share of the kernel that tells colours apart"
+)
 _MAP_SIZE: Final = 96
 _WHITE: Final = 255
 _FRAME: Final = 192
@@ -61,8 +66,8 @@ def pair_grid(
     """Draw the kernels of a convolution, each with the feature map it makes of an image to its right.
 
     Which kernels keep the picture, and which only its edges? `torchlens_viz.grids.pairs` has the numbers, by
-    which the pairs are sorted and labelled: `p` how clearly the picture is still there, `e` how much its
-    edges are, `c` the kernel's share of colour.
+    which the pairs are sorted and labelled: how clearly the picture is still there, how much its edges are,
+    and the kernel's share of colour.
 
     The model runs once, in eval mode and without gradients, as far as the layer; its flags are restored.
 
@@ -71,8 +76,7 @@ def pair_grid(
         layer: Which layer, by a selector that finds exactly one; None is the first convolution.
         image: A tensor (1, C, H, W) or (C, H, W), or a picture.
         channels: Show only these output channels of the layer, by index from 0.
-        preprocess: Makes of `image` what the model takes, (1, C, H, W) or (C, H, W). Without it, a tensor is
-            taken as it is and a picture as RGB values in [0, 1].
+        preprocess: Makes of `image` what the model takes, as in `overlay_grid`.
         scale_each: Give each kernel and each map its own range, instead of one range for all kernels and one
             for all maps.
         sort_by: Which pairs come first: those that keep the `"picture"`, its `"edges"`, those with most
@@ -97,16 +101,17 @@ def pair_grid(
         >>> pair_grid(net, "0", torch.rand(3, 36, 36), labels=False).size
         (412, 214)
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    require_module(model)
+    function(preprocess, "preprocess")
     if sort_by is not None:
         one_of(sort_by, "sort_by", get_args(PairOrder))
     weight, name = kernels_of(model, layer)
     if weight.ndim != 4:
         raise InvalidArgumentError(f"`{name}` must have kernels (O, I, kH, kW), got {tuple(weight.shape)}")
     chosen = indices_of(channels, len(weight), "channels")
+    scale_each = flag(scale_each, "scale_each")
     sheet = Style(normalize=False, nrow=nrow, padding=6, upscale=1, labels=labels, max_tiles=max_tiles)
-    batch = as_batch(image if preprocess is None else preprocess(image))
+    batch = model_input(image, preprocess, image_channels(model))
     maps = _maps(model, name, batch, weight)
     patterns = measure_patterns(weight[chosen], maps[chosen], batch[0])
     order = _order(patterns, sort_by or ("picture" if channels is None else "channel"))
@@ -115,7 +120,7 @@ def pair_grid(
         sheet = replace(sheet, nrow=ceil(sqrt(len(choice.places) / 2)))
     shown = [chosen[place] for place in choice.places]
     pairs = _drawn(weight[shown], maps[shown], Style(scale_each=scale_each))
-    words = ["p: picture kept, e: its edges kept, c: colour of the kernel"] if labels is True else []
+    words = [_MEANING] if labels is True else []
     return draw_chosen(pairs, choice, sheet, labels=_captions(chosen, patterns), lines=words)
 
 
@@ -146,8 +151,9 @@ def save_pair_grid(
 
 
 def _maps(model: nn.Module, name: str, batch: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    with inference(model), capture(model, name, stop=True) as acts:
-        model(like_parameters(batch, model))
+    batch = like_parameters(batch, model)
+    with inference(model), capture(model, name, stop=True) as acts, shown_to(model, batch):
+        model(batch)
     maps = maps_of(acts[name], sample=0)
     if len(maps) != len(weight):
         raise InvalidArgumentError(f"`{name}` has {len(weight)} kernels and puts out {len(maps)} maps")
@@ -165,7 +171,8 @@ def _order(patterns: Patterns, sort_by: PairOrder) -> list[int]:
 def _captions(chosen: Sequence[int], patterns: Patterns) -> list[str]:
     rows = zip(chosen, *(figure.tolist() for figure in patterns), strict=True)
     return [
-        f"{index}: p {picture:.2f}, e {edges:.2f}" + ("" if isnan(colour) else f", c {colour:.2f}")
+        f"{index}: picture {picture:.2f}\nedges {edges:.2f}"
+        + ("" if isnan(colour) else f", colour {colour:.2f}")
         for index, picture, edges, colour in rows
     ]
 
@@ -231,7 +238,7 @@ def measure_patterns(kernels: torch.Tensor, maps: torch.Tensor, image: torch.Ten
         raise InvalidArgumentError(
             f"each kernel needs its map, got {len(kernels)} kernels and {len(maps)} maps"
         )
-    kernels, maps, image = (value.detach().double().nan_to_num().cpu() for value in (kernels, maps, image))
+    kernels, maps, image = (value.detach().cpu().double().nan_to_num() for value in (kernels, maps, image))
     luminance = _luminance(image)
     # As large as the maps, with antialiasing: a map has one value where the input has many.
     seen = F.interpolate(luminance[None, None], maps.shape[1:], mode="bilinear", antialias=True)[0, 0]
@@ -246,12 +253,12 @@ def measure_patterns(kernels: torch.Tensor, maps: torch.Tensor, image: torch.Ten
 def _luminance(image: torch.Tensor) -> torch.Tensor:
     if len(image) != 3:
         return image.mean(0)
-    return (torch.tensor(_LUMINANCE, dtype=image.dtype)[:, None, None] * image).sum(0)
+    return (torch.tensor(_LUMINANCE, dtype=image.dtype, device=image.device)[:, None, None] * image).sum(0)
 
 
 def _edges(plane: torch.Tensor) -> torch.Tensor:
     """Return the strength of the edges in (H, W), by the Sobel operator."""
-    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=plane.dtype)
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], dtype=plane.dtype, device=plane.device)
     padded = F.pad(plane[None, None], (1, 1, 1, 1), mode="replicate")
     slopes = F.conv2d(padded, torch.stack([sobel, sobel.T])[:, None])[0]
     return slopes.square().sum(0).sqrt()
@@ -267,7 +274,7 @@ def _correlation(rows: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def _colour_share(kernels: torch.Tensor) -> torch.Tensor:
     if kernels.shape[1] != 3:
-        return torch.full((len(kernels),), torch.nan, dtype=kernels.dtype)
+        return torch.full((len(kernels),), torch.nan, dtype=kernels.dtype, device=kernels.device)
     energy = kernels.square().sum((1, 2, 3))
     gray = kernels.mean(1).square().sum((1, 2)) * 3
     return torch.where(energy > 0, 1 - gray / energy, 0).clamp(0, 1)
