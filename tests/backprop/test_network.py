@@ -1,14 +1,18 @@
 """`Normalized(compile=True)`: the same images from a network that is compiled, in one piece."""
 
 import shutil
+import weakref
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from torchlens_viz import maximize, objectives
+from torchlens_viz import capture, maximize, objectives
 from torchlens_viz.ascent.method import Classic, Normalized
+from torchlens_viz.backprop.network import Cut
 from torchlens_viz.errors import CaptureError, InvalidTypeError
 
 
@@ -114,11 +118,32 @@ def test_units_that_sleep_are_woken_in_compiled_networks_too(graphs):
     assert graphs
 
 
-def test_hooks_of_the_caller_on_the_layer_have_their_say(net, graphs):
-    net.last.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    net.last.register_forward_hook(lambda module, args, output: output.square())
-    same(run(net, method=Normalized(compile=True)), run(net))
-    assert run(net, method=Normalized(compile=True)).scores.min() > 0
+def test_hooks_of_the_model_itself_have_their_say(graphs):
+    class Doubling(nn.Module):
+        """Hooks its own layer, by a method."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.factor = 2.0
+            self.last.register_forward_pre_hook(self.double)
+            self.last.register_forward_hook(partial(type(self).squared, self))
+
+        def double(self, module, args):
+            return (args[0] * self.factor,)
+
+        def squared(self, module, args, output):
+            return output.square()
+
+        def forward(self, x):
+            return self.last(self.first(x).relu())
+
+    torch.manual_seed(0)
+    net = Doubling()
+    result = run(net, channels=range(4))
+    expected = net(result.images).mean((2, 3)).diagonal().detach()
+    torch.testing.assert_close(result.scores, expected)
+    same(run(net, channels=range(4), method=Normalized(compile=True)), result)
 
 
 class Keeping(nn.Module):
@@ -227,7 +252,6 @@ def test_parts_that_the_caller_has_compiled_run_as_they_are():
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Conv2d(4, 4, 3)).eval()
-    model[0].register_forward_hook(lambda module, args, output: output * 2)
     expected = run(model, "1", range(4))
     inner = run(model, "0", objective="max", channels=range(4))
     model[0] = torch.compile(model[0], backend=fails)
@@ -279,3 +303,48 @@ def test_where_it_cannot_be_compiled_the_message_says_what_to_leave_out(net, mon
 def test_the_compiler_of_torch_makes_the_same_images(net):
     same(run(net, method=Normalized(compile=True)), run(net))
     torch.compiler.reset()
+
+
+class Checkpointed(nn.Module):
+    """Computes its parts a second time in backward."""
+
+    def __init__(self, *, last):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.first = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3))
+        self.second = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True), last)
+
+    def forward(self, x):
+        for part in (self.first, self.second):
+            x = checkpoint(part, self.stem(x) if part is self.first else x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+@pytest.mark.parametrize(
+    "layer", ["first.0", "first.1", "first.2", "second.0", "second.1", "second.2", "second.3"]
+)
+def test_a_pass_may_end_within_a_part_that_is_checkpointed(layer, early_stop):
+    torch.manual_seed(0)
+    net = Checkpointed(last=nn.Conv2d(5, 5, 3))
+    plain = nn.Sequential(OrderedDict(stem=net.stem, first=net.first, second=net.second))
+    with set_checkpoint_early_stop(early_stop):
+        for objective in ("mean", "max"):
+            result = run(net, layer, range(4), objective=objective, size=20)
+            same(result, run(plain, layer, range(4), objective=objective, size=20))
+        both = objectives.channel(layer="first.0") + objectives.channel()
+        same(run(net, layer, [1], objective=both, size=20), run(plain, layer, [1], objective=both, size=20))
+
+
+def test_a_pass_that_ended_leaves_nothing_behind():
+    """Neither saved-tensor hooks that a checkpoint installs, nor frames with what they held."""
+    net, images = Checkpointed(last=nn.Conv2d(5, 5, 3)), torch.rand(1, 3, 20, 20, requires_grad=True)
+    cut = Cut(net, ["second.1"], io="output", is_compiled=False)
+    held = weakref.ref(cut(images)["second.1"])
+    with capture(Checkpointed(last=nn.ReLU()), "first.1", stop=True) as acts:
+        assert net.stem(images).grad_fn is not None
+    del acts
+    assert held() is None
+    weight = torch.rand(3, requires_grad=True)
+    saved = (weight * weight.exp()).grad_fn  # saved-tensor hooks would pack these
+    assert saved._saved_self.data_ptr() == weight.data_ptr()

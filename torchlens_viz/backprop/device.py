@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 
-from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.arguments import one_of
 
 _RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _UNKNOWN: Final = 2**31
@@ -40,8 +40,7 @@ def free_bytes(device: torch.device) -> int:
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
     """Return the type to run a network in: bfloat16 where the hardware multiplies it natively and faster."""
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise InvalidArgumentError(f'`precision` must be "auto", "float32" or "bfloat16", got {precision!r}')
+    one_of(precision, "precision", ("auto", "float32", "bfloat16"))
     if precision != "auto":
         return torch.bfloat16 if precision == "bfloat16" else torch.float32
     return torch.bfloat16 if _is_bfloat16_fast(device) else torch.float32

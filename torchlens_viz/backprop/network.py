@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,11 +11,11 @@ from typing import Any, Final, Literal, TypeAlias, final
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import _StopRecomputationError
 
-from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
-from torchlens_viz.hooks.forward import eager_stance
+from torchlens_viz.errors import CaptureError
+from torchlens_viz.hooks.forward import eager_stance, is_traced, let_go
+from torchlens_viz.models.copying import private_copy
 from torchlens_viz.models.layers import select_one, unwrap
 
 # Their weights are what autocast would convert anew at every step; all else stays as autocast wants it.
@@ -25,7 +24,9 @@ _ROWS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # a row of their we
 Values: TypeAlias = dict[str, torch.Tensor]
 
 
-def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def shadow_of(
+    model: nn.Module, *, dtype: torch.dtype = torch.float32, keeps_types: bool = False
+) -> nn.Module:
     """Copy a model, but not its weights, for computing gradients with respect to its input.
 
     Args:
@@ -33,41 +34,36 @@ def shadow_of(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> nn.Mod
         dtype: `torch.bfloat16` makes copies of the weights of convolutions and dense layers in that type, to
             be run under autocast. Else the weights are the model's own memory, where it is float32, or
             float32 copies of it. Buffers are copies.
+        keeps_types: Leave all weights in the types that they have, for a model that converts what its parts
+            take by itself.
 
     Returns:
-        The copy, in eval mode; no parameter requires a gradient.
+        The copy, in eval mode; no parameter requires a gradient. Hooks that belong to it, such as torch's own
+        and those of its modules, are copied too; those that somebody else registered are not, and never run.
 
     Raises:
         InvalidArgumentError: It has lazy parameters, without values yet.
         InvalidTypeError: The model holds something that cannot be copied.
     """
     original = unwrap(model)
-    cast = _weights_to_cast(original) if dtype != torch.float32 else set()
-    memo: dict[int, object] = {}
-    for tensor in _tensors_of(original):
-        is_parameter = isinstance(tensor, nn.Parameter)
+    cast = _weights_to_cast(original) if dtype != torch.float32 and not keeps_types else set()
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
         made = tensor.detach()
-        if not is_parameter:
+        if not isinstance(tensor, nn.Parameter):
             made = made.clone()  # a forward pass may write to it
-        if made.is_floating_point() and made.dtype != torch.float32:
+        if made.is_floating_point() and made.dtype != torch.float32 and not keeps_types:
             made = made.float()
         if id(tensor) in cast:
             made = made.to(dtype)
             if made.ndim == 4:
                 made = made.contiguous(memory_format=torch.channels_last)
-        if made.is_inference():
-            made = made.clone()  # what was made in inference mode can take no part in autograd
-        memo[id(tensor)] = nn.Parameter(made, requires_grad=False) if is_parameter else made
-    try:
-        with _CopyingValues():
-            twin: nn.Module = copy.deepcopy(original, memo)
-    except Exception as error:
-        raise InvalidTypeError(
-            f"`model` must be a module that can be copied, got {type(original).__name__}, of which "
-            f"copy.deepcopy says: {' '.join(str(error).split())}; give the nn.Module alone"
-        ) from error
+        # What was made in inference mode can take no part in autograd.
+        return made.clone() if made.is_inference() else made
+
+    twin = private_copy(original, change)
     _confine_nonfinite(twin)
-    return twin.eval()
+    return twin
 
 
 def _confine_nonfinite(twin: nn.Module) -> None:
@@ -85,29 +81,6 @@ def _confine_nonfinite(twin: nn.Module) -> None:
         told = added.masked_fill(is_spoilt, torch.nan)
         for name, values in (("weight", clean), ("bias", told)):
             module.register_parameter(name, nn.Parameter(values, requires_grad=False))
-
-
-class _CopyingValues(TorchFunctionMode):
-    """Within it, deepcopy takes tensors of a graph too, such as a hook of the caller may keep."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
-    """Return parameters, buffers and what modules hold as plain attributes, as old-style weight norm does."""
-    plain = [value for module in model.modules() for value in vars(module).values()]
-    found = [*model.parameters(), *model.buffers(), *plain]
-    tensors = [value for value in found if isinstance(value, torch.Tensor)]
-    if any(is_lazy(tensor) for tensor in tensors):
-        raise InvalidArgumentError(
-            "`model` has lazy parameters, which have no values yet; run it once on an input first"
-        )
-    return tensors
 
 
 def _weights_to_cast(model: nn.Module) -> set[int]:
@@ -145,14 +118,12 @@ class Cut:
     def __init__(
         self, model: nn.Module, layers: Sequence[str], *, io: Literal["input", "output"], is_compiled: bool
     ) -> None:
-        self._model = model
-        self._layers: Final = tuple(layers)
-        self._io = io
-        self._found: Values = {}
-        self._most_rows = 0
+        ends = _Ends(layers, io)
         for name in layers:
-            self._end_at(name, select_one(model, name).module)
-        self._compiled = _compiled(self) if is_compiled else None
+            ends.end_at(name, select_one(model, name).module)
+        self._pass = _Pass(model, ends)
+        self._most_rows = 0
+        self._compiled = _compiled(self._pass) if is_compiled else None
 
     def __call__(self, images: torch.Tensor, *, eagerly: bool = False) -> Values:
         """Run the network on what the model takes, (N, C, H, W), as far as the layers.
@@ -169,7 +140,7 @@ class Cut:
         """
         if self._compiled is None or eagerly:
             with eager_stance():  # the pass could not end within a part that is compiled
-                return self._run(images)
+                return self._pass.run(images)
         rows = len(images)
         self._most_rows = max(self._most_rows, rows)
         # To compile for a smaller batch takes longer than to run one that was filled up.
@@ -186,14 +157,24 @@ class Cut:
         # Windows and heads are often folded into the batch, several rows in a row for each image.
         return {name: value[: len(value) // self._most_rows * rows] for name, value in values.items()}
 
-    def _run(self, images: torch.Tensor) -> Values:
-        self._found = {}
-        try:  # noqa: SIM105  (Dynamo follows this, and not `suppress`)
+
+@final
+class _Pass:
+    """A forward pass as far as the layers, which `torch.compile` can follow."""
+
+    def __init__(self, model: nn.Module, ends: _Ends) -> None:
+        self._model = model
+        self._ends = ends
+
+    def run(self, images: torch.Tensor) -> Values:
+        self._ends.found = {}
+        try:
             self._model(images)
-        except _ReachedError:
-            pass
-        found, self._found = self._found, {}
-        missing = [name for name in self._layers if name not in found]
+        except _ReachedError as reached:
+            if not is_traced():
+                let_go(reached)
+        found, self._ends.found = self._ends.found, {}
+        missing = [name for name in self._ends.layers if name not in found]
         if not missing:  # also where the model caught what ended the pass, and went on
             return found
         raise CaptureError(
@@ -201,7 +182,22 @@ class Cut:
             "choose a layer that always runs"
         )
 
-    def _end_at(self, name: str, layer: nn.Module) -> None:
+
+@final
+class _Ends:
+    """Where passes end, and what was found on the way there.
+
+    It does not know the model, of which the layers know it: a copy of a large network would otherwise stay
+    until the garbage collector comes by.
+    """
+
+    def __init__(self, layers: Sequence[str], io: Literal["input", "output"]) -> None:
+        self.layers: Final = tuple(layers)
+        self.found: Values = {}
+        self._io = io
+        self._ended_at = ""
+
+    def end_at(self, name: str, layer: nn.Module) -> None:
         """Let a pass end with a call of this layer, if it is the last that is missing."""
         kind = type(layer)
         call: Callable[..., Any] = (
@@ -210,22 +206,30 @@ class Cut:
 
         def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             value = args[0] if self._io == "input" else call(module, *args, **kwargs)
-            if name not in self._found:
+            is_compiling = is_traced()
+            if not is_compiling and torch._C._current_graph_task_id() != -1:
+                # In backward, checkpointing runs it again, as far as the pass went.
+                if name == self._ended_at:
+                    raise _StopRecomputationError
+                return value
+            if name not in self.found:
                 # What runs between the layers may work in place; after the last of them, nothing runs.
-                self._found[name] = value if len(self._layers) == 1 else value.clone()
-                if len(self._found) == len(self._layers):
+                self.found[name] = value if len(self.layers) == 1 else value.clone()
+                if len(self.found) == len(self.layers):
+                    if not is_compiling:
+                        self._ended_at = name
                     raise _ReachedError
             return value
 
         object.__setattr__(layer, "__class__", type(kind.__name__, (kind,), {"_call_impl": run}))
 
 
-def _compiled(cut: Cut) -> Callable[[torch.Tensor], Values]:
-    """Compile `Cut._run`, with a limit of its own to how often it may be compiled anew.
+def _compiled(one: _Pass) -> Callable[[torch.Tensor], Values]:
+    """Compile `_Pass.run`, with a limit of its own to how often it may be compiled anew.
 
     Dynamo counts per code object, and runs in plain Python without a word what it has met too often.
     """
-    run = Cut._run
+    run = _Pass.run
     fresh = FunctionType(run.__code__.replace(), run.__globals__, run.__name__)
-    compiled: Callable[[torch.Tensor], Values] = torch.compile(MethodType(fresh, cut), dynamic=False)
+    compiled: Callable[[torch.Tensor], Values] = torch.compile(MethodType(fresh, one), dynamic=False)
     return compiled

@@ -8,11 +8,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Final, final
 
 import torch
 
+from torchlens_viz.arguments import real, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+
+_GREATEST: Final = 1e38
 
 
 @final
@@ -102,8 +105,10 @@ def _as_objective(value: Objective | float) -> Objective:
     if isinstance(value, Objective):
         return value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidTypeError(f"an objective combines with objectives and numbers, got {value!r}")
-    number = float(value)
+        raise InvalidTypeError(f"an objective combines with objectives and numbers, got {shown(value)}")
+    number = real(value, "weight")
+    if not abs(number) < _GREATEST:
+        raise InvalidArgumentError(f"a number of an objective must be finite in float32, got {shown(value)}")
     return Objective(
         function=lambda scene: torch.full(scene.channels.shape, number, device=scene.channels.device),
         text=f"{number:g}",

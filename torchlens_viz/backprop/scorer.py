@@ -14,6 +14,7 @@ from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
 from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
+from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.models.state import device_of
 
@@ -58,7 +59,7 @@ class Scorer:
             what shapes it has.
         preprocess: Makes of images what the model takes; None takes them as they are.
         dtype: What the network computes gradients in.
-        channel_dim: Which dimension of the layer's output counts its channels.
+        channel_dim: Which dimension of what its layers put out counts channels; None finds it.
         is_compiled: Whether `torch.compile` is to be used for the gradients.
 
     Raises:
@@ -76,7 +77,7 @@ class Scorer:
         *,
         preprocess: Callable[[torch.Tensor], torch.Tensor] | None,
         dtype: torch.dtype,
-        channel_dim: int,
+        channel_dim: int | None,
         is_compiled: bool,
     ) -> None:
         self.objective = objective
@@ -84,23 +85,36 @@ class Scorer:
         self.device = device_of(model)
         self.dtype = dtype
         self.is_compiled = is_compiled
-        self._channel_dim = channel_dim
         self._preprocess = preprocess
         self._others = {
             other: select_one(model, other).name for other in objective.layers if other is not None
         }
         self._layers = [self.layer, *sorted({*self._others.values()} - {self.layer})]
-        self._exact = shadow_of(model)
-        self._fast = shadow_of(model, dtype=dtype)  # another one in any case: it is cut for good
+        self._channel_dim = channel_dim
+        self._copy(model, keeps_types=False)
+        try:
+            acts = self._look(example)
+        except InvalidArgumentError:
+            types = {each.dtype for each in model.parameters() if each.is_floating_point()}
+            if len(types) < 2:
+                raise
+            self._copy(model, keeps_types=True)  # a model of several types may convert by itself
+            acts = self._look(example)
         self._module = select_one(self._exact, self.layer).module
-        self._layout = torch.channels_last
-        acts = self._look(example)
         taken, output = acts.calls(self.layer)[0]
         self._check_rows(output, len(example))
-        self.channels = int(self._by_channel(output).shape[1])
+        self.channel_dim = self._layout.channel_dim(output, self.layer)
+        self.channels = int(self._by_channel(output, self.layer).shape[1])
         self._taken_shape = taken.shape[1:] if self._stands_for(acts, taken) else None
         io: Literal["input", "output"] = "input" if self.is_affine else "output"
         self._cut = Cut(self._fast, self._layers, io=io, is_compiled=is_compiled)
+
+    def _copy(self, model: nn.Module, *, keeps_types: bool) -> None:
+        self._exact = shadow_of(model, keeps_types=keeps_types)
+        # Another one in any case: it is cut for good.
+        self._fast = shadow_of(model, dtype=self.dtype, keeps_types=keeps_types)
+        self._memory_format = torch.channels_last
+        self._layout = Layout([select_one(self._exact, name) for name in self._layers], self._channel_dim)
 
     @property
     def is_affine(self) -> bool:
@@ -113,17 +127,17 @@ class Scorer:
         looking = capture(self._exact, self._layers, io="both", stop=True)
         try:
             try:
-                with torch.no_grad(), looking as acts:
+                with torch.no_grad(), self._layout.following(), looking as acts:
                     self._exact(prepared)
             except RuntimeError:  # perhaps of `view`, which many a model uses where it means `reshape`
-                self._layout = torch.contiguous_format
+                self._memory_format = torch.contiguous_format
                 self._fast.to(memory_format=torch.contiguous_format)
                 prepared = self._prepared(images)
-                with torch.no_grad(), looking as acts:
+                with torch.no_grad(), self._layout.following(), looking as acts:
                     self._exact(prepared)
         except TorchlensVizError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+        except Exception as error:  # whatever the model raises
             if is_out_of_memory(error):
                 raise CaptureMemoryError(
                     "a single image is more than there is memory for; choose a smaller `size`, an earlier "
@@ -140,7 +154,9 @@ class Scorer:
                 "layer that runs in eval mode"
             )
         for name in self._layers:
-            _check_output(name, acts.calls(name)[0].output)
+            output = acts.calls(name)[0].output
+            _check_output(name, output)
+            self._layout.channel_dim(output, name)  # while it is known how it was made
         return acts
 
     def _check_rows(self, output: torch.Tensor, images: int) -> None:
@@ -150,10 +166,9 @@ class Scorer:
                 f"`{self.layer}` for one image: it folds windows into the batch, or counts the batch in "
                 "another dimension; choose a layer around it"
             )
-        if not -output.ndim <= self._channel_dim < output.ndim or self._channel_dim in (0, -output.ndim):
+        if self._layout.channel_dim(output, self.layer) == 0:
             raise InvalidArgumentError(
-                f"`channel_dim` must be a dimension after the first of {tuple(output.shape)}, "
-                f"got {self._channel_dim}"
+                f"`channel_dim` must be a dimension after the first of {tuple(output.shape)}, got 0"
             )
 
     def _stands_for(self, acts: Activations, taken: object) -> bool:
@@ -162,6 +177,7 @@ class Scorer:
         has_hooks = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         runs_once = len(acts.calls(self.layer)) == 1 and len(self._layers) == 1
         is_plain = type(module) in _LINEAR and not has_hooks and isinstance(taken, torch.Tensor)
+        is_plain = is_plain and all(each.dtype == torch.float32 for each in module.parameters())
         return self.objective.is_linear and runs_once and is_plain
 
     def sensitivity(self, images: torch.Tensor, channels: torch.Tensor) -> Sensitivity:
@@ -169,11 +185,11 @@ class Scorer:
         assert self._taken_shape is not None
         taken = torch.zeros(len(channels), *self._taken_shape, device=self.device, requires_grad=True)
         with torch.enable_grad():  # also where a climb begins anew, amid steps without a graph
-            output = self._by_channel(self._module(taken))
+            output = self._by_channel(self._module(taken), self.layer)
             offset = self.objective(self._scene(images, channels, {self.layer: output}))
             (slope,) = torch.autograd.grad(offset.sum(), taken)
         if slope.ndim == 4:
-            slope = slope.contiguous(memory_format=self._layout)
+            slope = slope.contiguous(memory_format=self._memory_format)
         return Sensitivity(offset.detach(), slope)
 
     def scores(
@@ -198,7 +214,7 @@ class Scorer:
         with autocasting(self.device, self.dtype):
             values = self._cut(prepared, eagerly=eagerly)
         if sensitivity is None:
-            activations = {name: self._by_channel(value) for name, value in values.items()}
+            activations = {name: self._by_channel(value, name) for name, value in values.items()}
             return self.objective(self._scene(images, channels, activations))
         taken: torch.Tensor = values[self.layer]
         return sensitivity.offset + (taken.float() * sensitivity.slope).flatten(1).sum(1)
@@ -210,7 +226,7 @@ class Scorer:
         def note(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # a result that its own graph holds would never be freed
 
         images = images.detach().requires_grad_()
         channels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
@@ -226,7 +242,7 @@ class Scorer:
         with torch.no_grad():
             with capture(self._exact, self._layers, stop=True) as acts:
                 self._exact(self._prepared(images))
-            activations = {name: self._by_channel(acts.calls(name)[0]) for name in self._layers}
+            activations = {name: self._by_channel(acts.calls(name)[0], name) for name in self._layers}
             scores = self.objective(self._scene(images, channels, activations))
         target = activations[self.layer].float()
         return Evaluation(scores, target.flatten(2).mean(2) if target.ndim > 2 else target)
@@ -237,7 +253,7 @@ class Scorer:
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         if self._preprocess is None:  # a copy in any case: the network may work in place on what it gets
-            return images.clone(memory_format=self._layout)
+            return images.clone(memory_format=self._memory_format)
         prepared = self._preprocess(images.clone())
         if not isinstance(prepared, torch.Tensor) or len(prepared) != len(images):
             raise InvalidArgumentError(
@@ -246,10 +262,10 @@ class Scorer:
             )
         if prepared.is_floating_point():
             prepared = prepared.float()  # the network is float32, whatever the model is
-        return prepared.contiguous(memory_format=self._layout) if prepared.ndim == 4 else prepared
+        return prepared.contiguous(memory_format=self._memory_format) if prepared.ndim == 4 else prepared
 
-    def _by_channel(self, values: torch.Tensor) -> torch.Tensor:
-        return values.movedim(self._channel_dim, 1)
+    def _by_channel(self, values: torch.Tensor, layer: str) -> torch.Tensor:
+        return values.movedim(self._layout.channel_dim(values, layer), 1).float()
 
 
 def _check_output(layer: str, output: object) -> None:
