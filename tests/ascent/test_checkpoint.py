@@ -16,6 +16,7 @@ from torchlens_viz.ascent.method import Normalized
 from torchlens_viz.ascent.parametrization import Pixels
 from torchlens_viz.ascent.plan import Climb, Request
 from torchlens_viz.errors import ArchiveError
+from torchlens_viz.files.tensors import read_npz, write_npz
 
 
 def net() -> nn.Sequential:
@@ -75,8 +76,9 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_result(tmp_path, options)
 
 def test_a_run_that_is_finished_is_only_read(tmp_path):
     whole = run(tmp_path)
-    same(run(tmp_path, interrupted_after=1), whole)  # the one call that learns the shapes
-    some = run(tmp_path, channels=[5, 1], interrupted_after=1)
+    # One call tells whether images can be prepared, and one what shapes the network has.
+    same(run(tmp_path, interrupted_after=2), whole)
+    some = run(tmp_path, channels=[5, 1], interrupted_after=2)
     torch.testing.assert_close(some.images, whole.images[[5, 1]])
 
 
@@ -165,7 +167,7 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path):
         run(tmp_path / "file")
 
 
-@pytest.mark.parametrize("frames", [None, torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)])
+@pytest.mark.parametrize("frames", [None, torch.arange(120, dtype=torch.uint8).view(2, 3, 4, 5)])
 def test_what_is_kept_is_read_bit_for_bit(tmp_path, frames):
     request = Request(place=3, channel=5, copy=1)
     climb = Climb(
@@ -187,3 +189,30 @@ def test_what_is_kept_is_read_bit_for_bit(tmp_path, frames):
     for name in ("image", "means", "history"):
         torch.testing.assert_close(getattr(again, name), getattr(climb, name), rtol=0, atol=0, equal_nan=True)
     assert (again.frames is None) if frames is None else torch.equal(again.frames, frames)
+
+
+def edit(path, *, told=None, **arrays):
+    """Change what a file of ours holds, and leave it well formed."""
+    tensors, before = read_npz(path, remedy="")
+    write_npz(path, {**tensors, **arrays}, {**before, **(told or {})})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"told": {"status": "x"}},
+        {"told": {"score": None}},
+        {"told": {"evidence": 3}},
+        {"told": {"more": 1}},
+        {"image": torch.full((3, 12, 12), torch.nan)},
+        {"image": torch.rand(3, 11, 12)},
+        {"image": torch.rand(3, 12, 12).double()},
+        {"means": torch.rand(6)},
+        {"history": torch.rand(9)},
+        {"frames": torch.zeros(1, 3, 12, 12, dtype=torch.uint8)},
+    ],
+)
+def test_an_edited_file_counts_as_not_finished(tmp_path, change):
+    whole = run(tmp_path)
+    edit(tmp_path / "4-0.npz", **change)
+    same(run(tmp_path), whole)

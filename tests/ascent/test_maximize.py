@@ -274,16 +274,12 @@ def test_the_shortcut_for_linear_layers_gives_what_the_whole_layer_gives(last, s
 
 
 def test_the_shortcut_is_not_taken_where_something_else_stands_behind_the_layer():
-    model = small_net()
-    handle = model[2].register_forward_hook(lambda module, args, output: output.square())
     patched = small_net()
     patched[2].forward = lambda x, layer=patched[2]: nn.Conv2d.forward(layer, x).square()
-    for each in (model, patched):
-        result = ascend(each, "2", 1)
-        expected = small_net()[:3](result.images)[:, 1].square().mean((1, 2))
-        torch.testing.assert_close(result.scores, expected.detach())
-        torch.testing.assert_close(result.history[0, 0] < result.scores[0], torch.tensor(True))
-    handle.remove()
+    result = ascend(patched, "2", 1)
+    expected = small_net()[:3](result.images)[:, 1].square().mean((1, 2))
+    torch.testing.assert_close(result.scores, expected.detach())
+    torch.testing.assert_close(result.history[0, 0] < result.scores[0], torch.tensor(True))
 
 
 # Images of other kinds.

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from torchlens_viz import maximize
+from torchlens_viz.ascent.fourier import Fourier
 from torchlens_viz.ascent.method import Classic, Normalized, method_of
-from torchlens_viz.ascent.parametrization import Fourier, Pixels
+from torchlens_viz.ascent.parametrization import Pixels
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from tests.nets import ascend, same_ascent, small_net
 from torchlens_viz import objectives
+from torchlens_viz.ascent.fourier import Fourier
 from torchlens_viz.ascent.maximize import maximize
-from torchlens_viz.ascent.parametrization import Fourier
 from torchlens_viz.errors import (
     CaptureError,
     CaptureMemoryError,
@@ -138,14 +139,14 @@ VALUE, TYPE = InvalidArgumentError, InvalidTypeError
         ({"image": "cat.png"}, TYPE, "`image` must be a tensor or a picture"),
         ({"image": torch.rand(4, 12, 12)}, VALUE, r"cannot take images of shape \(4, 12, 12\)"),
         ({"references": torch.rand(3, 12, 12)}, VALUE, r"`references` must be images \(R, 3, 12"),
-        ({"references": [1]}, VALUE, r"`references` must be images \(R, 3, 12, 12\), got list"),
+        ({"references": [1]}, VALUE, r"`references` must be images \(R, 3, 12, 12\), got \["),
         (
             {"references": torch.randn(2, 3, 12, 12)},
             VALUE,
             "`references` must have values from 0 to 1, as before `preprocess`",
         ),
         ({"channel_dim": 0}, VALUE, "`channel_dim` must be a dimension after the first"),
-        ({"channel_dim": 4}, VALUE, "`channel_dim` must be a dimension after the first"),
+        ({"channel_dim": 4}, VALUE, "`channel_dim` must be a dimension of what `2` puts out, got 4"),
         ({"preprocess": lambda x: x.detach()}, VALUE, "has no gradient path to the image"),
         ({"preprocess": lambda x: x[0, 0, 0]}, VALUE, "`preprocess` must make a batch of a batch"),
         (
@@ -166,7 +167,7 @@ def test_bad_input_is_refused_by_name(options, error, match):
 
 
 def test_only_modules_are_maximised():
-    with pytest.raises(InvalidTypeError, match=r"`model` must be an nn.Module, got function"):
+    with pytest.raises(InvalidTypeError, match=r"`model` must be a torch.nn.Module, got function"):
         maximize(lambda x: x, "0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -211,3 +212,32 @@ def test_a_layer_that_folds_windows_into_the_batch_is_refused():
 
     with pytest.raises(InvalidArgumentError, match=r"one row per image.*shape \(4, 5\) from `dense`"):
         ascend(Windows(), "dense")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"size": 10**6},
+            r"`size` of 1,000,000 x 1,000,000 pixels needs .* GiB .* are free; choose a smaller",
+        ),
+        ({"steps": 10**9}, r"`steps` must be at most 1000000, got 1000000000"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_work_begins(options, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        maximize(nn.Sequential(nn.Conv2d(3, 2, 3)), "0", **options)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_a_layer_in_a_part_that_is_checkpointed_the_old_way_says_so():
+    class Old(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(4, 2, 3))
+
+        def forward(self, x):
+            return checkpoint(self.b, self.a(x), use_reentrant=True)
+
+    with pytest.raises(InvalidArgumentError, match=r"at `b\.1` has no gradient .* `use_reentrant=True`"):
+        maximize(Old(), "b.1", [0], size=12, steps=1)

@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from torchlens_viz.ascent.parametrization import (
-    FixedSpectrum,
-    Fourier,
-    Parametrization,
-    Pixels,
-    parametrization_of,
-)
+from torchlens_viz.ascent.fourier import FixedSpectrum, Fourier
+from torchlens_viz.ascent.options import parametrization_of
+from torchlens_viz.ascent.parametrization import Parametrization, Pixels
 from torchlens_viz.errors import InvalidArgumentError
 
 SIZES = [(8, 8), (7, 9), (6, 11), (1, 5), (5, 1)]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from torchlens_viz.ascent.result import Maximization
+from torchlens_viz.ascent.result import _TOLD, Maximization
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError
+from torchlens_viz.files.tensors import write_npz
 
 
 def made(channels=(4, 0, 4), depth=3, **options) -> Maximization:
@@ -195,3 +196,43 @@ def test_it_writes_itself_as_a_table():
     many = made(channels=tuple(i % 6 for i in range(25)), status=("steps",) * 25, evidence=("",) * 25)
     assert repr(many).splitlines()[-1] == "  ... 5 more"
     assert len(repr(many).splitlines()) == 23
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"status": ("x", "steps", "steps")},
+            "`status` must be 3 of threshold, steps, stalled, dead, nonfinite",
+        ),
+        ({"status": ("steps",)}, "`status` must be 3 of"),
+        ({"evidence": ("x",)}, "`evidence` must be 3 strings"),
+        ({"images": torch.full((3, 3, 9, 12), torch.nan)}, "`images` must be one or more, of finite values"),
+        ({"images": torch.rand(3, 3, 9, 12).double()}, r"`images` must be torch.float32 \(K, C, H, W\)"),
+        ({"scores": torch.rand(2)}, r"`scores` must be torch.float32 \(K\) with K = 3"),
+        ({"channels": torch.tensor([4, 0, 6])}, "`channels` must be from 0 to 5"),
+        ({"channels": torch.tensor([4, 0, -1])}, "`channels` must be from 0 to 5"),
+        ({"limits": (1.0, 0.0)}, r"`limits` must be \(low, high\) with low < high"),
+        ({"limits": (1.0, torch.inf)}, "`limits` must be finite"),
+        ({"layer": 3}, "`layer` must be str"),
+        ({"is_complete": 1}, "`is_complete` must be bool"),
+        (
+            {"reference_means": torch.rand(4, 5)},
+            r"`reference_means` must be torch.float32 \(R, M\) with R = 4, M = 6",
+        ),
+        ({"frames": (torch.zeros(2, 3, 9, 12),) * 3}, r"`frames` must be torch.uint8 \(F, C, H, W\)"),
+    ],
+)
+def test_an_edited_folder_is_refused_with_the_reason(tmp_path, change, reason):
+    whole = made()
+    whole.save(tmp_path)
+    told = {name: getattr(whole, name) for name in _TOLD}
+    tensors = {name: getattr(whole, name) for name in ("channels", "images", "scores", "history", "means")}
+    for name, value in change.items():
+        if name == "frames":
+            tensors.update({f"frames{place}": each for place, each in enumerate(value)})
+        else:
+            (told if name in told else tensors)[name] = value
+    write_npz(tmp_path / "maximization.npz", tensors, told)
+    with pytest.raises(ArchiveError, match=rf"its header is damaged \(.*{reason}.*\); give a folder"):
+        Maximization.load(tmp_path)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import json
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, final
-from zipfile import BadZipFile
+from typing import Any, Final, final, get_args
 
-import numpy as np
 import torch
 
-from torchlens_viz.ascent.plan import Climb, Request
+from torchlens_viz.ascent.plan import Climb, Request, Status
 from torchlens_viz.errors import ArchiveError, reason_of
-from torchlens_viz.files.paths import write_whole
+from torchlens_viz.files.paths import is_there, require_regular, write_whole
+from torchlens_viz.files.tensors import (
+    read_npz,
+    require_same_settings,
+    require_tensors,
+    require_values,
+    write_npz,
+)
 
 _SETTINGS: Final = "settings.json"
+_SHAPES: Final = {
+    "image": (torch.float32, "CHW"),
+    "means": (torch.float32, "M"),
+    "history": (torch.float32, "T"),
+}
 
 
 @final
@@ -35,27 +43,27 @@ class Resumption:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self._folder = folder
         path = folder / _SETTINGS
-        settings = json.loads(json.dumps(settings))
-        if not path.exists():
+        if not is_there(path, ArchiveError):
             write_whole(path, json.dumps(settings, indent=1).encode(), ArchiveError)
             return
+        require_regular(path, ArchiveError)
         try:
             before = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArchiveError(
                 f"cannot read {str(path)!r}: {reason_of(error)}; choose another folder"
             ) from error
-        for name in {**before, **settings}:
-            if before.get(name) != settings.get(name):
-                raise ArchiveError(
-                    "`checkpoint` must be a folder that was begun with the same settings: in "
-                    f"{str(folder)!r} `{name}` was {before.get(name)!r} and now is "
-                    f"{settings.get(name)!r}; choose another folder"
-                )
+        require_same_settings(before, settings, folder)
 
-    def finished(self, requests: Sequence[Request]) -> list[Climb]:
-        """Read those of the requested images that are finished; a damaged file counts as not finished."""
-        found = (self._read(request) for request in requests)
+    def finished(self, requests: Sequence[Request], **sizes: int) -> list[Climb]:
+        """Read those of the requested images that are finished; a damaged file counts as not finished.
+
+        Args:
+            requests: The images.
+            sizes: What their tensors must be: C, H and W of an image, M channels of the layer, T steps; what
+                is left out may be anything.
+        """
+        found = (self._read(request, sizes) for request in requests)
         return [climb for climb in found if climb is not None]
 
     def keep(self, climb: Climb) -> None:
@@ -67,23 +75,20 @@ class Resumption:
             "history": climb.history,
             "frames": climb.frames,
         }
-        present: dict[str, Any] = {
-            name: values.numpy() for name, values in arrays.items() if values is not None
-        }
-        buffer = io.BytesIO()
-        np.savez(buffer, told=np.frombuffer(json.dumps(told).encode(), np.uint8), **present)
-        write_whole(self._path(climb.request), buffer.getvalue(), ArchiveError)
+        present = {name: values for name, values in arrays.items() if values is not None}
+        write_npz(self._path(climb.request), present, told)
 
-    def _read(self, request: Request) -> Climb | None:
+    def _read(self, request: Request, sizes: Mapping[str, int]) -> Climb | None:
         try:
-            data = io.BytesIO(self._path(request).read_bytes())  # numpy leaves a damaged file open
-            with np.load(data, allow_pickle=False) as file:
-                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-            told = json.loads(arrays.pop("told").numpy().tobytes())
-            return Climb(request=request, **{"frames": None, **arrays, **told})
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error):
+            tensors, told = read_npz(self._path(request), remedy="delete it")
+            known = require_tensors(tensors, _SHAPES, sizes)
+            if "frames" in tensors:
+                require_tensors(tensors, {"frames": (torch.uint8, "FCHW")}, known)
+            require_values(told, {"score": float, "status": str, "evidence": str})
+            if told["status"] not in get_args(Status) or not bool(tensors["image"].isfinite().all()):
+                return None
+            return Climb(request=request, **{"frames": None, **tensors, **told})
+        except (ArchiveError, TypeError, ValueError):
             return None
 
     def _path(self, request: Request) -> Path:

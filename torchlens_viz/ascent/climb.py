@@ -10,9 +10,9 @@ from typing import Final, final
 import torch
 
 from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
-from torchlens_viz.ascent.slots import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
+from torchlens_viz.ascent.starts import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
 from torchlens_viz.backprop.device import is_out_of_memory
-from torchlens_viz.backprop.relu import Redirection
+from torchlens_viz.backprop.relu import Redirection, gradient_within
 from torchlens_viz.backprop.scorer import Scorer, Sensitivity
 from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
 
@@ -133,7 +133,8 @@ class _Slots:
             sensitivity = Sensitivity(rows.offset, rows.slope) if self._scorer.is_affine else None
             seen = self._transformed(images)
             scores = self._scorer.scores(images, seen, rows.channels, sensitivity, eagerly=is_redirecting)
-        gradient = _gradient(scores, parameters, self._scorer)
+            # Within, because checkpointing runs parts of the network again.
+            gradient = _gradient(scores, parameters, self._scorer)
         rows.parameters = parameters.detach()
         with torch.no_grad():
             self._film(images)
@@ -218,7 +219,7 @@ class _Slots:
         every = self._plan.method.frames
         for place, run in enumerate(self.runs):
             if every is not None and run.step % every == 0:
-                run.frames.append(as_frame(images[place], self._plan.parametrization))
+                run.frames.append(as_frame(images[place], self._plan))
 
     def _climbs(self, places: list[int], rows: Rows) -> list[Climb]:
         plan = self._plan
@@ -231,7 +232,7 @@ class _Slots:
         for index, place in enumerate(places):
             run = self.runs[place]
             if plan.method.frames is not None:
-                run.frames.append(as_frame(images[index], plan.parametrization))
+                run.frames.append(as_frame(images[index], plan))
             own = history[index]
             status, evidence = verdict(
                 plan,
@@ -259,7 +260,7 @@ class _Slots:
 def _gradient(scores: torch.Tensor, parameters: torch.Tensor, scorer: Scorer) -> torch.Tensor:
     if scores.requires_grad:
         try:
-            (gradient,) = torch.autograd.grad(scores.sum(), parameters, allow_unused=True)
+            (gradient,) = gradient_within(scores.sum(), parameters)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():
                 raise
@@ -271,6 +272,6 @@ def _gradient(scores: torch.Tensor, parameters: torch.Tensor, scorer: Scorer) ->
             return gradient
     raise InvalidArgumentError(
         f"the objective {scorer.objective!r} at `{scorer.layer}` has no gradient path to the image: "
-        "something between them detaches, rounds or converts; look at `preprocess`, the objective and "
-        "quantised layers"
+        "something between them detaches, rounds or converts, or the layer runs in a part that is "
+        "checkpointed with `use_reentrant=True`; look at `preprocess`, the objective and quantised layers"
     )

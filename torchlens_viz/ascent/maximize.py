@@ -5,45 +5,44 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.arguments import integer, number
+from torchlens_viz.arguments import function, integer, number
 from torchlens_viz.ascent.checkpoint import Resumption
 from torchlens_viz.ascent.climb import climb
 from torchlens_viz.ascent.method import Method, MethodName, method_of
 from torchlens_viz.ascent.options import (
+    MOST_STEPS,
     channel_means,
     check_independence,
     chosen_channels,
     fitting_batch,
-    image_channels,
+    parametrization_of,
+    preprocess_of,
     references_of,
     requests_for,
+    require_room,
     settings_of,
     size_of,
     start_of,
 )
-from torchlens_viz.ascent.parametrization import (
-    Parametrization,
-    ParametrizationName,
-    parametrization_of,
-)
-from torchlens_viz.ascent.plan import Climb, Plan, Request
+from torchlens_viz.ascent.parametrization import Parametrization, ParametrizationName
+from torchlens_viz.ascent.plan import Climb, Plan, Request, range_of
 from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.ascent.transforms import Transforms, TransformsName, transforms_of
 from torchlens_viz.backprop.device import Precision, isolated, resolve_precision
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.distributed import gathered, world
-from torchlens_viz.errors import InvalidTypeError
+from torchlens_viz.files.paths import as_path
 from torchlens_viz.hooks.forward import refuse_torchscript
-from torchlens_viz.models.layers import Selector
+from torchlens_viz.models.kernels import image_channels
+from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import device_of
 from torchlens_viz.objectives import ObjectiveName, objective_of
 from torchlens_viz.progress import Bar, is_shown
@@ -57,7 +56,7 @@ def maximize(
     size: int | tuple[int, int] = 224,
     objective: ObjectiveName | Objective | Callable[[Scene], torch.Tensor] = "mean",
     image: torch.Tensor | Image.Image | None = None,
-    preprocess: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    preprocess: Callable[[Any], torch.Tensor] | None = None,
     transforms: TransformsName | Transforms | None = None,
     parametrization: ParametrizationName | Parametrization = "pixels",
     steps: int = 64,
@@ -68,7 +67,7 @@ def maximize(
     precision: Precision = "auto",
     method: MethodName | Method = "normalized",
     references: torch.Tensor | None = None,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> Maximization:
@@ -93,7 +92,8 @@ def maximize(
         image: (C, H, W), (1, C, H, W) or a picture, to begin from. None begins from noise, with as many
             channels as the first convolution takes.
         preprocess: Makes of images (N, C, H, W) what the model takes, differentiably, for example
-            `torchvision.transforms.Normalize`.
+            `torchvision.transforms.Normalize`. Of one that takes pictures only, as for `overlay_grid`, what
+            it does to colours stands for it, and what it does to sizes is left out.
         transforms: `"robust"`, `"gentle"`, `"none"` or `Transforms(...)`: what the images must survive.
         parametrization: What is optimised: `"pixels"`, `"fourier"` coefficients or, with the magnitudes
             of natural images, their phases (`"maco"`); or `Pixels`, `Fourier` or `FixedSpectrum` with
@@ -111,7 +111,9 @@ def maximize(
             recipe of Keras, see `Classic`.
         references: (R, C, H, W), images to compare with: `z_means` and `z_ranks` of the result are relative
             to them, and a channel without a gradient is tried on the one that drives it hardest.
-        channel_dim: Which dimension of the layer's output counts its channels: -1 for tokens (N, L, C).
+        channel_dim: The dimension that counts channels in what the layers of the objective put out: 1 in
+            (N, C, H, W), -1 in tokens (N, L, C). None finds it for each by itself, as in
+            `torchlens_viz.capture`.
         checkpoint: A folder for what is finished. A run that was broken off goes on from there, to the same
             result.
         progress: Show a bar with the channels done, the time left and the median score; None shows it where
@@ -139,26 +141,31 @@ def maximize(
         >>> result.images.shape, result.ranks.shape
         (torch.Size([2, 3, 16, 16]), torch.Size([2]))
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"`model` must be an nn.Module, got {type(model).__name__}")
+    require_module(model)
     refuse_torchscript(model)
-    steps, seed = integer(steps, "steps", least=1), integer(seed, "seed")
-    if batch_size != "auto":
+    steps, seed = integer(steps, "steps", least=1, most=MOST_STEPS), integer(seed, "seed")
+    integer(seed, "seed", least=-(2**63), most=2**63 - 1)
+    if not (isinstance(batch_size, str) and batch_size == "auto"):
         batch_size = integer(batch_size, "batch_size", least=1)
     check_independence(model, batch_size)
     how, must_survive = method_of(method), transforms_of(transforms)
     by = how.parametrization(parametrization_of(parametrization), must_survive, seed)
     rate = how.learning_rate(by) if lr is None else number(lr, "lr", above=0)
     goal = objective_of(objective)
-    start = None if image is None else start_of(image, by, how)
-    shape = (image_channels(model) if start is None else len(start), *size_of(size, start))
-    with isolated(device := device_of(model)):
+    function(preprocess, "preprocess")
+    folder = None if checkpoint is None else as_path(checkpoint, "checkpoint")
+    taken = image_channels(model)
+    start = None if image is None else start_of(image, by, how, taken)
+    shape = (taken if start is None else len(start), *size_of(size, start))
+    require_room(shape, device := device_of(model))
+    with isolated(device):
+        example = torch.full((1, *shape), by.middle, device=device)
         scorer = Scorer(
             model,
             layer,
             goal,
-            torch.full((1, *shape), by.middle, device=device),
-            preprocess=preprocess,
+            example,
+            preprocess=preprocess_of(preprocess, example),
             dtype=resolve_precision(precision, device),
             channel_dim=channel_dim,
             is_compiled=how.compile,
@@ -180,9 +187,9 @@ def maximize(
             method=how,
         )
         store = None
-        if checkpoint is not None:
-            settings = settings_of(plan, scorer, model, preprocess, channel_dim, chosen)
-            store = Resumption(Path(checkpoint), settings)
+        if folder is not None:
+            settings = settings_of(plan, scorer, model, preprocess, chosen)
+            store = Resumption(folder, settings)
         requests = requests_for(chosen)
         climbs = gathered(
             lambda: _share(requests, plan, scorer, store, batch_size=batch_size, progress=progress)
@@ -207,7 +214,15 @@ def _share(
         for request in requests
         if (groups.index(request.channel) if scorer.objective.couples else request.place) % count == rank
     ]
-    climbs = [] if store is None else store.finished(mine)
+    climbs = []
+    if store is not None:
+        height, width = plan.size
+        sizes = {"C": plan.image_channels, "H": height, "W": width, "M": scorer.channels, "T": plan.steps}
+        climbs = [
+            one
+            for one in store.finished(mine, **sizes)
+            if (one.frames is None) == (plan.method.frames is None)
+        ]
     done = {one.request.place for one in climbs}
     missing = [request for request in mine if request.place not in done]
     if scorer.objective.couples:  # images that are compared with one another are made together
@@ -238,18 +253,18 @@ def _share(
 
 def _result(climbs: Sequence[Climb], plan: Plan, scorer: Scorer, *, is_complete: bool) -> Maximization:
     climbs = sorted(climbs, key=lambda one: one.request.place)
-    low, high = plan.parametrization.low, plan.parametrization.high
+    images = torch.stack([one.image for one in climbs])
     return Maximization(
         layer=scorer.layer,
         objective=repr(scorer.objective),
         channels=torch.tensor([one.request.channel for one in climbs], device="cpu"),
-        images=torch.stack([one.image for one in climbs]),
+        images=images,
         scores=torch.tensor([one.score for one in climbs], dtype=torch.float32, device="cpu"),
         history=torch.stack([one.history for one in climbs]),
         means=torch.stack([one.means for one in climbs]),
         status=tuple(one.status for one in climbs),
         evidence=tuple(one.evidence for one in climbs),
-        limits=(0.0, 255.0) if low is None or high is None else (low, high),
+        limits=plan.method.limits(plan.parametrization) or range_of(images),
         is_complete=is_complete,
         names_channels=scorer.objective.uses_target,
         reference_means=plan.reference_means,

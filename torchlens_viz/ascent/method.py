@@ -8,7 +8,7 @@ from typing import ClassVar, Final, Literal, TypeAlias, final
 
 import torch
 
-from torchlens_viz.arguments import integer
+from torchlens_viz.arguments import integer, shown
 from torchlens_viz.ascent.optimizer import Adam, Slope, as_it_is, normalised
 from torchlens_viz.ascent.parametrization import Parametrization, Pixels
 from torchlens_viz.ascent.transforms import Transforms
@@ -16,8 +16,10 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 MethodName: TypeAlias = Literal["normalized", "classic"]
 
+MOST_RESTARTS: Final = 1_000
 _CLASSIC_RATE: Final = 2.5
 _CLASSIC_RANGE: Final = (128.0, 148.0)
+_LIMITS: Final = (0.0, 255.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,10 @@ class Method(ABC):
             raise InvalidTypeError(f"`compile` must be True or False, got {self.compile!r}")
         if self.frames is not None:
             integer(self.frames, "frames", least=1)
+
+    def limits(self, by: Parametrization) -> tuple[float, float] | None:
+        """Return the smallest and largest value of a pixel as it is drawn; None where there are no limits."""
+        return None if by.low is None or by.high is None else (by.low, by.high)
 
     @property
     def starts(self) -> int:
@@ -89,7 +95,7 @@ class Normalized(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        integer(self.restarts, "restarts", least=0)
+        integer(self.restarts, "restarts", least=0, most=MOST_RESTARTS)
 
     @property
     def starts(self) -> int:
@@ -144,6 +150,10 @@ class Classic(Method):
             )
         return replace(plain, low=None, high=None, uniform=_CLASSIC_RANGE)
 
+    def limits(self, by: Parametrization) -> tuple[float, float]:
+        """Return those of the recipe's pixels, which may pass them."""
+        return _LIMITS
+
     def learning_rate(self, by: Parametrization) -> float:
         """Return that of the recipe."""
         return _CLASSIC_RATE
@@ -166,8 +176,8 @@ def method_of(chosen: MethodName | Method) -> Method:
     kinds: dict[str, type[Method]] = {"normalized": Normalized, "classic": Classic}
     if isinstance(chosen, Method):
         return chosen
-    if chosen not in kinds:
+    if not isinstance(chosen, str) or chosen not in kinds:
         raise InvalidArgumentError(
-            f'`method` must be "normalized", "classic", Normalized(...) or Classic(...), got {chosen!r}'
+            f'`method` must be "normalized", "classic", Normalized(...) or Classic(...), got {shown(chosen)}'
         )
     return kinds[chosen]()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import Final, NamedTuple, final
 
 import torch
 from torch.nn import functional as F
+
+from torchlens_viz.arguments import has_float64
 
 _BETAS: Final = (0.9, 0.999)
 _EPSILON: Final = 1e-8
@@ -70,12 +73,19 @@ class Adam:
         first, second = _BETAS
         mean.lerp_(gradient, 1 - first)
         square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        count = (step + 1).double()
-        root = (1 - second**count).sqrt()
-        rate = (self._rate * root / (1 - first**count)).float()
+        count = step + 1
+        root = _one_minus_power(second, count).sqrt()
+        rate = (self._rate * root / _one_minus_power(first, count)).float()
         epsilon = torch.full_like(root, _KERAS_EPSILON) if self._like_keras else _EPSILON * root
         lower = square.sqrt().add_(_per_image(epsilon.float(), square))
         return torch.div(mean, lower, out=lower).mul_(_per_image(rate, mean))
+
+
+def _one_minus_power(base: float, count: torch.Tensor) -> torch.Tensor:
+    """Return `1 - base ** count`, as exact as the device allows."""
+    if has_float64(count.device):
+        return 1 - base ** count.double()
+    return -torch.expm1(count.float() * log(base))
 
 
 @final

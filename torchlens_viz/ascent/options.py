@@ -5,27 +5,29 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, prod
 from typing import Any, Final
 
 import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.arguments import indices_of
+from torchlens_viz.arguments import indices_of, shown
+from torchlens_viz.ascent.fourier import FixedSpectrum, Fourier
 from torchlens_viz.ascent.method import Method
-from torchlens_viz.ascent.parametrization import Parametrization, Size
+from torchlens_viz.ascent.parametrization import Parametrization, ParametrizationName, Pixels, Size
 from torchlens_viz.ascent.plan import Plan, Request
 from torchlens_viz.backprop.device import free_bytes, is_out_of_memory
 from torchlens_viz.backprop.objective import Objective
 from torchlens_viz.backprop.scorer import Scorer
-from torchlens_viz.errors import InvalidArgumentError, LayerNotFoundError
+from torchlens_viz.errors import InvalidArgumentError, one_line
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.models.inputs import as_batch
-from torchlens_viz.models.kernels import convolutions
+from torchlens_viz.models.colours import Preprocess, colours_of
+from torchlens_viz.models.inputs import image_batch
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
 _SIZE: Final = 224
+MOST_STEPS: Final = 1_000_000  # of each, the score is kept
 _KEPT_AT_ONCE: Final = 160 * 2**20
 _MEMORY_SHARE: Final = 0.6
 _PLANNED: Final = (
@@ -77,13 +79,40 @@ def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
     return ceil(count / ceil(count / most))
 
 
-def start_of(image: torch.Tensor | Image.Image, by: Parametrization, method: Method) -> torch.Tensor:
+def start_of(
+    image: torch.Tensor | Image.Image, by: Parametrization, method: Method, channels: int
+) -> torch.Tensor:
     """Return the image to begin from, (C, H, W) float32 on the CPU; a picture, over the range of pixels."""
-    start = as_batch(image)[0].detach().to("cpu", torch.float32)
-    if isinstance(image, Image.Image):
+    start = image_batch(image, channels)[0].detach().to("cpu", torch.float32)
+    if isinstance(image, Image.Image) or image.dtype == torch.uint8:
         start = method.pixels_of(start, by)
     _check_values(start, by, "image")
     return start
+
+
+def preprocess_of(preprocess: Preprocess | None, example: torch.Tensor) -> Preprocess | None:
+    """Return what makes of images (N, C, H, W) what the model takes, so that gradients pass through.
+
+    Args:
+        preprocess: What the caller gave. Where it takes pictures only, what it does to colours stands for it.
+        example: (1, C, H, W), an image.
+
+    Raises:
+        InvalidArgumentError: It takes neither images nor pictures of one colour.
+    """
+    if preprocess is None:
+        return None
+    try:
+        preprocess(example.clone())
+        return preprocess
+    except Exception as error:
+        try:
+            return colours_of(preprocess).apply
+        except InvalidArgumentError as other:
+            raise InvalidArgumentError(
+                f"`preprocess` must make of images (N, C, H, W) what the model takes, and fails for them "
+                f"({one_line(error)}); nor does what it does to pictures stand for it: {other}"
+            ) from error
 
 
 def references_of(
@@ -92,11 +121,13 @@ def references_of(
     """Return the reference images, checked, on the device."""
     if (
         not isinstance(given, torch.Tensor)
+        or given.is_nested
+        or given.is_meta
         or given.ndim != 4
         or not len(given)
         or tuple(given.shape[1:]) != shape
     ):
-        told = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        told = shown(given)
         raise InvalidArgumentError(
             f"`references` must be images (R, {', '.join(map(str, shape))}), got {told}"
         )
@@ -122,20 +153,17 @@ def channel_means(scorer: Scorer, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([scorer.evaluate(image[None], unused).means for image in images]).cpu()
 
 
-def image_channels(model: nn.Module) -> int:
-    """Return how many channels the model's images have: as many as its first convolution takes, else 3."""
-    try:
-        module = convolutions(model)[0].module
-    except LayerNotFoundError:
-        return 3
-    return int(getattr(module, "in_channels", 3))
-
-
 def size_of(size: int | tuple[int, int], start: torch.Tensor | None) -> Size:
     """Return height and width, which an image to begin from brings along."""
-    both = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
-    if len(both) != 2 or not all(isinstance(side, int) and side >= 1 for side in both):
-        raise InvalidArgumentError(f"`size` must be a number of pixels or (height, width), got {size!r}")
+    both = (
+        (size, size)
+        if isinstance(size, int)
+        else tuple(size)
+        if isinstance(size, Sequence) and len(size) == 2
+        else ()
+    )
+    if len(both) != 2 or not all(isinstance(side, int) and 1 <= side < 2**31 for side in both):
+        raise InvalidArgumentError(f"`size` must be a number of pixels or (height, width), got {shown(size)}")
     if start is None:
         return both[0], both[1]
     own = (start.shape[1], start.shape[2])
@@ -147,12 +175,26 @@ def size_of(size: int | tuple[int, int], start: torch.Tensor | None) -> Size:
     return own
 
 
+def require_room(shape: Sequence[int], device: torch.device) -> None:
+    """Refuse an image (C, H, W) for which there is no room, before any is taken.
+
+    Raises:
+        InvalidArgumentError: It needs more memory than is free, without what the network needs.
+    """
+    # The image, its parameters and their gradient, two moments, what the network gets and what comes back.
+    needed, free = 8 * 4 * prod(shape), free_bytes(device)
+    if needed > free:
+        raise InvalidArgumentError(
+            f"`size` of {shape[1]:,} x {shape[2]:,} pixels needs {needed / 2**30:.1f} GiB for an image "
+            f"alone, and {free / 2**30:.1f} GiB are free; choose a smaller one"
+        )
+
+
 def settings_of(
     plan: Plan,
     scorer: Scorer,
     model: nn.Module,
     preprocess: object,
-    channel_dim: int,
     channels: Sequence[int],
 ) -> dict[str, Any]:
     """Return all that the images depend on, for a folder to be refused that was begun with other settings."""
@@ -162,7 +204,7 @@ def settings_of(
         "model": type(model).__name__,
         "weights": checksum(model),
         "preprocess": None if preprocess is None else _named(preprocess),
-        "channel_dim": channel_dim,
+        "channel_dim": scorer.channel_dim,
         "precision": str(scorer.dtype),
         "start": checksum(plan.start),
         "references": checksum(plan.references),
@@ -189,3 +231,16 @@ def check_independence(model: nn.Module, batch_size: int | str) -> None:
                 f"`{name}` (track_running_stats=False) normalises by the statistics of the batch in eval "
                 "mode too, so that images would change one another; give `batch_size=1`"
             )
+
+
+def parametrization_of(chosen: ParametrizationName | Parametrization) -> Parametrization:
+    """Return the parametrisation of that name with its defaults, or the one that was given."""
+    if isinstance(chosen, Parametrization):
+        return chosen
+    kinds: dict[str, type[Parametrization]] = {"pixels": Pixels, "fourier": Fourier, "maco": FixedSpectrum}
+    if not isinstance(chosen, str) or chosen not in kinds:
+        raise InvalidArgumentError(
+            f"`parametrization` must be one of {', '.join(map(repr, kinds))} or a Parametrization, "
+            f"got {shown(chosen)}"
+        )
+    return kinds[chosen]()

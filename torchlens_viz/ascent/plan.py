@@ -141,11 +141,19 @@ def _end(plan: Plan, numbers: torch.Tensor, *, over: bool, stopped: bool) -> tup
     return "steps", f"{steps} steps"
 
 
-def as_frame(image: torch.Tensor, parametrization: Parametrization) -> torch.Tensor:
-    """Return an image as (C, H, W) uint8 on the CPU, over the range that its pixels can have."""
-    low, high = parametrization.low, parametrization.high
-    shown = image.detach() if low is None or high is None else (image.detach() - low) * (255 / (high - low))
-    return shown.clamp(0, 255).round().to("cpu", torch.uint8)
+def as_frame(image: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return an image as (C, H, W) uint8 on the CPU, over the range that its pixels can have, or have."""
+    low, high = plan.method.limits(plan.parametrization) or range_of(image)
+    return ((image.detach() - low) * (255 / (high - low))).clamp(0, 255).round().to("cpu", torch.uint8)
+
+
+def range_of(images: torch.Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest finite value, which differ."""
+    finite = images.detach()[images.detach().isfinite()]
+    if not len(finite):
+        return 0.0, 1.0
+    low, high = (float(end) for end in finite.aminmax())
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
 def stream(seed: int, request: Request, attempt: int, purpose: str) -> int:

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import csv
 import io
-import json
+import math
 import os
-import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Final, Unpack, final
-from zipfile import BadZipFile
+from typing import Any, Final, Unpack, final, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
+from torchlens_viz.arguments import integer, pair, shown
+from torchlens_viz.ascent.plan import Status
 from torchlens_viz.draw.canvas import draw
-from torchlens_viz.draw.style import Style, StyleOptions
-from torchlens_viz.errors import ArchiveError, InvalidArgumentError, reason_of
-from torchlens_viz.files.paths import write_whole
+from torchlens_viz.draw.style import Style, StyleOptions, lists_options
+from torchlens_viz.errors import ArchiveError, InvalidArgumentError, one_line
+from torchlens_viz.files.paths import as_path, write_whole
 from torchlens_viz.files.pictures import save_animation, save_picture
+from torchlens_viz.files.tensors import read_npz, require_tensors, require_values, write_npz
+from torchlens_viz.notebook import Page, number, profile
 
-_ARRAYS: Final = ("channels", "images", "scores", "history", "means", "reference_means")
+_TENSORS: Final = ("channels", "images", "scores", "history", "means", "reference_means")
+_SHAPES: Final = {
+    "channels": (torch.int64, "K"),
+    "images": (torch.float32, "KCHW"),
+    "scores": (torch.float32, "K"),
+    "history": (torch.float32, "KT"),
+    "means": (torch.float32, "KM"),
+}
+_TOLD: Final = {
+    "layer": str, "objective": str, "status": list, "evidence": list, "limits": list, "is_complete": bool,
+    "names_channels": bool,
+}  # fmt: skip
 _FILE: Final = "maximization.npz"
 
 
@@ -46,7 +60,8 @@ class Maximization:
             without them; `"nonfinite"`, a score or gradient was NaN or infinite, and the image is the last
             one before that.
         evidence: What each status rests on, in words.
-        limits: The smallest and largest value of a pixel as it is drawn.
+        limits: The smallest and largest value of a pixel as it is drawn: those of the parametrization, or
+            where it has none those that occur.
         is_complete: Whether every image that was asked for is there; not so after Ctrl-C.
         names_channels: Whether the objective looks at the channel at all; else `channels` numbers the images.
         reference_means: (R, C_layer) float32, the means of every channel on the reference images; None
@@ -97,6 +112,7 @@ class Maximization:
         """(K,) int64: `ranks` by `z_means`, so that channels that are always large do not count as driven."""
         return self._ranks_in(self.z_means)
 
+    @lists_options
     def grid(self, **options: Unpack[StyleOptions]) -> Image.Image:
         """Draw the images as one sheet, each with its channel and score as a title.
 
@@ -110,7 +126,7 @@ class Maximization:
         tiles = self.images if self.images.shape[1] == 3 else self.images.mean(1, keepdim=True)
         if tiles.shape[1] == 1:
             own = {"cmap": "gray", **own}
-        style = Style(**own)
+        style = Style.of(own)
         rows = zip(self.channels.tolist(), self.scores.tolist(), self.status, strict=True)
         labels = [
             f"{channel}: {score:.4g}" + (f" {status}" if status in ("dead", "nonfinite") else "")
@@ -133,7 +149,7 @@ class Maximization:
         Raises:
             PictureError: The folder cannot be written.
         """
-        folder = Path(directory)
+        folder = as_path(directory, "directory")
         grid = self.grid()
         for image, name in zip(self.images, self._names(), strict=True):
             save_picture(self._picture(image), folder / f"{name}.png")
@@ -150,14 +166,11 @@ class Maximization:
         )
         writer.writerows(zip(*columns, strict=True))
         write_whole(folder / "scores.csv", table.getvalue().encode(), ArchiveError)
-        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _ARRAYS}
+        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
         told.pop("frames")
-        arrays = {name: getattr(self, name).numpy() for name in _ARRAYS if getattr(self, name) is not None}
-        for place, frames in enumerate(self.frames or ()):
-            arrays[f"frames{place}"] = frames.numpy()
-        buffer = io.BytesIO()
-        np.savez(buffer, told=np.frombuffer(json.dumps(told).encode(), np.uint8), **arrays)
-        write_whole(folder / _FILE, buffer.getvalue(), ArchiveError)
+        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        tensors.update((f"frames{place}", frames) for place, frames in enumerate(self.frames or ()))
+        write_npz(folder / _FILE, tensors, told)
         return folder
 
     @classmethod
@@ -167,21 +180,49 @@ class Maximization:
         Raises:
             ArchiveError: The folder holds no such file, or a damaged one.
         """
-        path = Path(directory) / _FILE
+        path = as_path(directory, "directory") / _FILE
+        remedy = "give a folder that `Maximization.save` wrote"
+        tensors, told = read_npz(path, remedy=remedy)
         try:
-            data = io.BytesIO(path.read_bytes())  # numpy leaves a damaged file open
-            with np.load(data, allow_pickle=False) as file:
-                arrays: dict[str, Any] = {name: torch.from_numpy(file[name]) for name in file.files}
-            told: dict[str, Any] = json.loads(arrays.pop("told").numpy().tobytes())
-            filmed = range(len(arrays["channels"]) if "frames0" in arrays else 0)
-            frames = tuple(arrays.pop(f"frames{place}") for place in filmed)
-            for name in ("status", "evidence", "limits"):
-                told[name] = tuple(told[name])
-            return cls(**told, **arrays, frames=frames or None)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+            filmed = range(len(tensors["channels"]) if "frames0" in tensors else 0)
+            frames = tuple(tensors.pop(f"frames{place}") for place in filmed)
+            parts: dict[str, Any] = {**require_values(told, _TOLD), **tensors}
+            for name in ("status", "evidence"):
+                parts[name] = tuple(parts[name])
+            parts["limits"] = pair(told["limits"], "limits")
+            found = cls(**parts, frames=frames or None)
+            found._check()
+            return found
+        except (KeyError, TypeError, ValueError) as error:
             raise ArchiveError(
-                f"cannot read {str(path)!r}: {reason_of(error)}; give a folder that `Maximization.save` wrote"
+                f"cannot read {str(path)!r}: its header is damaged ({one_line(error)}); {remedy}"
             ) from error
+
+    def _check(self) -> None:
+        """Refuse what no ascent makes, and no reader could draw.
+
+        Raises:
+            ValueError: A field is of another type or shape, or has values that it cannot have.
+        """
+        optional = {} if self.reference_means is None else {"reference_means": (torch.float32, "RM")}
+        sizes = require_tensors(vars(self), {**_SHAPES, **optional})
+        count = sizes["K"]
+        if not all(sizes[letter] for letter in "KCHW") or not bool(self.images.isfinite().all()):
+            raise ValueError("`images` must be one or more, of finite values")
+        beyond = sizes["M"] if self.names_channels else 2**31
+        if not bool(((self.channels >= 0) & (self.channels < beyond)).all()):
+            raise ValueError(f"`channels` must be from 0 to {beyond - 1}")
+        if len(self.status) != count or not set(self.status) <= set(get_args(Status)):
+            raise ValueError(f"`status` must be {count} of {', '.join(get_args(Status))}")
+        if len(self.evidence) != count or not all(isinstance(each, str) for each in self.evidence):
+            raise ValueError(f"`evidence` must be {count} strings")
+        greatest = torch.finfo(torch.float32).max
+        if not -greatest < self.limits[0] < self.limits[1] < greatest:
+            raise ValueError("`limits` must be (low, high) with low < high, in float32")
+        for frames in self.frames or ():
+            require_tensors(
+                {"frames": frames}, {"frames": (torch.uint8, "FCHW")}, {n: sizes[n] for n in "CHW"}
+            )
 
     def save_animation(self, path: str | os.PathLike[str], place: int = 0, *, fps: float = 10.0) -> Path:
         """Write the ascent of one image as a moving picture, .webp or .gif.
@@ -200,8 +241,8 @@ class Maximization:
                 "there are no frames; give `maximize` the option `method=Normalized(frames=1)`, or every n "
                 "steps"
             )
-        if not -len(self.frames) <= place < len(self.frames):
-            raise InvalidArgumentError(f"`place` must be below {len(self.frames)}, got {place}")
+        if not -len(self.frames) <= integer(place, "place") < len(self.frames):
+            raise InvalidArgumentError(f"`place` must be below {len(self.frames)}, got {shown(place)}")
         return save_animation([_as_picture(frame) for frame in self.frames[place]], path, fps=fps)
 
     def __repr__(self) -> str:
@@ -214,6 +255,24 @@ class Maximization:
         more = [f"  ... {len(lines) - 20} more"] if len(lines) > 20 else []
         head = f"Maximization of {self.objective} at {self.layer}, images {tuple(self.images.shape)}"
         return "\n".join([head, f"  {'channel':>6} {'score':>12}  {'rank':>5}  status", *lines[:20], *more])
+
+    def _repr_html_(self) -> str:
+        page = Page(f"Maximization of {self.objective} at {self.layer}")
+        side = 96 if len(self.channels) <= 16 else 48
+
+        def cells() -> Iterator[Sequence[str]]:
+            rows = zip(
+                self.channels.tolist(), self.scores.tolist(), self.ranks.tolist(), self.status, strict=True
+            )
+            for place, (channel, score, rank, status) in enumerate(rows):
+                drawn = page.picture(self._picture(self.images[place]), f"channel {channel}", side=side)
+                history = [value for value in self.history[place].tolist() if not math.isnan(value)]
+                curve = profile(history, f"scores of channel {channel} on the way")
+                yield drawn, number(channel), number(score), number(rank), status, curve
+
+        heads = ("image", "channel", "score", "rank, 0 is first", "ended by", "score on the way")
+        page.table(heads, cells(), len(self.channels))
+        return str(page)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

@@ -9,6 +9,7 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch.nn import functional as F
 
+from torchlens_viz.arguments import pair, real, shown
 from torchlens_viz.errors import InvalidArgumentError
 
 TransformsName: TypeAlias = Literal["none", "gentle", "robust"]
@@ -42,14 +43,17 @@ class Transforms:
 
     def __post_init__(self) -> None:
         for name, most in (("jitter", 1.0), ("rotate", 180.0), ("pad", 1.0), ("noise", 1.0)):
-            if not 0 <= getattr(self, name) <= most:
-                raise InvalidArgumentError(f"`{name}` must be from 0 to {most:g}, got {getattr(self, name)}")
+            value = real(getattr(self, name), name)
+            if not 0 <= value <= most:
+                raise InvalidArgumentError(f"`{name}` must be from 0 to {most:g}, got {value}")
+            object.__setattr__(self, name, value)  # the float that a fraction stands for
         for name, most in (("scale", 10.0), ("crop", 1.0)):
-            low, high = getattr(self, name)
+            low, high = pair(getattr(self, name), name)
             if not 0.1 <= low <= high <= most:
                 raise InvalidArgumentError(
                     f"`{name}` must be (low, high) with 0.1 <= low <= high <= {most:g}, got {(low, high)}"
                 )
+            object.__setattr__(self, name, (low, high))
 
     @property
     def moves(self) -> bool:
@@ -105,9 +109,9 @@ def transforms_of(chosen: TransformsName | Transforms | None) -> Transforms:
     """Return the transforms of that name, or those that were given; None is none."""
     if isinstance(chosen, Transforms):
         return chosen
-    if chosen is not None and chosen not in _PRESETS:
+    if chosen is not None and not (isinstance(chosen, str) and chosen in _PRESETS):
         raise InvalidArgumentError(
             f"`transforms` must be one of {', '.join(map(repr, _PRESETS))}, Transforms(...) or None, "
-            f"got {chosen!r}"
+            f"got {shown(chosen)}"
         )
     return _PRESETS[chosen or "none"]
