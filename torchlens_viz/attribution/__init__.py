@@ -1,0 +1,1 @@
+"""What made a network say so: the evidence in an image for an output, or for a unit."""

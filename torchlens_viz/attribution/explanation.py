@@ -1,0 +1,284 @@
+"""`Explanation`: where in images the evidence for an output lies."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import ceil
+from pathlib import Path
+from typing import Final, final
+
+import torch
+from PIL import Image
+
+from torchlens_viz.arguments import flag, integer
+from torchlens_viz.attribution.trust import Trust
+from torchlens_viz.draw.blend import Blend
+from torchlens_viz.draw.canvas import check_size, draw_chosen, in_colour
+from torchlens_viz.draw.palette import Colormap, Table
+from torchlens_viz.draw.style import Style, choose
+from torchlens_viz.errors import ArchiveError
+from torchlens_viz.files.paths import as_path, write_whole
+from torchlens_viz.files.pictures import save_picture
+from torchlens_viz.files.tensors import write_npz
+from torchlens_viz.notebook import Page, number
+
+_TILE_SIZE: Final = 128
+_SHOWN: Final = 160  # the longer side of a picture in a notebook's table
+_DRAWN_SHARE: Final = 0.995  # of the pixels, where each has a value of its own
+_FILE: Final = "explanation.npz"
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Explanation:
+    """What `explain` found: N images, and for each where the evidence lies.
+
+    Attributes:
+        method: How it was found.
+        layers: The names of the layers whose maps it was made of; none for methods at the pixels.
+        heatmaps: (N, H, W) float32 on the CPU, in the pixels of the images as the model takes them, and not
+            rescaled: the larger, the more a pixel speaks for the target. None is negative but with
+            `"integrated_gradients"`, where negative values speak against it. Of several layers, each is
+            divided by its largest value, and the maximum is taken.
+        targets: (N,) int64, the output that was explained of each image; None where `target` was a function.
+        scores: (N,) float32, its value.
+        notes: What is to be said of it, in sentences.
+    """
+
+    method: str
+    layers: tuple[str, ...]
+    heatmaps: torch.Tensor
+    targets: torch.Tensor | None
+    scores: torch.Tensor
+    notes: tuple[str, ...]
+    _pixels: Callable[[], torch.Tensor] = field(repr=False)
+    _measure: Callable[[], Trust] = field(repr=False)
+
+    @cached_property
+    def images(self) -> torch.Tensor:
+        """(N, 3, H, W) float32 in [0, 1]: the images as the model takes them, as a person sees them."""
+        return self._pixels()
+
+    @cached_property
+    def trust(self) -> Trust:
+        """What the score keeps of the heatmap, loses without it, and how much random weights change it.
+
+        It is computed when it is first read, with the weights that the model then has: four forward passes,
+        and the explanation once more.
+        """
+        return self._measure()
+
+    def overlay(
+        self,
+        index: int = 0,
+        *,
+        alpha: float = 0.6,
+        cmap: str | Table | Colormap = "auto",
+        upscale: int | None = None,
+    ) -> Image.Image:
+        """Draw one heatmap over its image.
+
+        Args:
+            index: Which image, from 0.
+            alpha: How much of the image the strongest value hides, from 0 to 1; weaker ones hide less.
+            cmap: As in `torchlens_viz.kernel_grid`; `"auto"` is `"RdBu_r"` if there are negative values,
+                else `"hot"` from 0 on.
+            upscale: Enlarge the image by this whole factor; None brings its longer side to at least 128
+                pixels.
+
+        Returns:
+            An image of mode "RGB".
+
+        Raises:
+            InvalidArgumentError: There is no such image, or an option has a value that it cannot have.
+        """
+        place = integer(index, "index", least=0, most=len(self.heatmaps) - 1)
+        style = Style(upscale=upscale)
+        check_size((1, 3, *self.heatmaps.shape[1:]), replace(style, upscale=self._factor(style)))
+        drawn = self._drawn(place, alpha=alpha, cmap=cmap, factor=self._factor(style))[2]
+        return Image.fromarray(drawn.movedim(0, 2).contiguous().numpy())
+
+    def grid(
+        self,
+        *,
+        alpha: float = 0.6,
+        cmap: str | Table | Colormap = "auto",
+        upscale: int | None = None,
+        labels: bool | Sequence[str] = True,
+        names: Sequence[str] | None = None,
+        legend: bool = True,
+        title: str | None = None,
+    ) -> Image.Image:
+        """Draw a row for each image: the image, the heatmap, and the heatmap over the image.
+
+        Each heatmap has a range of its own.
+
+        Args:
+            alpha: As in `overlay`.
+            cmap: As in `overlay`.
+            upscale: As in `overlay`.
+            labels: Write above the heatmaps what was explained, with its score; or these strings, three for
+                each image.
+            names: What the model's outputs are called, by index.
+            legend: Write the method, the layers, the notes, and `trust` where that was read, below.
+            title: A line above the sheet.
+
+        Returns:
+            An image of mode "RGB".
+
+        Raises:
+            InvalidArgumentError: An option has a value that it cannot have, or the sheet would be too large.
+        """
+        legend = flag(legend, "legend")
+        style = Style(nrow=3, upscale=upscale, labels=labels, title=title)
+        factor, count = self._factor(style), len(self.heatmaps)
+        sides = [factor * side for side in self.heatmaps.shape[1:]]
+        check_size((3 * count, 3, *sides), Style(nrow=3, upscale=1, labels=labels))
+        rows = [self._drawn(place, alpha=alpha, cmap=cmap, factor=factor) for place in range(count)]
+        tiles = torch.cat(rows)
+        own = [
+            label
+            for place in range(count)
+            for label in (
+                "image",
+                f"{self.label(place, names)}: {self.scores[place].item():.4g}",
+                self.method,
+            )
+        ]
+        return draw_chosen(
+            tiles, choose(style, 3 * count), style, labels=own, lines=self.legend() if legend else []
+        )
+
+    def label(self, index: int, names: Sequence[str] | None = None) -> str:
+        """Return what was explained of an image, in a word.
+
+        Args:
+            index: Which image, from 0.
+            names: What the model's outputs are called, by index.
+        """
+        if self.targets is None:
+            return "target"
+        found = int(self.targets[index])
+        return names[found] if names is not None and found < len(names) else f"target {found}"
+
+    def legend(self) -> list[str]:
+        """Return lines that say what a picture of it shows."""
+        lines = [f"{self.method}{' at ' if self.layers else ''}{', '.join(self.layers)}", *self.notes]
+        if not self.layers:
+            lines.append(f"{1 - _DRAWN_SHARE:.1%} of the pixels are beyond the strongest colour")
+        if "trust" in self.__dict__:
+            for place in range(len(self.heatmaps)):
+                kept, lost, like = (
+                    each[place].item()
+                    for each in (self.trust.kept, self.trust.lost, self.trust.rank_correlation)
+                )
+                lines.append(
+                    f"{place}: the hottest fifth alone keeps {kept:.0%} of the score, hiding it costs "
+                    f"{lost:.0%}; rank correlation with random weights {like:.2f}"
+                )
+        return lines
+
+    def save(self, directory: str | os.PathLike[str], *, names: Sequence[str] | None = None) -> Path:
+        """Write everything to a folder: an overlay per image, the sheet, a table and the numbers.
+
+        Args:
+            directory: The folder; it is made where it is missing, and files of other names stay.
+            names: What the model's outputs are called, by index.
+
+        Returns:
+            The folder. In it are `INDEX.png`, `grid.png`, `scores.csv` (with `trust` where that was read) and
+            `explanation.npz` with heatmaps, targets and scores, which numpy reads.
+
+        Raises:
+            PictureError: A picture cannot be written.
+            ArchiveError: Another file cannot be written.
+        """
+        folder = as_path(directory, "directory")
+        sheet = self.grid(names=names)
+        for place in range(len(self.heatmaps)):
+            save_picture(self.overlay(place), folder / f"{place}.png")
+        save_picture(sheet, folder / "grid.png")
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        measured = "trust" in self.__dict__
+        writer.writerow(
+            ("image", "target", "score", *(("kept", "lost", "rank_correlation") if measured else ()))
+        )
+        columns = [self.trust.kept, self.trust.lost, self.trust.rank_correlation] if measured else []
+        for place, score in enumerate(self.scores.tolist()):
+            writer.writerow(
+                (place, self.label(place, names), score, *(each[place].item() for each in columns))
+            )
+        write_whole(folder / "scores.csv", table.getvalue().encode(), ArchiveError)
+        tensors = {"heatmaps": self.heatmaps, "scores": self.scores}
+        if self.targets is not None:
+            tensors["targets"] = self.targets
+        header = {"method": self.method, "layers": self.layers, "notes": self.notes}
+        write_npz(folder / _FILE, tensors, header)
+        return folder
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  {self.label(place):>12}  {score:>12.5g}"
+            for place, score in enumerate(self.scores.tolist()[:20])
+        ]
+        more = [f"  ... {len(self.scores) - 20} more"] if len(self.scores) > 20 else []
+        where = f" at {', '.join(self.layers)}" if self.layers else ""
+        head = f"Explanation by {self.method}{where}, heatmaps {tuple(self.heatmaps.shape)}"
+        return "\n".join([head, f"  {'target':>12}  {'score':>12}", *lines, *more])
+
+    def _repr_html_(self) -> str:
+        page = Page(f"Explanation of {len(self.scores)} images")
+        for line in self.legend():
+            page.text(line)
+
+        def cells() -> Iterator[Sequence[str]]:
+            for place, score in enumerate(self.scores.tolist()):
+                pixels = (255 * self.images[place]).round().to(torch.uint8)
+                image = Image.fromarray(pixels.movedim(0, 2).contiguous().numpy())
+                shown = page.picture(image, f"image {place}", side=_SHOWN)
+                over = page.picture(self.overlay(place), f"heatmap over image {place}", side=_SHOWN)
+                yield shown, over, self.label(place), number(score)
+
+        page.table(("image", "evidence", "target", "score"), cells(), len(self.scores))
+        return str(page)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.grid().save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def _factor(self, style: Style) -> int:
+        return style.upscale or ceil(_TILE_SIZE / max(self.heatmaps.shape[1:]))
+
+    def _range(self, heat: torch.Tensor) -> tuple[float, float] | None:
+        """Return the values to draw: at pixels, a few are so large that the others would not show."""
+        if self.layers:
+            return None
+        sizes = heat[heat.isfinite()].abs().sort().values
+        most = sizes[round(_DRAWN_SHARE * (len(sizes) - 1))].item() if len(sizes) else 0.0
+        return (-most if bool((heat < 0).any()) else 0.0, most) if most > 0 else None
+
+    def _drawn(self, place: int, *, alpha: float, cmap: str | Table | Colormap, factor: int) -> torch.Tensor:
+        """Return the image, the heatmap and both together, (3, 3, H', W') uint8."""
+        heat = self.heatmaps[place][None]
+        blend = Blend.of(heat, alpha=alpha, cmap=cmap, scale_each=False, value_range=self._range(heat))
+        over = blend.tiles(
+            self.images[place],
+            heat,
+            origins=(0.0, 0.0),
+            steps=(1.0, 1.0),
+            interpolation="bilinear",
+            upscale=factor,
+        )[0]
+        low, high = blend.limits.low.item(), blend.limits.high.item()
+        limits = (low, high) if high > low else (low, low + 1.0)
+        alone = in_colour(heat[None], Style(cmap=blend.colours, value_range=limits), upscale=factor)[0]
+        image = (255 * self.images[place]).round().to(torch.uint8)
+        image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        return torch.stack([image, alone, over])
