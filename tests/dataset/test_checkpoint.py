@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tests.nets import quiet, same_survey
 from torchlens_viz import Survey, survey
@@ -33,7 +36,7 @@ def test_a_survey_comes_back_from_its_file(net, tmp_path):
     assert ours.values.equal(theirs.values)
     (tmp_path / "half").write_bytes((tmp_path / "new" / "s.safetensors").read_bytes()[:99])
     for name in ("half", "missing"):
-        with pytest.raises(ArchiveError, match="truncated or no survey"):
+        with pytest.raises(ArchiveError, match=r"truncated or no safetensors|No such file"):
             Survey.load(tmp_path / name)
 
 
@@ -135,3 +138,94 @@ def test_a_finished_checkpoint_of_other_data_is_refused(net, tmp_path):
     survey(net, images.split(4), "*", **options)
     with pytest.raises(ArchiveError, match="the first batch is not the one"):
         survey(net, (5 * images).split(4), "*", **options)
+
+
+def test_a_checkpoint_is_no_survey_and_the_message_says_what_to_do(net, tmp_path):
+    survey(net, [torch.rand(2, 3, 12, 10)], "*", progress=False, checkpoint=tmp_path / "c")
+    with pytest.raises(
+        ArchiveError, match="it is the checkpoint of a survey; pass it to `survey` as `checkpoint`"
+    ):
+        Survey.load(tmp_path / "c")
+
+
+def edit(path, change):
+    """Change what a file of ours tells, and leave it well formed."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["torchlens_viz"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    change(header, tensors)
+    save_file(tensors, path, metadata={"torchlens_viz": json.dumps(header)})
+
+
+def replaced(name, make):
+    def change(header, tensors):
+        tensors[name] = make(tensors[name])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda header, _: header["about"].update(samples_seen="x"), "`samples_seen` must be int"),
+        (lambda header, _: header["about"].update(top_k=3), "`top_k` is not that of its layers"),
+        (lambda header, _: header["about"].update(input_shape=[-1]), "`shape` must be at least 0, got -1"),
+        (
+            lambda header, _: header["about"].pop("is_complete"),
+            "it must tell samples_seen, top_k, is_complete",
+        ),
+        (lambda header, _: header.update(about=[]), "nothing is told about it"),
+        (lambda header, _: header["layers"]["0"].update({"top.k": 0}), "`k` must be at least 1, got 0"),
+        (lambda header, _: header["layers"]["0"].update(inputs=-1), "`inputs` must be at least 0, got -1"),
+        (lambda header, _: header["layers"]["0"].update(inputs=0), "all parts must be of the same channels"),
+        (
+            replaced("0.stats.total", lambda values: values[:-1]),
+            r"`state` must hold \(C,\) for each of its parts",
+        ),
+        (
+            replaced("0.stats.zeros", lambda values: values + 10**6),
+            "must count 0 <= zeros <= finite <= total",
+        ),
+        (replaced("0.top.samples", lambda values: values.float()), r"must be values and samples \(C, k\)"),
+        (replaced("0.top.samples", lambda values: values - 99), "must have indices from 0 and no NaN"),
+        (replaced("0.top.values", lambda values: values * torch.nan), "must have indices from 0 and no NaN"),
+        (replaced("0.top.positions", lambda values: values[:1]), r"must be values and samples \(C, k\)"),
+        (replaced("0.alike.sums", lambda values: values[:1]), r"the co-moments must be \(C, C\) of float64"),
+        (
+            replaced("0.alike.sums", lambda values: values.float()),
+            r"the co-moments must be \(C, C\) of float64",
+        ),
+    ],
+)
+def test_an_edited_survey_is_refused_with_the_reason(net, tmp_path, change, reason):
+    images = torch.randn(8, 3, 12, 10)
+    path = survey(net, images.split(4), "0", correlations=True, **quiet).save(tmp_path / "s.safetensors")
+    edit(path, change)
+    with pytest.raises(ArchiveError, match=rf"its header is damaged \(.*{reason}.*\); make the survey again"):
+        Survey.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda header, _: header["about"]["progress"].update(batches=None), "`batches` must be int"),
+        (lambda header, _: header["about"].update(progress=3), "it must tell batches, inputs, shape"),
+        (
+            lambda header, _: header["layers"].update(x=header["layers"].pop("0")),
+            "its layers are not those of its settings",
+        ),
+    ],
+)
+def test_an_edited_checkpoint_is_refused_with_the_reason(net, tmp_path, change, reason):
+    images, path = torch.randn(8, 3, 12, 10), tmp_path / "c.safetensors"
+    survey(net, images.split(4), "0", checkpoint=path, **quiet)
+    edit(path, change)
+    with pytest.raises(ArchiveError, match=rf"its header is damaged \(.*{reason}.*\)"):
+        survey(net, images.split(4), "0", checkpoint=path, **quiet)
+
+
+def test_names_that_no_file_can_have_and_pipes_are_refused_as_checkpoints(net, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in ((tmp_path / "pipe", "pipe or device"), (tmp_path / ("a" * 300), "too long")):
+        with pytest.raises(ArchiveError, match=reason):
+            survey(net, torch.randn(2, 3, 12, 10).split(2), "0", checkpoint=path, **quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -106,3 +107,33 @@ def test_a_healthy_layer_has_no_findings():
     net = nn.Conv2d(3, 4, 3)
     found = survey(net, [torch.randn(16, 3, 8, 8)], "", progress=False)
     assert found.findings() == []
+
+
+def alike(inputs, channels, *, truth):
+    """Inputs (N, C, 1, 1) of which every two channels have a true correlation."""
+    generator = torch.Generator().manual_seed(0)
+    common, own = (torch.randn(inputs, width, generator=generator) for width in (1, channels))
+    return (truth**0.5 * common + (1 - truth) ** 0.5 * own).view(inputs, channels, 1, 1)
+
+
+@pytest.mark.parametrize("inputs", [4, 5, 8, 20, 100])
+def test_a_correlation_above_the_threshold_by_chance_makes_no_duplicates(inputs):
+    images = alike(inputs, 30, truth=0.96) + 10
+    net = nn.Sequential(nn.ReLU())
+    images[:, 7] = images[:, 3] * 2  # the same, and therefore sure
+    found = survey(net, [images], "0", correlations=True, progress=False)
+    above = (found.correlation["0"].triu(1) > 0.95).sum()
+    assert above > 20  # so many would cry wolf
+    pairs = found.duplicates("0", threshold=0.98)
+    assert [pair.channels for pair in pairs] == ([] if inputs < 5 else [(3, 7)])
+
+
+def test_a_duplicate_says_on_how_many_inputs_it_rests_and_how_sure_that_is():
+    images = alike(50, 2, truth=0.995) + 10
+    found = survey(nn.Sequential(nn.Identity()), [images], "0", correlations=True, progress=False)
+    (pair,) = found.duplicates("0", threshold=0.9)
+    r = np.corrcoef(images.flatten(1).double().T)[0, 1]
+    distance = (math.atanh(r) - math.atanh(0.9)) * math.sqrt(47)
+    assert pair.inputs == 50
+    assert pair.p_value == pytest.approx(math.erfc(distance / math.sqrt(2)) / 2, rel=1e-6)
+    assert found.findings()[-1].meaning == f"0 and 1: correlation of peaks {r:.4f}, over 50 inputs"

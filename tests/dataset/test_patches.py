@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.nets import quiet
+from tests.pixels import written
 from torchlens_viz import survey
+from torchlens_viz.draw.text import text_width
 from torchlens_viz.errors import InvalidArgumentError
 
 
@@ -34,6 +36,22 @@ def test_patches_are_cut_from_the_input_where_the_peak_looks(net):
     if shown.shape == (3, 3, 3):
         torch.testing.assert_close(corner / 255, shown, rtol=0, atol=0.5 / 255 + 1e-6)
     assert found.grid("0", DataLoader(TensorDataset(images)), labels=True).mode == "RGB"
+
+
+def test_labels_of_small_patches_are_whole(net, monkeypatch):
+    images = torch.randn(12, 3, 12, 10)
+    found = survey(net, images.split(3), "0", top_k=3, **quiet)
+    lines = written(monkeypatch)
+    sheet = found.grid("0", images, channels=[1, 4])
+    top = found.top["0"]
+    assert lines == [
+        f"{channel}: {value:.3g} #{sample}"
+        for channel in (1, 4)
+        for value, sample in zip(top.values[channel].tolist(), top.samples[channel].tolist(), strict=True)
+    ]
+    cell = max(66 + 2, *(text_width(line) + 6 for line in lines))  # a patch of 3 x 3 is drawn as 66 x 66
+    assert sheet.size == (3 * cell + 2, 2 * (66 + 22 + 2) + 2)
+    assert found.grid("0", images, channels=[1], labels=False, tile=30).height == 30 + 2 * 2
 
 
 def test_patches_of_other_inputs_are_refused(net):

@@ -76,7 +76,10 @@ def test_layers_that_do_not_always_run_are_told_apart():
             return self.often(self.always(x)) if x.max() > 0 else self.always(x)
 
     maps = torch.cat([torch.ones(2, 1, 2, 2), -torch.ones(2, 1, 2, 2), torch.full((1, 1, 2, 2), 2.0)])
-    found = survey(Sometimes(), maps.split(2), "*", top_k=9, **quiet)
+    with pytest.warns(
+        UserWarning, match=r"fewer than the 5 inputs of the survey: `often` 3; .*`inputs_seen`"
+    ):
+        found = survey(Sometimes(), maps.split(2), "*", top_k=9, **quiet)
     assert dict(found.inputs_seen) == {"always": 5, "often": 3}
     assert found.top["often"].samples.tolist() == [[4, 0, 1]]
     assert found.not_called == ("never",)

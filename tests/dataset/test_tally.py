@@ -103,7 +103,7 @@ def test_peaks_wait_where_they_take_little_memory(channels, do_wait):
     tally, waited = empty_tally(top_k=2, channel_dim=1, bins=None), 0
     for place in range(12):
         seen = Observation("layer", tally, torch.arange(8) + 8 * place, in_order=True, alike=False)
-        seen.see(torch.rand(8, channels, 2))
+        seen.see(torch.rand(8, channels, 2), 1)
         tally = seen.finish()
         waited = max(waited, len(tally.pending))
     assert (waited > 0) == do_wait

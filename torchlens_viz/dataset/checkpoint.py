@@ -6,20 +6,42 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 import torch
 
+from torchlens_viz.arguments import integer
 from torchlens_viz.dataset.loader import Batch
 from torchlens_viz.dataset.tally import Tally
-from torchlens_viz.errors import ArchiveError, needed, reason_of
-from torchlens_viz.files.paths import replacing
-from torchlens_viz.files.tensors import checksum
+from torchlens_viz.errors import ArchiveError, one_line
+from torchlens_viz.files.paths import is_there
+from torchlens_viz.files.tensors import (
+    SafetensorsFile,
+    checksum,
+    require_safetensors,
+    require_same_settings,
+    require_values,
+    write_safetensors,
+)
 from torchlens_viz.nested import tensors
 
 _FORMAT: Final = "torchlens_viz.survey/1"
+_WHAT: Final = "surveys"
+_ABOUT: Final[dict[str, type | tuple[type, ...]]] = {
+    "samples_seen": int,
+    "top_k": int,
+    "is_complete": bool,
+    "input_shape": (list, type(None)),
+}
+_PROGRESS: Final[dict[str, type | tuple[type, ...]]] = {
+    "batches": int,
+    "inputs": int,
+    "shape": (list, type(None)),
+    "first_batch": int,
+    "is_complete": bool,
+}
 
 
 class Progress(NamedTuple):
@@ -57,7 +79,7 @@ class Logbook:
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, seconds: float) -> None:
-        require_safetensors()
+        require_safetensors(_WHAT)
         self._path = Path(path)
         _require_writable(self._path)  # now, and not when there is something to lose
         self._settings = json.loads(json.dumps(settings))
@@ -70,7 +92,7 @@ class Logbook:
         Raises:
             ArchiveError: It was begun with other settings or weights, or the file is damaged.
         """
-        if not self._path.exists():
+        if not is_there(self._path, ArchiveError):
             return None
         tallies, about = read_ledger(self._path)
         if "settings" not in about:
@@ -78,17 +100,14 @@ class Logbook:
                 f"`checkpoint` must name a new file or one that `survey` began, got {str(self._path)!r}, "
                 "which holds a finished survey; choose another name"
             )
-        before = about["settings"]
-        for name in {**before, **self._settings}:
-            if before.get(name) != self._settings.get(name):
-                raise ArchiveError(
-                    f"`checkpoint` must have been begun with the same settings: in {str(self._path)!r} "
-                    f"`{name}` was {before.get(name)!r} and now is {self._settings.get(name)!r}; delete the "
-                    "file to start anew, or choose another"
-                )
-        told = about["progress"]
-        shape = None if told["shape"] is None else tuple(told["shape"])
-        return Progress(tallies, **{**told, "shape": shape})
+        require_same_settings(about["settings"], self._settings, self._path)
+        try:
+            told = require_values(about.get("progress"), _PROGRESS)
+            if list(tallies) != about["settings"]["layers"]:
+                raise ValueError("its layers are not those of its settings")
+            return Progress(tallies, **{**told, "shape": shape_of(told["shape"])})
+        except (TypeError, ValueError) as error:
+            raise _damaged(self._path, error) from error
 
     def require_same_data(self, before: Progress, first_batch: int) -> None:
         """Refuse to go on with another first batch.
@@ -148,6 +167,43 @@ def fingerprint(batch: Batch) -> int:
     return checksum(*dense, batch.samples)
 
 
+def shape_of(told: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the shape of an input that a file tells.
+
+    Raises:
+        ValueError: It is no shape.
+    """
+    return None if told is None else tuple(integer(size, "shape", least=0, most=2**31) for size in told)
+
+
+def read_survey(path: str | os.PathLike[str]) -> Ledger:
+    """Read a finished survey.
+
+    Raises:
+        ArchiveError: The file is missing, damaged, a checkpoint, or holds something else.
+        MissingDependencyError: safetensors is not installed.
+    """
+    tallies, about = read_ledger(path)
+    if "progress" in about:
+        raise ArchiveError(
+            f"cannot read {os.fspath(path)!r}: it is the checkpoint of a survey; pass it to `survey` as "
+            "`checkpoint`, with the same arguments, and save what that returns"
+        )
+    try:
+        told = require_values(about, _ABOUT)
+        kept = {None if tally.top is None else tally.top.k for tally in tallies.values()}
+        if told["top_k"] < 0 or not kept <= {told["top_k"] or None}:
+            raise ValueError("`top_k` is not that of its layers")
+        return Ledger(tallies, {**told, "input_shape": shape_of(told["input_shape"])})
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> ArchiveError:
+    reason = one_line(error)
+    return ArchiveError(f"cannot read {str(path)!r}: its header is damaged ({reason}); make the survey again")
+
+
 class Ledger(NamedTuple):
     """What a file holds.
 
@@ -174,23 +230,17 @@ def write_ledger(
         ArchiveError: The file cannot be written.
         MissingDependencyError: safetensors is not installed.
     """
-    safetensors = _safetensors()
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     for number, (name, tally) in enumerate(tallies.items()):
         layers[name] = {}
         for key, value in tally.to_dict().items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{number}.{key}"] = value.contiguous().clone()  # no two may share memory
+                tensors[f"{number}.{key}"] = value
             else:
                 layers[name][key] = value
-    metadata = {"torchlens_viz": json.dumps({"format": _FORMAT, "layers": layers, "about": dict(about)})}
-    with replacing(path, ArchiveError) as temporary:
-        try:
-            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # a full disk
-            raise ArchiveError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
-    return Path(path)
+    header = {"format": _FORMAT, "layers": layers, "about": dict(about)}
+    return write_safetensors(path, tensors, header, what=_WHAT)
 
 
 def read_ledger(path: str | os.PathLike[str]) -> Ledger:
@@ -200,33 +250,17 @@ def read_ledger(path: str | os.PathLike[str]) -> Ledger:
         ArchiveError: The file is missing, damaged, or holds something else.
         MissingDependencyError: safetensors is not installed.
     """
-    safetensors = _safetensors()
+    file = SafetensorsFile(path, format=_FORMAT, what=_WHAT)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get("torchlens_viz", "{}"))
-            if told.get("format") != _FORMAT:
-                raise ArchiveError(f"cannot read {str(path)!r}: it holds no survey in the format {_FORMAT!r}")
-            layers: dict[str, dict[str, Any]] = told["layers"]
-            kept = list(layers.values())
-            for key in file.keys():  # noqa: SIM118 - it is no dict
-                number, _, field = key.partition(".")
-                kept[int(number)][field] = file.get_tensor(key)
+        layers: dict[str, dict[str, Any]] = file.header["layers"]
+        kept = list(layers.values())
+        for key in file.names:
+            number, _, field = key.partition(".")
+            kept[int(number)][field] = file.tensor(key)
         tallies = {name: Tally.from_dict(state) for name, state in layers.items()}
-        return Ledger(tallies, told["about"])
-    except ArchiveError:
-        raise
-    except Exception as error:  # SafetensorError derives from Exception alone
-        raise ArchiveError(
-            f"cannot read {str(path)!r}: it is missing, truncated or no survey ({reason_of(error)}); make "
-            "the survey again"
-        ) from error
-
-
-def require_safetensors() -> None:
-    """Raise `MissingDependencyError` where no file could be written, before there is work to lose."""
-    _safetensors()
-
-
-def _safetensors() -> Any:
-    needed("safetensors.torch", "surveys are saved with safetensors", "safetensors")
-    return needed("safetensors", "surveys are saved with safetensors", "safetensors")
+        about = file.header["about"]
+        if not isinstance(about, dict):
+            raise ValueError("nothing is told about it")
+        return Ledger(tallies, about)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _damaged(path, error) from error

@@ -1,25 +1,25 @@
-"""Patches: the part of an input that a position of a layer sees, cut from the input itself."""
+"""Patches: the part of an input that a position of a layer sees, cut from the input itself: `Gallery`."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from math import ceil
 from typing import Any, Final, NamedTuple, final
 
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from torchlens_viz.arguments import indices_of
-from torchlens_viz.dataset.loader import InputOf, input_of
-from torchlens_viz.draw.canvas import check_size, draw
+from torchlens_viz.arguments import indices_of, shown
+from torchlens_viz.dataset.tally import Tally
+from torchlens_viz.draw.rows import draw_rows
 from torchlens_viz.draw.style import Style
-from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.models.inputs import as_batch, as_pixels
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.models.colours import Colours, as_pixels, known_colours
+from torchlens_viz.models.inputs import InputOf, input_of, model_input, part_of
+from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
 from torchlens_viz.stats.topk import Top
@@ -64,11 +64,35 @@ class View(NamedTuple):
         model: The model that was surveyed.
         layer: The layer whose positions are meant.
         shape: (C, H, W) of the inputs that were surveyed; None where they differed.
+        channel_dim: The dimension that counts channels in what the layer puts out.
     """
 
     model: nn.Module
     layer: str
     shape: tuple[int, ...] | None
+    channel_dim: int | None
+
+
+def view_of(tally: Tally, layer: str, model: nn.Module | None, shape: tuple[int, ...] | None) -> View:
+    """Return what looks at the inputs of a layer.
+
+    Args:
+        tally: What is known of the layer.
+        layer: Its name.
+        model: The model that was surveyed.
+        shape: (C, H, W) of the inputs; None where they differed.
+
+    Raises:
+        InvalidArgumentError: There is no model, or the layer ran several times for one batch.
+    """
+    if model is None:
+        raise InvalidArgumentError("`model` must be given, since a survey from a file comes without one")
+    if tally.most_calls > 1:
+        raise InvalidArgumentError(
+            f"`{layer}` ran {tally.most_calls} times for one batch, so that it cannot be told what a peak of "
+            "it sees; survey a layer that runs once"
+        )
+    return View(model, layer, shape, tally.stats.channel_dim)
 
 
 @final
@@ -82,9 +106,11 @@ class Cutter:
     """
 
     def __init__(self, view: View, source: Source, inputs: Mapping[int, Any]) -> None:
-        self._model, self._layer, self._shape = view
+        self._model, self._layer, self._shape, self._channel_dim = view
         self._preprocess, self._invert, self._inputs = source.preprocess, source.invert, inputs
+        self._channels = image_channels(self._model)
         self._fields: dict[tuple[int, ...], ReceptiveField] = {}
+        self._colours: dict[tuple[Any, ...], Colours | None] = {}
         self._read: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def cut(self, sample: int, position: Sequence[int]) -> Patch:
@@ -107,69 +133,136 @@ class Cutter:
         inside: tuple[Any, ...] = (slice(None), *box)
         return Patch(values[inside].clone(), pixels[inside].clone(), box)  # views would hold all of the input
 
+    def whole(self, sample: int) -> torch.Tensor:
+        """Return an input as the model takes it, (C, H, W)."""
+        return self._input(sample)[0]
+
+    def colours(self, sample: int) -> torch.Tensor | None:
+        """Return how much of red, green and blue the preprocessing puts into each channel, (C, 3)."""
+        found = self._colours_of(self._inputs[sample])
+        return None if found is None else found.matrix.float()
+
     def _input(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
         if sample not in self._read:
             image = self._inputs[sample]
-            batch = as_batch(image if self._preprocess is None else self._preprocess(image))
+            batch = model_input(image, self._preprocess, self._channels)
             shape = tuple(batch.shape[1:])
             if self._shape is not None and shape != self._shape:
                 raise InvalidArgumentError(
                     f"`source` must hold the inputs that were surveyed, of shape {self._shape}, got {shape} "
                     f"at index {sample}; pass `preprocess` if it holds what the inputs are made from"
                 )
-            pixels = as_pixels(batch, image, preprocess=self._preprocess, invert=self._invert)
+            pixels = as_pixels(batch, image, invert=self._invert, colours=self._colours_of(image))
             self._read[sample] = (batch[0].detach().cpu(), pixels)
             if len(self._read) > _REMEMBERED:
                 self._read.popitem(last=False)
         return self._read[sample]
 
+    def _colours_of(self, image: torch.Tensor | Image.Image) -> Colours | None:
+        """Return what the preprocessing does to the colours of such an image; found once for each kind."""
+        if self._preprocess is None or self._invert is not None:
+            return None
+        if isinstance(image, Image.Image):
+            kind: tuple[Any, ...] = (image.mode, image.size)
+        else:
+            kind = (image.dtype, image.shape, bool(image.min() < 0 or image.max() > 1))
+        if kind not in self._colours:
+            self._colours[kind] = known_colours(self._preprocess, image)
+        return self._colours[kind]
+
     def _field(self, shape: tuple[int, ...]) -> ReceptiveField:
         if shape not in self._fields:
-            self._fields[shape] = receptive_field(self._model, self._layer, (1, *shape))
+            self._fields[shape] = receptive_field(
+                self._model, self._layer, (1, *shape), channel_dim=self._channel_dim
+            )
         return self._fields[shape]
 
 
-def cut_patches(top: Top, channels: Sequence[int], source: Source, view: View) -> list[list[Patch]]:
-    """Cut what the peaks of channels see: a list per channel, the highest peak first.
+class Sight(NamedTuple):
+    """What one peak of a channel sees.
+
+    Attributes:
+        sample: The index of the input.
+        value: The peak.
+        position: Where it stands in the map.
+        patch: What it sees of the input.
+    """
+
+    sample: int
+    value: float
+    position: tuple[int, ...]
+    patch: Patch
+
+
+@final
+class Gallery:
+    """The top inputs of channels of a layer, as pictures; each is read when it is looked at.
+
+    Args:
+        top: The top inputs of all channels.
+        channels: Which channels are wanted.
+        source: The inputs that were surveyed.
+        view: What looks at them.
 
     Raises:
-        InvalidArgumentError: A channel is out of range, or the source holds other inputs.
+        InvalidArgumentError: A channel is out of range, or the source ends before an input that is wanted.
     """
-    chosen = indices_of(list(channels), len(top.values), "channels")
-    samples, positions = top.samples[chosen].tolist(), top.positions[chosen].tolist()
-    wanted = [sample for row in samples for sample in row if sample >= 0]
-    cutter = Cutter(view, source, pick(source.inputs, wanted, source.input_of))
-    return [
-        [cutter.cut(sample, place) for sample, place in zip(row, places, strict=True) if sample >= 0]
-        for row, places in zip(samples, positions, strict=True)
-    ]
 
+    def __init__(self, top: Top, channels: int | Sequence[int] | None, source: Source, view: View) -> None:
+        self.channels = tuple(indices_of(channels, len(top.values), "channels"))
+        self.view = view
+        self._top = top
+        wanted = [sample for sample in top.samples[list(self.channels)].flatten().tolist() if sample >= 0]
+        self._cutter = Cutter(view, source, pick(source.inputs, wanted, source.input_of))
 
-def draw_patches(
-    top: Top, channels: Sequence[int], source: Source, view: View, *, tile: int, style: Style
-) -> Image.Image:
-    """Draw what the peaks of channels see: a row per channel, each patch with its peak and its input's index.
+    def sights(self, channel: int) -> list[Sight]:
+        """Return what the peaks of a channel see, the highest first.
 
-    Raises:
-        InvalidArgumentError: As in `cut_patches`, the channels have no peak, or the sheet would be too large.
-    """
-    is_there = top.samples[list(channels)] >= 0
-    columns = int(is_there.sum(1).amax()) if is_there.numel() else 0
-    if columns == 0:
-        raise InvalidArgumentError(
-            f"these channels of `{view.layer}` have no top inputs, because they put out nothing but NaN"
-        )
-    rows = cut_patches(top, channels, source, view)
-    words = [
-        [
-            f"{channel}: {value:.3g} #{sample}"
-            for value, sample in zip(top.values[channel].tolist(), top.samples[channel].tolist(), strict=True)
+        Raises:
+            InvalidArgumentError: The source holds other inputs.
+        """
+        parts = (self._top.samples, self._top.values, self._top.positions)
+        rows = zip(*(part[channel].tolist() for part in parts), strict=True)
+        return [
+            Sight(sample, value, tuple(place), self._cutter.cut(sample, place))
+            for sample, value, place in rows
             if sample >= 0
         ]
-        for channel in channels
-    ]
-    pixels = [[patch.pixels for patch in row] for row in rows]
-    return draw_rows(pixels, words, tile=tile, style=replace(style, nrow=columns))
+
+    def whole(self, sample: int) -> torch.Tensor:
+        """Return an input as the model takes it, (1, C, H, W)."""
+        return self._cutter.whole(sample)[None]
+
+    def colours(self, sample: int) -> torch.Tensor | None:
+        """Return how much of red, green and blue the preprocessing puts into each channel, (C, 3)."""
+        return self._cutter.colours(sample)
+
+    def draw(self, *, tile: int, style: Style) -> Image.Image:
+        """Draw a row per channel, each patch with its peak and its input's index.
+
+        Raises:
+            InvalidArgumentError: The channels have no peak, or the sheet would be too large.
+        """
+        rows = [self.sights(channel) for channel in self.channels]
+        self.require_some(rows)
+        words = [
+            [f"{channel}: {sight.value:.3g} #{sight.sample}" for sight in row]
+            for channel, row in zip(self.channels, rows, strict=True)
+        ]
+        pixels = [[sight.patch.pixels for sight in row] for row in rows]
+        return draw_rows(pixels, words, tile=tile, style=replace(style, nrow=max(map(len, rows))))
+
+    def require_some(self, rows: Sequence[Sequence[Sight]]) -> None:
+        """Refuse channels without any peak.
+
+        Raises:
+            InvalidArgumentError: They have none.
+        """
+        if not any(rows):
+            raise InvalidArgumentError(
+                f"these channels of `{self.view.layer}` have no top inputs, because they put out nothing but "
+                "NaN"
+            )
 
 
 def pick(source: Any, samples: Iterable[int], rule: InputOf) -> Mapping[int, Any]:
@@ -186,8 +279,10 @@ def pick(source: Any, samples: Iterable[int], rule: InputOf) -> Mapping[int, Any
     """
     wanted = sorted(set(samples))
     source = source.dataset if isinstance(source, DataLoader) else source
-    if hasattr(source, "__getitem__") and not isinstance(source, IterableDataset):
+    if hasattr(type(source), "__getitem__") and not isinstance(source, IterableDataset):
         return _Lookup(source, wanted, rule)
+    if not isinstance(source, Iterable):
+        raise InvalidTypeError(f"`source` must be a dataset or a tensor of inputs, got {shown(source)}")
     found: dict[int, Any] = {}
     for index, item in enumerate(source):
         if len(found) == len(wanted):
@@ -223,54 +318,5 @@ class _Lookup(Mapping[int, Any]):
 
 
 def _image(item: Any, rule: InputOf) -> Any:
-    if isinstance(item, Image.Image) and rule is None:
-        return item
-    if rule is None and isinstance(item, tuple | list) and item and isinstance(item[0], Image.Image):
-        return item[0]
-    return input_of(item, rule)
-
-
-def draw_rows(
-    rows: Sequence[Sequence[torch.Tensor]], words: Sequence[Sequence[str]], *, tile: int, style: Style
-) -> Image.Image:
-    """Draw patches of any size, each in the middle of a tile.
-
-    Args:
-        rows: Patches (3, h, w), or (3, w) of signals, in [0, 1]; a row for each channel.
-        words: A label for each.
-        tile: The longer side to which all are shrunk by one factor, where the largest is larger.
-        style: How to draw them; its number of columns is that of the longest row.
-
-    Returns:
-        An image of mode "RGB", gray where a patch ends and white where there is none.
-
-    Raises:
-        InvalidArgumentError: It would be too large.
-    """
-    planes = [[patch[:, None] if patch.ndim == 2 else patch for patch in row] for row in rows]
-    columns = max(map(len, rows))
-    extents = [patch.shape[1:] for row in planes for patch in row]
-    height, width = (max([1, *(extent[axis] for extent in extents)]) for axis in (0, 1))
-    shrink = max(1.0, max(height, width) / tile)
-    height, width = ceil(height / shrink), ceil(width / shrink)
-    check_size((len(rows) * columns, 3, height, width), style)
-    tiles, labels = [], []
-    for row, own in zip(planes, words, strict=True):
-        missing = columns - len(row)
-        tiles += [_tile(patch, height, width, shrink) for patch in row]
-        tiles += [torch.ones(3, height, width)] * missing
-        labels += [*own, *[""] * missing]
-    return draw(torch.stack(tiles), style, labels=labels, notes=())
-
-
-def _tile(patch: torch.Tensor, height: int, width: int, shrink: float) -> torch.Tensor:
-    tile = torch.full((3, height, width), 0.5)
-    if patch.numel() == 0:
-        return tile
-    if shrink > 1:
-        size = [max(1, round(extent / shrink)) for extent in patch.shape[1:]]
-        patch = F.interpolate(patch[None], size=size, mode="area")[0]
-    rows, columns = patch.shape[1:]
-    top, left = (height - rows) // 2, (width - columns) // 2
-    tile[:, top : top + rows, left : left + columns] = patch
-    return tile
+    found = part_of(item, rule)
+    return found if isinstance(found, Image.Image) else input_of(item, rule)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import Any, final
+from typing import Any, Final, final
 
 import torch
 from torch import nn
 
 from torchlens_viz.dataset.checkpoint import Logbook, Progress, fingerprint
+from torchlens_viz.dataset.gradients import Gradients, LossOf, Relevance, Taken, for_gradients
 from torchlens_viz.dataset.loader import Batch, Numbering
 from torchlens_viz.dataset.tally import Observation, Tally
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.capture import Capture
+from torchlens_viz.hooks.followers import Followers
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
+from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.layers import Layer, unwrap
 from torchlens_viz.models.state import inference
+from torchlens_viz.nested import map_tensors
+from torchlens_viz.stats.slopes import Slopes
+
+_FOLLOWED: Final = 2  # batches in which it is found out where the channels are
 
 
 @final
@@ -33,6 +42,9 @@ class Pass:
         device: Where batches are moved to; None leaves them where they are.
         empty: What is known of every layer before the first batch.
         alike: Whether to find out how alike the channels respond.
+        relevance: What takes gradients of a score, where one was given; the pass is then made with its copy.
+        channel_dim: The dimension that counts channels, where the caller says it.
+        loss: The loss of every input, where effects on it are asked for.
     """
 
     def __init__(
@@ -45,11 +57,18 @@ class Pass:
         empty: Tally,
         *,
         alike: bool,
+        relevance: Relevance | None,
+        channel_dim: int | None,
+        loss: LossOf | None = None,
     ) -> None:
-        self._model, self._numbering, self._book, self._device = model, numbering, book, device
+        self._numbering, self._book, self._device = numbering, book, device
         self._alike = alike
-        self._layers = tuple(layers)
-        self._watch = _Watch()
+        self._relevance = relevance
+        self._model = model if relevance is None else relevance.model
+        self._layers = tuple(layers) if relevance is None else relevance.within(tuple(layers))
+        self._layout = Layout(self._layers, channel_dim)
+        self._gradients = None if loss is None else Gradients(loss)
+        self._watch = _Watch(self._layout, self._gradients, relevance)
         self.progress = Progress(tallies=dict.fromkeys((layer.name for layer in layers), empty))
 
     def go(self, loader: Iterable[Any], count: Callable[[int], object]) -> None:
@@ -126,6 +145,37 @@ class Pass:
             self._book.require_same_count(before, self.progress.inputs)
             self.progress = before
 
+    @contextmanager
+    def _followed(self) -> Iterator[None]:
+        """Find out within the block where channels are, and what comes after each layer."""
+        followers = self._watch.followers
+        try:
+            with self._layout.following():
+                followers.begin()
+                yield
+        finally:
+            followers.end()
+
+    def _run(self, batch: Batch, *, in_order: bool, must_follow: bool) -> Any:
+        """Let the observations of a batch see what the layers put out; return what the network does."""
+        self._watch.begin(
+            {
+                name: Observation(name, tally, batch.samples, in_order=in_order, alike=self._alike)
+                for name, tally in self.progress.tallies.items()
+            }
+        )
+        with self._followed() if must_follow else nullcontext():
+            return self._output_of(batch)
+
+    def _weighed(self, relevance: Relevance, batch: Batch, *, in_order: bool, must_follow: bool) -> bool:
+        """Run a batch and take gradients; False where the network wrote to what was to be weighed."""
+        with relevance.running():
+            output = self._run(batch, in_order=in_order, must_follow=must_follow)
+            if relevance.is_spoilt():
+                return False
+            relevance.weigh(output, batch, self._watch.weigh)
+            return True
+
     def _survey(self, batch: Batch) -> None:
         now, shape = self.progress, batch.shape
         inputs = len(batch.samples)
@@ -133,16 +183,22 @@ class Pass:
             self.progress = now._replace(batches=now.batches + 1)
             return
         in_order = self._numbering.are_in_order(batch.samples)
-        self._watch.begin(
-            {
-                name: Observation(name, tally, batch.samples, in_order=in_order, alike=self._alike)
-                for name, tally in now.tallies.items()
-            }
-        )
         there = batch.to(self._device)
-        self._model(*there.args, **there.kwargs)
+        # A layer that has not run in two batches may never run.
+        must_follow = now.batches == 0 or (now.batches < _FOLLOWED and self._layout.must_follow)
+        if self._relevance is None:
+            self._run(there, in_order=in_order, must_follow=must_follow)
+        else:
+            there = there._replace(args=for_gradients(there.args), kwargs=for_gradients(there.kwargs))
+            while not self._weighed(self._relevance, there, in_order=in_order, must_follow=must_follow):
+                pass  # each time more of what the network writes to is copied
         with torch.inference_mode(False), torch.no_grad():
             tallies = self._watch.end()
+        if must_follow:
+            tallies = {
+                name: replace(tally, follower=tally.follower or self._watch.followers.found.get(name, ""))
+                for name, tally in tallies.items()
+            }
         # In one step, so that Ctrl-C never leaves half a batch.
         self.progress = Progress(
             tallies=tallies,
@@ -154,22 +210,47 @@ class Pass:
         if self._book is not None:
             self._book.write_in_time(self.progress)
 
+    def _output_of(self, batch: Batch) -> Any:
+        """Run the model on a batch, and where there is a loss, find out what it says of the layers."""
+        if self._gradients is None:
+            return self._model(*batch.args, **batch.kwargs)
+        # Outside inference mode, whose tensors take no part in a graph, and without DistributedDataParallel,
+        # which would wait for the gradients of the weights.
+        with torch.inference_mode(False), torch.enable_grad():
+            args, kwargs = (map_tensors(_trainable, given) for given in (batch.args, batch.kwargs))
+            output = unwrap(self._model)(*args, **kwargs)
+            slopes = self._gradients.slopes(output, batch.all_on(self._device), len(batch.samples))
+        self._watch.learn(slopes)
+        return output
+
+
+def _trainable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
 
 @final
 class _Watch(Sink[None]):
     """Hands what every layer puts out to its observation of the batch that is under way."""
 
-    __slots__ = ("_aliases", "_calls", "_seen")
+    __slots__ = ("_aliases", "_calls", "_dims", "_gradients", "_layout", "_relevance", "_seen", "followers")
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout, gradients: Gradients | None, relevance: Relevance | None) -> None:
+        self._layout = layout
+        self._gradients = gradients
+        self._relevance = relevance
+        self.followers = Followers()
         self._seen: dict[str, Observation] = {}
         self._calls = Counter[str]()
+        self._dims: dict[str, int] = {}
         self._aliases: dict[str, str] = {}
 
     def begin(self, batch: dict[str, Observation]) -> None:
         """Begin a batch; what a pass that was broken off left of the one before is forgotten."""
         self._seen = batch
         self._calls.clear()
+        if self._gradients is not None:
+            self._gradients.clear()
+        self.followers = Followers()
 
     def end(self) -> dict[str, Tally]:
         """Return what is known of each layer with this batch.
@@ -186,12 +267,52 @@ class _Watch(Sink[None]):
         found = {name: seen.finish() for name, seen in self._seen.items() if name not in self._aliases}
         return {name: found[self._aliases.get(name, name)] for name in self._seen}
 
+    @property
+    def is_on_graph(self) -> bool:
+        """Whether gradients of what layers put out are taken."""
+        return self._gradients is not None or self._relevance is not None
+
+    def learn(self, slopes: Mapping[str, Slopes]) -> None:
+        """Take note of what the loss says of the layers of this batch."""
+        for layer, found in slopes.items():
+            self._seen[layer].slopes = found
+
     def open(self, layers: Sequence[str]) -> None:
         """Begin; what comes before the first batch is not looked at."""
 
-    def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> None:
-        """Take in what a layer put out; nothing of it is kept."""
-        self._seen[layer].see(real_tensor(tensor, layer).detach())
+    def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> torch.Tensor | Taken | None:
+        """Take in what a layer put out; of it is kept what a gradient of it takes, if any."""
+        given, seen = real_tensor(tensor, layer), self._seen[layer]
+        values = given.detach()
+        dim = self._layout.found(values, layer)
+        if dim is None:
+            dim = self._layout.channel_dim(values, layer) if seen.channel_dim is None else seen.channel_dim
+        self._dims[layer] = dim
+        if self._relevance is not None:
+            with self.followers.unseen():
+                seen.see(values, dim)
+                return self._relevance.take(given, layer)
+        with self.followers.put_out(values, layer):
+            seen.see(values, dim)
+        if self._gradients is None:
+            return None
+        with torch.enable_grad():
+            return self._gradients.keep(given, layer, dim)
+
+    def successor(self, tensor: torch.Tensor, kept: Any, layer: str) -> torch.Tensor:
+        """Return what the network goes on from: the tensor, or one in memory of its own, on the graph."""
+        if self._gradients is not None:
+            with torch.enable_grad():
+                going_on: torch.Tensor = kept.clone()
+            return going_on
+        with self.followers.unseen():
+            given = tensor if kept is None or kept.leaf is None else kept.leaf.clone()
+        with self.followers.put_out(given, layer):
+            return given
+
+    def weigh(self, layer: str, values: torch.Tensor, gradient: torch.Tensor | None, is_only: bool) -> None:
+        """Take in how much what one call of a layer put out mattered."""
+        self._seen[layer].weigh(values, gradient, self._dims[layer], is_only=is_only)
 
     def record(self, names: Sequence[str], kept: Any) -> None:
         """Count a call, and note that what is known of one name is known of all."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from torchlens_viz.arguments import integer
+from torchlens_viz.ablation.losses import Loss, losses_of
+from torchlens_viz.arguments import flag, function, integer, shown
 from torchlens_viz.dataset.checkpoint import Logbook, Progress
-from torchlens_viz.dataset.loader import Indices, InputOf, Numbering, inputs_in
+from torchlens_viz.dataset.gradients import Relevance, Target
+from torchlens_viz.dataset.loader import Indices, Numbering
+from torchlens_viz.dataset.order import inputs_in
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.dataset.run import Pass
 from torchlens_viz.dataset.tally import Tally, empty_tally
@@ -21,11 +27,15 @@ from torchlens_viz.errors import (
     InvalidArgumentError,
     NoDataError,
 )
+from torchlens_viz.files.paths import as_path
 from torchlens_viz.files.tensors import checksum
+from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import Selector, select
+from torchlens_viz.models.state import usable_device
 from torchlens_viz.progress import counter, is_shown
-from torchlens_viz.stats.running import Bins
+from torchlens_viz.stats.running import Bins, edges_of
 
+_SHOWN: Final = 5  # layers that a warning names
 _NOTHING: Final = "`loader` must yield at least one batch, got none; was it used up before?"
 
 
@@ -38,9 +48,12 @@ def survey(
     indices: Indices = None,
     input_of: InputOf = None,
     device: torch.device | str | None = None,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     bins: Bins = None,
     correlations: bool = False,
+    target: Target | None = None,
+    loss: Loss | None = None,
+    label_of: InputOf = None,
     progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
@@ -73,9 +86,21 @@ def survey(
             first part, and of a mapping the first of the keys `pixel_values`, `image`, `images`, `img`,
             `input`, `inputs`, `x`.
         device: Where batches are moved to; by default, where the model's first parameter is.
-        channel_dim: The dimension of the channels; -1 for tokens (N, L, C).
+        channel_dim: The dimension that counts channels in what all of the layers put out: 1 in (N, C, H, W),
+            -1 in tokens (N, L, C). None finds it for each layer by itself, as in `torchlens_viz.capture`.
         bins: Edges of a histogram, as in `RunningStats`.
         correlations: Gather the correlation of every two channels' peaks too, for `Survey.duplicates`.
+        loss: Estimate the effect of every channel on it too, for `Survey.effects`: `f(output, batch) ->
+            (N,)`, a number per input, where the tensors of the batch are on the model's device; or
+            `"cross_entropy"`, of logits (N, classes) and the labels in the batch. One backward pass more for
+            each batch.
+        label_of: Which part of a batch has the classes, as in `ablate`, for `"cross_entropy"`.
+        target: Makes of what the model puts out, and of the batch as the loader yields it, a score for each
+            input, (N,): `lambda output, batch: output[:, 3]`. With it, the inputs for whose score each
+            channel mattered most are gathered in the same pass, `Survey.top_by_relevance`: by activation
+            times the gradient of the score, summed over the map. What a channel puts out where nothing
+            depends on it does not count, and what lowers the score counts as negative. The model runs as a
+            private copy that shares its weights, with gradients of what the layers put out alone.
         progress: Show a bar with images per second; None shows it where tqdm is installed and somebody can
             see it.
         checkpoint: A file in which to keep what was found so far. A survey that was broken off, even by
@@ -90,7 +115,7 @@ def survey(
     Raises:
         LayerNotFoundError: A selector matches nothing.
         InvalidArgumentError: The loader shuffles, a layer changes its channels from batch to batch or has no
-            row per input, or an argument does not fit.
+            row per input, `target` makes no score or one that no layer leads to, or an argument does not fit.
         InvalidTypeError: A batch holds no tensor, or an argument has another type.
         NoDataError: The loader yields nothing.
         ArchiveError: The checkpoint was begun with other settings, weights or data, or cannot be used.
@@ -109,19 +134,35 @@ def survey(
         ([1], 6)
     """
     selected = select(model, layers)
+    if label_of is not None and loss != "cross_entropy":
+        raise InvalidArgumentError('`label_of` has no effect without `loss="cross_entropy"`; leave it out')
+    if target is not None and loss is not None:
+        raise InvalidArgumentError("`target` and `loss` each need the gradients of a pass; make two surveys")
     top_k = integer(top_k, "top_k", least=0)
-    if not checkpoint_seconds >= 0:  # infinity writes at the end alone
-        raise InvalidArgumentError(f"`checkpoint_seconds` must be 0 or more, got {checkpoint_seconds}")
-    rank, processes = world() if distributed else (0, 1)
+    if not isinstance(checkpoint_seconds, int | float) or not checkpoint_seconds >= 0:
+        # Infinity writes at the end alone.
+        raise InvalidArgumentError(f"`checkpoint_seconds` must be 0 or more, got {shown(checkpoint_seconds)}")
+    correlations = flag(correlations, "correlations")
+    if function(target, "target") is not None and top_k == 0:
+        raise InvalidArgumentError(
+            "`target` has no effect with `top_k=0`, which keeps no inputs; give `top_k` of 1 or more"
+        )
+    bins = edges_of(bins)
+    file = None if checkpoint is None else as_path(checkpoint, "checkpoint")
+    rank, processes = world() if flag(distributed, "distributed") else (0, 1)
     first = next(model.parameters(), None)
-    place = torch.device(device) if device is not None else None if first is None else first.device
+    place = usable_device(device) if device is not None else None if first is None else first.device
     settings = {
         "layers": [layer.name for layer in selected],
         "top_k": top_k,
         "channel_dim": channel_dim,
-        "bins": bins if bins is None or isinstance(bins, str) else [float(edge) for edge in bins],
+        "bins": None if bins is None else list(bins),
         "correlations": correlations,
+        "target": target is not None,
         "processes": processes,
+        "loss": loss
+        if loss is None or isinstance(loss, str)
+        else getattr(loss, "__qualname__", "a function"),
     }
     if checkpoint is not None or processes > 1:
         settings["weights"] = checksum(model)
@@ -130,10 +171,15 @@ def survey(
         # What may fail in one process alone is done here, so that the others hear of it.
         numbering = Numbering(loader, indices, input_of, shared=processes > 1)
         own = {**settings, "rank": rank, "indices": checksum(numbering.listed), "inputs": inputs_in(loader)}
-        path = None if checkpoint is None else f"{os.fspath(checkpoint)}{f'.{rank}' if processes > 1 else ''}"
+        path = None if file is None else f"{file}{f'.{rank}' if processes > 1 else ''}"
         book = None if path is None else Logbook(path, own, seconds=checkpoint_seconds)
-        empty = empty_tally(top_k=top_k, channel_dim=channel_dim, bins=bins)
-        run = Pass(model, selected, numbering, book, place, empty, alike=correlations)
+        empty = empty_tally(top_k=top_k, channel_dim=channel_dim, bins=bins, by_relevance=target is not None)
+        relevance = None if target is None else Relevance(model, target)
+        run = Pass(
+            model, selected, numbering, book, place, empty,
+            alike=correlations, relevance=relevance, channel_dim=channel_dim,
+            loss=None if loss is None else partial(_losses, loss, label_of),
+        )  # fmt: skip
         with counter(shown=rank == 0 and is_shown(progress), total=inputs_in(loader), unit="images") as count:
             run.go(loader, count)
         if processes == 1:
@@ -143,11 +189,17 @@ def survey(
         return [(settings, listed, run.progress._replace(tallies=tallies))]
 
     found = gathered(work) if processes > 1 else work()
+    parts = [share[2] for share in found] if processes > 1 else found
+    _say_what_was_missed([part for part in parts if part.inputs])
     if processes > 1:
         return _united(found, [layer.name for layer in selected], top_k, model)
     if found[0].inputs == 0:
         raise NoDataError(_NOTHING)
     return _survey_of(found[0], top_k, model)
+
+
+def _losses(loss: Loss, rule: InputOf, output: Any, batch: Any, inputs: int) -> torch.Tensor:
+    return losses_of(loss, output, batch, inputs, rule)
 
 
 def _survey_of(found: Progress, top_k: int, model: nn.Module) -> Survey:
@@ -158,6 +210,22 @@ def _survey_of(found: Progress, top_k: int, model: nn.Module) -> Survey:
         "input_shape": found.shape,
     }
     return Survey(found.tallies, about, model)
+
+
+def _say_what_was_missed(parts: Sequence[Progress]) -> None:
+    """Warn of layers whose figures are of fewer inputs than the survey's, though of some."""
+    total = sum(part.inputs for part in parts)
+    seen: Counter[str] = Counter()
+    for part in parts:
+        seen.update({name: tally.inputs for name, tally in part.tallies.items()})
+    fewer = [f"`{name}` {inputs:,}" for name, inputs in seen.items() if 0 < inputs < total]
+    if fewer:
+        more = f" and {len(fewer) - _SHOWN:,} layers more" if len(fewer) > _SHOWN else ""
+        warnings.warn(
+            f"these layers saw fewer than the {total:,} inputs of the survey: {', '.join(fewer[:_SHOWN])}"
+            f"{more}; they did not run in every batch, or in another thread: see `inputs_seen`",
+            stacklevel=3,
+        )
 
 
 def _united(

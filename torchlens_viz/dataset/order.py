@@ -1,0 +1,185 @@
+"""In which order a loader yields inputs, and how many in each batch, as far as that can be told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
+from types import GeneratorType
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from torchlens_viz.arguments import shown
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.nested import tensors
+
+_DEPTH: Final = 4  # how far to look for a DataLoader inside of something else
+_SHUFFLING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+class UnknownOrder(NamedTuple):
+    """A sampler of whole batches, whatever it does."""
+
+    sampler: Any
+
+
+def loader_within(loader: Any) -> Any:
+    """Return the DataLoader, or its iterator, that something else yields the batches of, as tqdm does.
+
+    Where none is found, that is the thing itself.
+    """
+    seen: set[int] = set()
+    around = [loader]
+    for _ in range(_DEPTH):
+        for each in around:
+            if isinstance(each, DataLoader | _BaseDataLoaderIter):
+                return each
+        seen |= {id(each) for each in around}
+        around = [
+            part for each in around for part in _parts(each) if id(part) not in seen and _may_yield(part)
+        ]
+    return loader
+
+
+def _parts(thing: Any) -> list[Any]:
+    if isinstance(thing, list | tuple | Mapping | torch.Tensor | Dataset):
+        return []  # batches themselves
+    if isinstance(thing, GeneratorType):
+        return [] if thing.gi_frame is None else list(thing.gi_frame.f_locals.values())
+    if isinstance(thing, map | filter | zip | enumerate):
+        made = thing.__reduce__()
+        return list(made[1]) if isinstance(made, tuple) else []
+    return list(getattr(thing, "__dict__", {}).values())
+
+
+def _may_yield(thing: Any) -> bool:
+    return hasattr(type(thing), "__iter__") and not isinstance(thing, str | bytes)
+
+
+def batch_sizes(loader: Any) -> Iterator[int] | None:
+    """Return how many inputs each batch of a loader must have; None where that cannot be told."""
+    sampler = getattr(loader, "batch_sampler", getattr(loader, "_index_sampler", None))
+    if type(sampler) is not BatchSampler:
+        return None
+    try:
+        inputs = len(sampler.sampler)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    size = sampler.batch_size
+    rest = [] if sampler.drop_last or inputs % size == 0 else [inputs % size]
+    return chain(repeat(size, inputs // size), rest)
+
+
+def sampler_of(loader: Any) -> Any:
+    """Return what names the inputs of a loader one by one; None where nothing does."""
+    if isinstance(loader, _BaseDataLoaderIter):
+        if isinstance(loader._dataset, IterableDataset):
+            return None
+        inner = getattr(loader._index_sampler, "sampler", loader._index_sampler)
+        # What it has yielded is not heard of, and another sampler than this one may begin anew differently.
+        is_fresh = loader._num_yielded == 0 and isinstance(inner, SequentialSampler)
+        return inner if is_fresh else UnknownOrder(inner)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    if loader.batch_sampler is None:
+        return loader.sampler
+    if type(loader.batch_sampler) is BatchSampler:
+        return loader.batch_sampler.sampler
+    return UnknownOrder(loader.batch_sampler)
+
+
+def padding(sampler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that tells of places in the order of iteration whether they count here.
+
+    A `DistributedSampler` makes the shares equal by giving some inputs to a second process.
+    """
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return lambda places: torch.ones_like(places, dtype=torch.bool)
+    count, rank, processes = len(sampler.dataset), sampler.rank, sampler.num_replicas  # type: ignore[arg-type]
+    return lambda places: places * processes + rank < count
+
+
+def refuse_what_is_no_loader(loader: Any) -> None:
+    """Raise `InvalidTypeError` for what yields single inputs, each of which would pass for a batch."""
+    is_iterable = hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")
+    if not is_iterable or isinstance(loader, np.generic):  # a number of numpy's has both
+        raise InvalidTypeError(
+            f"`loader` must yield batches, got {shown(loader)}; pass a DataLoader or a list"
+        )
+    is_dataset = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    if isinstance(loader, torch.Tensor) or is_dataset:
+        remedy = (
+            "`x.split(64)`" if isinstance(loader, torch.Tensor) else "`DataLoader(dataset, batch_size=64)`"
+        )
+        raise InvalidTypeError(
+            f"`loader` must yield batches, got a {type(loader).__name__}, which yields single inputs; pass "
+            f"{remedy}"
+        )
+
+
+def refuse_loss_of_order(loader: Any) -> None:
+    """Raise `InvalidArgumentError` for a loader whose workers make the order of the batches."""
+    is_stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+    if is_stream and loader.num_workers > 1:
+        raise InvalidArgumentError(
+            f"`loader` must read an IterableDataset with one worker at most, got {loader.num_workers}, which "
+            "yield in turn what each of them reads, so that the place of an input says nothing of its index; "
+            "pass `num_workers=1`, or `indices`, a function of a batch"
+        )
+    if isinstance(loader, DataLoader) and loader.num_workers and not getattr(loader, "in_order", True):
+        raise InvalidArgumentError(
+            "`loader` must keep the order of its batches, got a DataLoader with `in_order=False`; leave that "
+            "out, or pass `indices`, a function of a batch"
+        )
+
+
+def refuse_unknown_order(sampler: Any, *, shared: bool) -> None:
+    """Raise `InvalidArgumentError` where the place of an input says nothing of its index.
+
+    Args:
+        sampler: As from `sampler_of`.
+        shared: Whether other processes survey other inputs.
+    """
+    if shared and not isinstance(sampler, DistributedSampler):
+        raise InvalidArgumentError(
+            "`loader` must have a DistributedSampler where several processes survey together, or `indices` "
+            "must say which inputs are this one's, or else each input would count once per process"
+        )
+    if isinstance(sampler, _SHUFFLING):
+        raise InvalidArgumentError(
+            f"`loader` must not shuffle, got one with a {type(sampler).__name__}: the index of an input "
+            "would be lost; build it with `shuffle=False`, or pass `indices`"
+        )
+    is_known = sampler is None or isinstance(sampler, SequentialSampler | DistributedSampler | Sequence)
+    if isinstance(sampler, UnknownOrder) or not is_known:
+        kind = type(sampler.sampler if isinstance(sampler, UnknownOrder) else sampler).__name__
+        raise InvalidArgumentError(
+            f"`indices` must say which input comes when, for a loader with a {kind}, whose order is not known"
+        )
+
+
+def inputs_in(loader: Any) -> int | None:
+    """Return how many inputs a loader will yield, as far as can be told."""
+    loader = loader_within(loader)
+    sampler = sampler_of(loader)
+    if isinstance(sampler, UnknownOrder):
+        return None
+    try:
+        if isinstance(loader, list | tuple):
+            return sum(len(first) for batch in loader for first in islice(tensors(batch), 1))
+        return len(loader.dataset if sampler is None else sampler)
+    except (AttributeError, TypeError):
+        return None
