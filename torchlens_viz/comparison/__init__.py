@@ -1,0 +1,1 @@
+"""What sets two networks apart, layer by layer: `compare`."""

@@ -1,0 +1,177 @@
+"""How far apart two tensors are, gathered over batches: in all, by channel, and where it is worst."""
+
+from __future__ import annotations
+
+from math import ceil, sqrt
+from typing import NamedTuple, final
+
+import torch
+
+from torchlens_viz.arguments import plain, wide
+
+
+class Exhibit(NamedTuple):
+    """What is to be shown of a layer: where its worst value is.
+
+    Attributes:
+        channels: (K,) which channels, the worst first; none where the channels themselves are the map.
+        a: (K, H, W) float32, what they are in the one network.
+        b: (K, H, W) float32, and in the other.
+    """
+
+    channels: tuple[int, ...]
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@final
+class Gap:
+    """The gap between what two layers put out.
+
+    Args:
+        maps: How many channels to keep for a picture.
+
+    Attributes:
+        shapes: Those of both, the first time.
+        max_abs: The largest distance of two values; inf where one of them is not finite.
+        excess: The largest distance in parts of what was allowed.
+        channel: The channel where that is.
+        sample: The input where that is.
+        by_channel: (C,) float64, the largest distance in each channel.
+        exhibit: What is to be shown.
+        rtol: The tolerance, in parts of the value, the last time.
+    """
+
+    def __init__(self, maps: int) -> None:
+        self._maps = maps
+        self._squares = [0.0, 0.0, 0.0, 0.0]  # of a, of b, of their product and of their distance
+        self.shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self.max_abs = self.excess = 0.0
+        self.channel: int | None = None
+        self.sample: int | None = None
+        self.by_channel: torch.Tensor | None = None
+        self.exhibit: Exhibit | None = None
+        self.rtol = 0.0
+
+    @property
+    def relative(self) -> float:
+        """The root mean square of the distance, in parts of that of `a`."""
+        of_a, _, _, of_gap = self._squares
+        if of_gap == 0 or of_a == 0:
+            return 0.0 if of_gap == 0 else float("inf")
+        return sqrt(of_gap / of_a)
+
+    @property
+    def cosine(self) -> float:
+        """The cosine of the angle between both; of two that are zero everywhere it is 1."""
+        of_a, of_b, product, _ = self._squares
+        if of_a == 0 or of_b == 0:
+            return float(of_a == of_b)
+        return max(-1.0, min(1.0, product / (sqrt(of_a) * sqrt(of_b))))
+
+    def add(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        dim: int | None,
+        *,
+        rtol: float,
+        atol: float,
+        inputs: int,
+        before: int,
+    ) -> None:
+        """Take in what both put out for one batch.
+
+        Args:
+            a: A tensor of any shape.
+            b: The other, on any device.
+            dim: The dimension that counts channels.
+            rtol: What is allowed, in parts of the value or of the root mean square of `a`, if that is larger.
+            atol: What is allowed besides.
+            inputs: How many inputs the batch has.
+            before: How many there were before.
+        """
+        self.rtol = rtol
+        self.shapes = self.shapes or (tuple(a.shape), tuple(b.shape))
+        if a.shape != b.shape:
+            self.shapes = (tuple(a.shape), tuple(b.shape))
+            self.max_abs = self.excess = float("inf")
+            self._squares[3] = float("inf")
+            return
+        if a.numel() == 0:
+            return
+        ours, theirs = numbers_of(a), numbers_of(b).to(a.device)
+        distance, ratio = self._measure(ours, theirs, rtol, atol)
+        has_rows = ours.ndim > 0 and len(ours) == inputs and dim != 0
+        if dim is not None:
+            largest = distance.movedim(dim, 0).flatten(1).amax(1).cpu()
+            before_this = self.by_channel
+            self.by_channel = largest if before_this is None else torch.maximum(before_this, largest)
+        worst, place = ratio.flatten().max(0)
+        if self.exhibit is not None and not worst.item() > self.excess:
+            return
+        self.excess = worst.item()
+        index = [int(each) for each in torch.unravel_index(place.cpu(), ratio.shape)]
+        self.channel = None if dim is None else index[dim]
+        self.sample = before + index[0] if has_rows else None
+        if has_rows and dim is not None and a.ndim <= 5:
+            self.exhibit = self._shown(ours[index[0]], theirs[index[0]], ratio[index[0]], dim - 1)
+
+    def _measure(
+        self, a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the distance of every two values, and in parts of what is allowed."""
+        is_same = (a == b) | (a.isnan() & b.isnan())
+        distance = (a - b).abs_().masked_fill_(is_same, 0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        is_finite = a.isfinite() & b.isfinite()
+        inside, other = (side.masked_fill(~is_finite, 0) for side in (a, b))
+        of_a = inside.square().sum().item()
+        found = (of_a, other.square().sum().item(), (inside * other).sum().item())
+        for place, value in enumerate((*found, distance.square().sum().item())):
+            self._squares[place] += value
+        self.max_abs = max(self.max_abs, distance.max().item())
+        level = sqrt(of_a / max(1, int(is_finite.sum())))
+        allowed = inside.abs().clamp_(min=level).mul_(rtol).add_(atol)
+        return distance, (distance / allowed).masked_fill_(distance == 0, 0)
+
+    def _shown(self, a: torch.Tensor, b: torch.Tensor, ratio: torch.Tensor, dim: int) -> Exhibit:
+        """Choose what is to be shown of one input: (C, H, W), (L, C) or (C,)."""
+        a, b, ratio = (each.movedim(dim, 0) for each in (a, b, ratio))
+        if a.ndim == 1:
+            return Exhibit((), *(_as_map(side[None]) for side in (a, b)))
+        order = ratio.flatten(1).amax(1).sort(descending=True, stable=True).indices[: self._maps]
+        return Exhibit(tuple(order.tolist()), *(_as_map(side[order]) for side in (a, b)))
+
+
+def _as_map(values: torch.Tensor) -> torch.Tensor:
+    """Return K channels as (K, H, W) float32; a row of values is folded near-square, zeros at the end."""
+    values = values.float().cpu()
+    if values.ndim > 2:
+        return values.reshape(len(values), -1, values.shape[-1])
+    count = values.shape[1]
+    least = ceil(sqrt(count))
+    fitting = (columns for columns in range(least, 3 * least) if count % columns == 0)
+    columns = next(fitting, least)
+    rows = ceil(count / columns)
+    return torch.nn.functional.pad(values, (0, rows * columns - count)).reshape(len(values), rows, columns)
+
+
+def deviation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the largest distance, in parts of `a` or of its root mean square, if that is larger.
+
+    Values that are not finite in both are left out.
+    """
+    ours, theirs = numbers_of(a), numbers_of(b)
+    inside = ours.isfinite() & theirs.isfinite()
+    ours, theirs = ours[inside], theirs[inside]
+    if not len(ours):
+        return 0.0
+    level = ours.square().mean().sqrt()
+    distance = (theirs - ours).abs()
+    return (distance / ours.abs().clamp_(min=level)).nan_to_num_(0, 0, 0).max().item()
+
+
+def numbers_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of any tensor in float64; of complex ones real and imaginary parts side by side."""
+    values = plain(tensor.detach())
+    return wide(torch.view_as_real(values.resolve_conj()) if values.is_complex() else values)
