@@ -1,0 +1,1 @@
+"""What a network loses with a channel: `ablate`."""
