@@ -39,7 +39,9 @@ def test_a_nan_raises_the_alarm_at_its_step(probe, watch):
     # Within the step one channel is hit; after it the gradient has spread NaN to every weight, and the first
     # layer is where it comes up.
     message = (
-        rf"^step 3: `3` puts out {count} values that are NaN or infinite$" if watch else "^step 3: `0` puts"
+        rf"^step 3: `3` puts out {count} values that are NaN or infinite: its `weight` has NaN or Inf"
+        if watch
+        else "^step 3: `0` puts"
     )
     with pytest.raises(StopTrainingError, match=message):
         train(net, 6, monitor, spoil=spoil, watch=watch)
@@ -76,18 +78,20 @@ def test_a_learning_rate_that_is_far_too_high_raises_the_alarm_at_once(probe):
 
 def test_a_std_out_of_bounds_raises_the_alarm_with_its_figures(probe):
     net, troubles = build(), []
-    monitor = Monitor(net, Recorder(), probe=probe, every=1, alarm=troubles.append, std_range=(0.01, 10))
+    bounds = {"std_range": (0.01, 10), "max_update": 1e9}
+    monitor = Monitor(net, Recorder(), probe=probe, every=1, alarm=troubles.append, **bounds)
     monitor.step(0)
-    for factor in (1e3, 1.0, 1e-3):  # the second changes nothing: it was said
+    for step, factor in enumerate((1e3, 1.0, 1e-3)):  # the second changes nothing: it was said
         net[3].weight.data *= factor
-        monitor.step(monitor._schedule.heard + 1)
+        monitor.step(20 + 2 * step)
     net[3].bias.data.zero_()
     net[3].weight.data *= 1e-4
-    monitor.step(9)
-    assert [(t.kind, t.layer, t.step) for t in troubles] == [("std", "3", 1), ("std", "3", 9)]
+    monitor.step(90)
+    assert [(t.kind, t.layer, t.step) for t in troubles] == [("std", "3", 20), ("std", "3", 90)]
     assert troubles[0].figures.std > 10
-    assert troubles[0].message == (
-        f"step 1: the std of `3` is {troubles[0].figures.std:.4g}, outside [0.01, 10]"
+    assert troubles[0].message.startswith(
+        f"step 20: the std of `3` is {troubles[0].figures.std:.4g}, outside [0.01, 10]: the weights of `3` "
+        "have grown"
     )
 
 
@@ -98,7 +102,8 @@ def test_the_alarm_warns_with_layer_and_step_unless_told_otherwise(probe):
     with pytest.warns(MonitorWarning) as caught:
         Monitor(net, Recorder(), probe=probe).step(0)
     assert [str(warning.message) for warning in caught] == [
-        "step 0: `0` puts out 1,600 values that are NaN or infinite, and so does 1 more of 2 layers"
+        "step 0: `0` puts out 1,600 values that are NaN or infinite, and so does 1 more of 2 layers: its "
+        "`bias` has NaN or Inf, while what the network is given is finite"
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,6 +121,7 @@ def test_figures_are_of_the_finite_values():
 def test_an_alarm_that_raises_keeps_the_other_troubles_for_the_next_look(probe):
     net, told = build(), []
     for place in (0, 3):
+        net[place].weight.data.zero_()
         net[place].bias.data.fill_(-1e3)
 
     def alarm(trouble):

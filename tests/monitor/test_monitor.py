@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -170,9 +171,25 @@ def test_the_example_of_the_docstring_runs():
         ({"map_images": True}, InvalidTypeError, "`map_images` must be an int"),
         ({"map_channels": 0}, InvalidArgumentError, "`map_channels` must be at least 1"),
         ({"alarm": "warn"}, InvalidTypeError, "`alarm` must be a function"),
-        ({"max_dead": 2}, InvalidArgumentError, "`max_dead` must be a share from 0 to 1, got 2"),
-        ({"std_range": (2, 1)}, InvalidArgumentError, "`std_range` must be"),
+        ({"max_dead": 2}, InvalidArgumentError, "`max_dead` must be at most 1, got 2"),
+        ({"max_dead": "all"}, InvalidTypeError, "`max_dead` must be a number, got 'all'"),
+        ({"std_range": (2, 1)}, InvalidArgumentError, r"`std_range` must be \(low, high\) with low <= high"),
+        ({"std_range": (float("nan"), 1)}, InvalidArgumentError, "`std_range` must be"),
+        ({"std_range": 3}, InvalidTypeError, r"`std_range` must be \(low, high\), got 3"),
+        ({"std_range": (0, torch.ones(2))}, InvalidTypeError, "`std_range` must be a number, got a tensor"),
         ({"headroom": 0.5}, InvalidArgumentError, "`headroom` must be at least 1"),
+        ({"headroom": torch.ones(2)}, InvalidTypeError, "`headroom` must be a number, got a tensor"),
+        ({"norms": 1}, InvalidTypeError, "`norms` must be True or False, got 1"),
+        ({"histograms": "no"}, InvalidTypeError, "`histograms` must be True or False"),
+        ({"strict": None}, InvalidTypeError, "`strict` must be True or False"),
+        ({"scales": [(0, 1)]}, InvalidTypeError, r"`scales` must be a mapping of tags to \(low, high\)"),
+        ({"scales": {3: (0, 1)}}, InvalidTypeError, "`scales` must be a string, got 3"),
+        ({"scales": {"maps/*": 3}}, InvalidTypeError, r"`scales` must be \(low, high\), got 3"),
+        (
+            {"probe": torch.ones(1, 3, 9, 1).expand(1, 3, 9, 2**44)},
+            InvalidArgumentError,
+            "`probe` must be a batch that can be copied, got a tensor of shape",
+        ),
         ({"scales": {"map/0": (0, 1)}}, InvalidArgumentError, "got `map/0`; did you mean `maps/0`"),
         ({"scales": {"maps/*": (1, 1)}}, InvalidArgumentError, "low < high"),
         ({"probe": [torch.zeros(1)]}, InvalidTypeError, "`probe` must be a batch"),
@@ -187,7 +204,7 @@ def test_wrong_options_are_refused(options, error, message):
 
 
 def test_a_writer_without_the_methods_is_refused():
-    with pytest.raises(InvalidTypeError, match=r"`writer` must be a folder or have .* without add_image"):
+    with pytest.raises(InvalidTypeError, match=r"`writer` must be a folder, a run of .* without add_image"):
         Monitor(build(), object())
 
 
@@ -232,3 +249,19 @@ def test_modules_with_a_mode_of_their_own_are_left_in_it(probe, source):
             net(probe)
     assert not net[0].merged
     assert torch.equal(net[0].weight, weight)
+
+
+def test_leaving_after_ctrl_c_does_not_wait_for_the_disk(monkeypatch):
+    may_end = threading.Event()
+
+    class Slow(Recorder):
+        def flush(self):
+            may_end.wait(60)
+
+    monkeypatch.setattr("torchlens_viz.monitor.monitor._PATIENCE", 0.1)
+    model = nn.Sequential(nn.Conv2d(3, 2, 3))
+    monitor = Monitor(model, Slow(), probe=torch.rand(1, 3, 8, 8))
+    monitor.step(0)
+    monitor.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert not may_end.is_set()  # and yet it came out
+    may_end.set()

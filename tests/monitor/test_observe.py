@@ -20,7 +20,7 @@ def test_the_training_batch_is_logged_as_it_passed():
     twin = build()
     twin.load_state_dict(net.state_dict())
     batch = torch.randn(8, 3, 10, 10)
-    with Monitor(net, board, every=10, norms=True, strict=True) as monitor:
+    with Monitor(net, board, every=10, norms=True, alarm=None, strict=True) as monitor:
         with monitor.watch(0):
             net(batch[:4])
             net(batch[4:])  # accumulation: one step, two passes
@@ -47,7 +47,7 @@ def test_no_hook_is_there_between_logged_steps(probe):
     net = build()
     counts = {}
     net[0].weight.register_hook(lambda grad: counts.update({step: hook_count(net)}))
-    monitor = Monitor(net, Recorder(), every=3, strict=True)
+    monitor = Monitor(net, Recorder(), every=3, alarm=None, strict=True)
     for step in range(5):
         with monitor.watch(step):
             net(probe).sum().backward()

@@ -14,6 +14,7 @@ from tests.monitor.training import Recorder, build, statistics, train
 from torchlens_viz import Monitor
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.monitor.health import MonitorWarning
+from torchlens_viz.monitor.probe import ProbeBatch
 
 
 def test_a_probe_that_does_not_fit_warns_and_the_training_goes_on():
@@ -116,3 +117,13 @@ def test_a_loader_that_makes_no_batches_is_refused(probe):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(probe), batch_size=None)
     with pytest.raises(InvalidArgumentError, match="`probe` must be a DataLoader that makes batches"):
         Monitor(build(), Recorder(), probe=loader)
+
+
+@pytest.mark.parametrize(("key", "rule"), [("image", None), ("x", None), ("picture", "picture")])
+def test_a_loader_of_rows_is_read_by_the_rule_of_a_survey(key, rule):
+    rows = [{"label": index, key: torch.full((1, 8, 8), float(index))} for index in range(4)]
+    batch = ProbeBatch(DataLoader(rows, batch_size=2), rule, nn.Identity())
+    assert batch.picture()[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    if rule is not None:
+        with pytest.raises(InvalidArgumentError, match=r"`input_of` must say.*the keys 'label', 'picture'"):
+            ProbeBatch(DataLoader(rows, batch_size=2), None, nn.Identity())

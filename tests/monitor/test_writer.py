@@ -105,3 +105,33 @@ def test_values_too_close_for_buckets_and_pictures_of_every_mode_are_written(tmp
     read = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "histograms": 0}).Reload()
     assert [entry.histogram_value.num for entry in read.Histograms("values")] == [2, 2, 2, 2]
     assert len(read.Images("picture")) == 6
+
+
+@pytest.mark.parametrize("value", [0.0, 1e13, 1e15, -1e16, 1e20, 1e30])
+def test_histograms_of_constants_of_any_size_are_written(tmp_path, value):
+    board = Board(tmp_path)
+    board.values("constant", torch.full((7,), value), 0)
+    board.close()
+    (found,) = events(tmp_path).Histograms("constant")
+    assert found.histogram_value.num == 7
+    assert found.histogram_value.sum == pytest.approx(7 * max(min(value, 9e19), -9e19))
+
+
+def test_a_disk_that_takes_no_file_is_not_filled_with_empty_ones(tmp_path, monkeypatch):
+    made = []
+
+    class Full:
+        def __init__(self, folder):
+            made.append(folder)
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torchlens_viz.monitor.writer._summary_writer", lambda: Full)
+    board = Board(tmp_path)
+    for step in range(50):
+        with pytest.raises(OSError, match=r"No space left|no file of events could be made"):
+            board.number("a", 1.0, step)
+    assert len(made) == 1
+    monkeypatch.setattr("torchlens_viz.monitor.writer.monotonic", lambda: 1e12)
+    with pytest.raises(OSError, match="No space left"):
+        board.number("a", 1.0, 50)
+    assert len(made) == 2

@@ -13,6 +13,7 @@ from torch import nn
 from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
 from torchlens_viz.monitor.health import Trouble, warn
 from torchlens_viz.monitor.monitor import Monitor
+from torchlens_viz.trackers.recognise import is_run
 
 try:
     from lightning.pytorch import Callback
@@ -31,7 +32,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     are counted by `trainer.global_step`, as it is when a batch begins.
 
     Args:
-        writer: A folder or a writer, as in `Monitor`; None takes that of the trainer's TensorBoard logger.
+        writer: A folder or a writer, as in `Monitor`; None takes that of the trainer's logger, of TensorBoard
+            or Weights & Biases.
         stop: End the training, by `trainer.should_stop`, when there is an alarm.
         module: Which part of the LightningModule to look at; None is all of it.
         alarm: As in `Monitor`; called before the training is ended.
@@ -139,11 +141,11 @@ class MonitorCallback(Callback):  # type: ignore[misc]
 def _writer_of(trainer: Any) -> Any:
     for logger in trainer.loggers:
         writer = getattr(logger, "experiment", None)
-        if all(
+        if is_run(writer) or all(
             callable(getattr(writer, name, None)) for name in ("add_image", "add_scalar", "add_histogram")
         ):
             return writer
     raise InvalidArgumentError(
-        "`writer` must be given where the Trainer has no TensorBoardLogger: pass a folder, or "
+        "`writer` must be given where the Trainer has no TensorBoardLogger or WandbLogger: pass a folder, or "
         '`Trainer(logger=TensorBoardLogger("runs"))`'
     )

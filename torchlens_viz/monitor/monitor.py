@@ -6,26 +6,32 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from threading import Thread
 from types import TracebackType
 from typing import Any, Final, final
 
 from torch import nn
 
-from torchlens_viz.arguments import integer
+from torchlens_viz.arguments import flag, function, integer
 from torchlens_viz.distributed import world
-from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import CaptureError, InvalidArgumentError
 from torchlens_viz.hooks.capture import Capture
+from torchlens_viz.hooks.followers import Follower, Followers
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
+from torchlens_viz.hooks.layout import Layout
+from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.kernels import has_kernels
-from torchlens_viz.models.layers import Selector, select, unwrap
-from torchlens_viz.monitor import pictures as portraits
-from torchlens_viz.monitor.health import Figures, Remarks, Trouble, Watchman, warn
-from torchlens_viz.monitor.observe import Norms, Observation, Observed, Schedule, finite, number
-from torchlens_viz.monitor.pictures import Scales
+from torchlens_viz.models.layers import Layer, Selector, unwrap
+from torchlens_viz.monitor.alarm import Watchman
+from torchlens_viz.monitor.claims import Claim
+from torchlens_viz.monitor.evidence import Intake
+from torchlens_viz.monitor.health import Trouble, warn
+from torchlens_viz.monitor.log import Log
+from torchlens_viz.monitor.observe import Norms, Observation, Schedule, Update, number, watched
 from torchlens_viz.monitor.probe import Probe, ProbeBatch
-from torchlens_viz.monitor.writer import Board
+from torchlens_viz.monitor.remarks import Remarks
 
-_LAST: Final = (nn.Linear, nn.LayerNorm, nn.Embedding)  # what they put out has its channels last
+_PATIENCE: Final = 5  # seconds that leaving waits for the disk after Ctrl-C
 _IDLE: Final[AbstractContextManager[None]] = nullcontext()
 
 
@@ -39,37 +45,43 @@ class Monitor:
 
     Under every logged step stand `kernels/<layer>` and `maps/<layer>` (pictures), `health/<layer>/mean`,
     `std`, `zero_fraction`, `dead`, `dead_fraction`, `nonfinite` (numbers) and `health/<layer>/values` (a
-    histogram); with `norms=True` also `health/<layer>/weight_norm`, `update_norm` and `update_ratio`. A
-    channel counts as dead where it exceeds zero nowhere. Each picture keeps one scale for the whole training,
-    which its legend states.
+    histogram); with `norms=True` also `weight_norm`, `update_norm` and `update_ratio`. Each picture keeps one
+    scale for the whole training, which its legend states.
 
     Under DistributedDataParallel rank 0 logs. Where logging fails, one warning says so and the training goes
     on. A compiled model runs eagerly on the steps that `watch` logs.
 
     Args:
         model: The network; compiled or within DistributedDataParallel too.
-        writer: A folder, in which a `SummaryWriter` is made, or anything with `add_image`, `add_scalar` and
-            `add_histogram`, such as torch's or tensorboardX's `SummaryWriter`.
-        layers: Which layers, as in `capture`. Those that are no convolutions have no kernels.
+        writer: A folder for TensorBoard; a `FolderWriter`; a run of Weights & Biases, MLflow, trackio or Aim;
+            or anything with `add_image`, `add_scalar` and `add_histogram`, such as a `SummaryWriter`.
+        layers: Which layers, as in `capture`; those that are no convolutions have no kernels. Where this is
+            left out and there is no `nn.Conv2d`, other convolutions, dense layers and attention are watched.
         probe: What `step` shows the network: a batch (N, C, H, W), of which a copy is kept; a mapping of
             keyword arguments; or a DataLoader, of whose dataset 16 items are kept. None: `step` logs the
             weights alone, and `watch` is there for the rest.
+        input_of: Which part of a DataLoader's batch is the input, as in `survey`.
         every: Log a step in so many: those whose number it divides, and the next one where that was skipped.
-        alarm: Called with a `Trouble` when values are not finite, when too many channels are dead, or when
-            the std is out of bounds: once, and again after it was gone. What it raises ends the training. It
-            warns by default; None turns it off.
+        alarm: Called with a `Trouble` when values are not finite, when a figure is out of the bounds below,
+            or when weights are far too small or large: once, and again after it was gone. It names the cause,
+            and is written too, under `alarms`. What it raises ends the training. It warns by default; None
+            turns it off.
         max_dead: The share of dead channels above which there is an alarm, 0 to 1.
         std_range: (low, high); a std outside it raises the alarm.
+        max_growth: How many times its first value a std may be.
+        max_update: The share of a layer's parameters, by their norm, that a logged step may change.
         norms: Log the norm of each layer's parameters and of what the last step added to them.
-        channel_dim: The dimension of the channels in what layers put out; -1 for the activations of a
-            transformer (N, L, C). Of Linear, LayerNorm and Embedding it is always the last.
+        channel_dim: The dimension that counts channels in what all of the layers put out: 1 in (N, C, H, W),
+            -1 in tokens (N, L, C). None finds it for each layer by itself, as in `torchlens_viz.capture`.
         histograms: Log a histogram of at most 8,009 values per call, spread evenly.
         scales: The scale (low, high) by tag or glob of tags, as in `{"maps/features.*": (0, 4)}`. For other
             pictures it is taken from the first one.
-        headroom: How many times as far as the values of the first picture its scale reaches.
+        headroom: How many times as far as the values of the first picture, outliers aside, its scale reaches.
         max_tiles: The most filters in a picture.
         map_images: Of how many inputs to draw maps, a row each.
         map_channels: How many maps to draw of each, the first ones.
+        name: What the model is called in tags, as in `health/<name>/<layer>/std`. By default that is left
+            out; where a monitor of another model has the same tags it is `model2` and so on, with a warning.
         strict: Raise where logging fails.
 
     Raises:
@@ -87,6 +99,7 @@ class Monitor:
         >>> optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
         >>> with Monitor(net, tempfile.mkdtemp(), probe=torch.randn(16, 3, 8, 8), every=10) as monitor:
         ...     for step in range(20):
+        ...         optimiser.zero_grad()
         ...         net(torch.randn(4, 3, 8, 8)).square().mean().backward()
         ...         optimiser.step()
         ...         monitor.step(step)
@@ -101,58 +114,71 @@ class Monitor:
         *,
         layers: Selector = nn.Conv2d,
         probe: Probe | None = None,
+        input_of: InputOf = None,
         every: int = 100,
         alarm: Callable[[Trouble], object] | None = warn,
         max_dead: float = 0.9,
         std_range: tuple[float, float] = (1e-6, 1e4),
+        max_growth: float = 100.0,
+        max_update: float = 0.25,
         norms: bool = False,
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
         histograms: bool = True,
         scales: Mapping[str, Sequence[float]] | None = None,
         headroom: float = 2.0,
         max_tiles: int = 64,
         map_images: int = 4,
         map_channels: int = 16,
+        name: str | None = None,
         strict: bool = False,
     ) -> None:
         self._schedule = Schedule(integer(every, "every", least=1))
-        self._max_tiles = integer(max_tiles, "max_tiles", least=1)
         self._map_images = integer(map_images, "map_images", least=1)
-        self._map_channels = integer(map_channels, "map_channels", least=1)
-        if alarm is not None and not callable(alarm):
-            raise InvalidTypeError(f"`alarm` must be a function of one Trouble, or None, got {alarm!r}")
+        map_channels = integer(map_channels, "map_channels", least=1)
+        self._kept: dict[str, Any] = {
+            "images": self._map_images,
+            "maps": map_channels,
+            "histograms": flag(histograms, "histograms"),
+        }
+        function(alarm, "alarm")
         refuse_torchscript(model)
         self._model = model
-        self._selected = select(model, layers)
-        self._channel_dim = channel_dim
+        self._selected = watched(model, layers)
+        self._layout = Layout(self._selected, channel_dim)
         self._check()  # in every process, and before rank 0 could wait for the others
-        inner = [name for name, module in unwrap(model).named_modules() if _is_distributed(module)]
-        if probe is not None and inner:
-            raise InvalidArgumentError(
-                f"`probe` cannot be shown to a model with DistributedDataParallel inside it (`{inner[0]}`), "
-                "which waits for the other processes; leave it out and use `watch`"
-            )
-        self._modules: dict[nn.Module, str] = {}
-        for name, module in self._selected:  # one that is reached by two names is shown under the first
-            self._modules.setdefault(module, name)
-        self._with_kernels = [module for module in self._modules if has_kernels(module)]
-        tags = [_tag(kind, name) for kind in ("kernels", "maps") for name in self._modules.values()]
-        self._scales = Scales(scales, headroom=headroom, tags=tags)
-        self._watchman = Watchman(max_dead=max_dead, std_range=std_range)
-        self._alarm = alarm
-        self._histograms = histograms
-        self._remarks = Remarks(strict=strict)
-        self._probe = None if probe is None else ProbeBatch(probe)
-        self._norms = (
-            Norms({_tag("health", name): module for module, name in self._modules.items()}) if norms else None
+        first: dict[nn.Module, str] = {}
+        for layer, module in self._selected:  # one that is reached by two names is shown under the first
+            first.setdefault(module, layer)
+        self._modules = {layer: module for module, layer in first.items()}
+        self._with_kernels = {layer: module for layer, module in self._modules.items() if has_kernels(module)}
+        self._watchman = Watchman(
+            max_dead=max_dead, std_range=std_range, max_growth=max_growth, max_update=max_update
         )
-        self._board = Board(writer)
+        self._alarm = alarm
+        norms = flag(norms, "norms")
+        self._remarks = Remarks(strict=flag(strict, "strict"))
+        self._probe = None if probe is None else ProbeBatch(probe, input_of, unwrap(model))
+        self._norms, self._logs_norms = Norms(self._modules), norms
+        self._claim = Claim(writer, model, tuple(self._modules), name)
+        self._log = Log(
+            writer,
+            self._claim.name,
+            self._modules,
+            self._remarks,
+            scales=scales,
+            headroom=headroom,
+            max_tiles=integer(max_tiles, "max_tiles", least=1),
+            norms=norms,
+        )
         self._has_shown_inputs = False
+        self._followers: dict[str, Follower] = {}
+        if self._claim.is_chosen:
+            self._remarks.shares_tags(self._log.tag("health", next(iter(self._modules))))
 
     @property
     def scales(self) -> dict[str, tuple[float, float]]:
         """The scale (low, high) of every picture so far, to pass as `scales` to a run that goes on."""
-        return self._scales.ranges
+        return self._log.scales.ranges
 
     def step(self, global_step: int) -> None:
         """Log this step if it is one to log; call it once a step, after the optimiser's.
@@ -171,7 +197,7 @@ class Monitor:
             self._look_and_log(step)
         self._log_updates(step)
         following = self._schedule.next_due()
-        if self._norms is not None and following is not None:
+        if self._measures_updates and following is not None:
             self._norms.before(following)
 
     def watch(self, global_step: int) -> AbstractContextManager[None]:
@@ -195,13 +221,16 @@ class Monitor:
             return _IDLE
         if is_due:
             return self._watched(step) if self._may_look(step) else _IDLE
-        is_again = self._norms is not None and step == self._schedule.logged
+        is_again = self._measures_updates and step == self._schedule.logged
         return self._watched_for_updates(step) if is_again else _IDLE
 
     def close(self) -> None:
         """Write everything to disk. A writer that was passed in stays open."""
+        self._claim.release()
+        if self._schedule.heard is None:
+            self._remarks.never_stepped()
         with self._remarks.attempt(self._schedule.heard):
-            self._board.close()
+            self._log.close()
 
     def __enter__(self) -> Monitor:
         return self
@@ -209,7 +238,13 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if not isinstance(error, KeyboardInterrupt):
+            self.close()
+            return
+        # After Ctrl-C nobody waits for a disk: TensorBoard may take two minutes to flush.
+        closing = Thread(target=self.close, daemon=True)
+        closing.start()
+        closing.join(_PATIENCE)
 
     def _check(self) -> None:
         # On rank 0 alone the wrapper must not run, but its layers may be looked at.
@@ -220,37 +255,39 @@ class Monitor:
         try:
             self._check()
         except CaptureError as error:
-            self._remarks.excuse(step, error)
+            if not self._remarks.excuses(step, error):
+                raise
             return False
         return True
 
     def _look_and_log(self, step: int) -> None:
-        observation = self._observation(step)
+        observation, intake = self._observers(step)
         if self._probe is not None:
-            with self._remarks.attempt(step), self._capture(observation):
+            with self._remarks.attempt(step), self._hooked(observation, intake):
                 self._probe.show(unwrap(self._model))
-            self._remarks.missing(step, self._missing(observation), "`layers` can leave them out")
-        self._log(step, observation.layers)
+            self._remarks.missing(step, self._modules, observation, "`layers` can leave them out")
+        elif self._alarm is not None and not self._logs_norms:
+            self._remarks.weights_alone()
+        self._log_step(step, observation, intake)
 
     @contextmanager
     def _watched(self, step: int) -> Iterator[None]:
-        observation = self._observation(step)
-        if self._norms is not None:
+        observation, intake = self._observers(step)
+        if self._measures_updates:
             with self._remarks.attempt(step):
                 self._norms.before(step)
         try:
             with ExitStack() as hooks:
                 with self._remarks.attempt(step):
-                    hooks.enter_context(self._capture(observation))
+                    hooks.enter_context(self._hooked(observation, intake))
                     self._remarks.eager(self._model)
                 yield
         except BaseException:
             self._schedule.try_again()
             raise
         advice = "is the forward pass within `watch`? `layers` can leave them out"
-        self._remarks.missing(step, self._missing(observation), advice)
-        self._log(step, observation.layers)
-        self._log_updates(step)
+        self._remarks.missing(step, self._modules, observation, advice)
+        self._log_step(step, observation, intake)
 
     @contextmanager
     def _watched_for_updates(self, step: int) -> Iterator[None]:
@@ -258,70 +295,56 @@ class Monitor:
         yield
         self._log_updates(step)
 
-    def _log_updates(self, step: int) -> None:
-        if self._norms is not None:
-            with self._remarks.attempt(step):
-                for tag, value in self._norms.updates(step).items():
-                    self._board.number(tag, value, step)
+    @property
+    def _measures_updates(self) -> bool:
+        return self._logs_norms or self._alarm is not None
 
-    def _observation(self, step: int) -> Observation:
-        return Observation(
-            images=self._map_images,
-            maps=self._map_channels,
-            histograms=self._histograms,
-            on_error=partial(self._remarks.excuse, step),
-            channel_dims={
-                name: -1 if isinstance(module, _LAST) else self._channel_dim
-                for module, name in self._modules.items()
-            },
+    def _log_updates(self, step: int) -> dict[str, float]:
+        """Return by layer which share of its parameters the step changed, once that is known."""
+        updates: dict[str, Update] = {}
+        with self._remarks.attempt(step):
+            updates = self._norms.updates(step)
+            if self._logs_norms:
+                self._log.updates(updates, step)
+        return {layer: update.ratio for layer, update in updates.items() if update.ratio is not None}
+
+    def _observers(self, step: int) -> tuple[Observation, Intake]:
+        excuses, followers = partial(self._remarks.excuses, step), Followers(self._followers)
+        observation = Observation(
+            **self._kept, excuses_error=excuses, layout=self._layout, followers=followers
         )
+        return observation, Intake(unwrap(self._model), self._modules, excuses)
 
-    def _missing(self, observation: Observation) -> list[str]:
-        return [name for name in self._modules.values() if name not in observation.layers]
+    @contextmanager
+    def _hooked(self, observation: Observation, intake: Intake) -> Iterator[None]:
+        root, selected, check = unwrap(self._model), self._selected, self._check
+        with ExitStack() as hooks:
+            if self._alarm is not None:
+                layers = [Layer("", root), *selected]
+                hooks.enter_context(Capture(root, layers, check, intake, io="input"))
+            hooks.enter_context(Capture(root, selected, check, observation, layout=self._layout))
+            if self._modules.keys() - self._followers.keys():
+                observation.followers.begin()
+            hooks.callback(observation.followers.end)
+            yield
 
-    def _capture(self, observation: Observation) -> Capture[None]:
-        root, selected = unwrap(self._model), self._selected
-        return Capture(root, selected, self._check, observation)
-
-    def _log(self, step: int, seen: Mapping[str, Observed]) -> None:
+    def _log_step(self, step: int, observation: Observation, intake: Intake) -> None:
         if self._probe is not None and not self._has_shown_inputs:
             self._has_shown_inputs = True
             with self._remarks.attempt(step):
                 batch = self._probe.picture()
                 if batch is not None:
-                    self._board.picture("probe/inputs", portraits.inputs(batch[: self._map_images]), step)
-        for module in self._with_kernels:
+                    self._log.inputs(batch[: self._map_images], step)
+        self._log.kernels(self._with_kernels, step)
+        health = self._log.health(observation.layers, self._followers, step)
+        if self._logs_norms:
             with self._remarks.attempt(step):
-                tag = _tag("kernels", self._modules[module])
-                image = portraits.kernels(tag, module, self._scales, step, max_tiles=self._max_tiles)
-                self._board.picture(tag, image, step)
-        health: dict[str, Figures] = {}
-        for name, observed in seen.items():
-            with self._remarks.attempt(step):
-                self._log_layer(name, observed, step, health)
-        if self._norms is not None:
-            with self._remarks.attempt(step):
-                for tag, value in self._norms.weights().items():
-                    self._board.number(tag, value, step)
-        if self._alarm is not None:
-            self._watchman.tell(self._alarm, self._watchman.look(health, step))
-
-    def _log_layer(self, name: str, observed: Observed, step: int, health: dict[str, Figures]) -> None:
-        figures = health[name] = Figures.of([stats.compute() for stats in observed.stats.values()])
-        for what in ("mean", "std", "zero_fraction", "dead", "dead_fraction", "nonfinite"):
-            self._board.number(f"{_tag('health', name)}/{what}", getattr(figures, what), step)
+                self._log.weights(self._norms.weights(), step)
+        updates = self._log_updates(step)
+        if self._alarm is None:
+            return
+        found: list[Trouble] = []
         with self._remarks.attempt(step):
-            values = finite(observed.sample)
-            if len(values):
-                self._board.values(f"{_tag('health', name)}/values", values, step)
-        if observed.maps is not None:
-            tag = _tag("maps", name)
-            self._board.picture(tag, portraits.maps(tag, observed.maps, self._scales, step), step)
-
-
-def _tag(kind: str, layer: str) -> str:
-    return f"{kind}/{layer or 'model'}"  # a model that is one layer has no name in itself
-
-
-def _is_distributed(module: nn.Module) -> bool:
-    return isinstance(module, nn.parallel.DistributedDataParallel)
+            found = self._watchman.look(health, step, intake.evidence(updates))
+        self._log.troubles(found, step)
+        self._watchman.tell(self._alarm, found)

@@ -5,19 +5,52 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 import torch
 from torch import nn
 
-from torchlens_viz.arguments import plain
+from torchlens_viz.arguments import plain, shown
 from torchlens_viz.errors import InvalidTypeError
+from torchlens_viz.hooks.followers import Followers
+from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink, real_tensor
+from torchlens_viz.models.layers import Layer, Selector, named_layers, select
 from torchlens_viz.stats.running import RunningStats
 
 # Values of a call that make its histogram: a full one costs more than the pass. The number is prime, so that
 # it divides no shape, and the sample does not meet the same column of every map.
 _SAMPLE: Final = 8009
+_DENSE: Final = (
+    nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear, nn.MultiheadAttention,
+)  # fmt: skip
+
+
+def watched(model: nn.Module, layers: Selector) -> list[Layer]:
+    """Return the layers to watch: those that are chosen, and of a network without `nn.Conv2d`, others.
+
+    Where the choice is the default, `nn.Conv2d`, and there is none, these are the layers that have weights
+    for each of their channels: other convolutions, dense layers and attention.
+
+    Raises:
+        LayerNotFoundError: There is none of these either, or `layers` matches nothing.
+    """
+    if layers is not nn.Conv2d or any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return select(model, layers)
+    # What attention holds does not run as a module.
+    held = {
+        id(part)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for part in module.children()
+    }
+    found = [
+        layer
+        for layer in named_layers(model)
+        if isinstance(layer.module, _DENSE) and id(layer.module) not in held
+    ]
+    return found or select(model, layers)
 
 
 @final
@@ -49,17 +82,21 @@ class Observation(Sink[None]):
         images: How many inputs to keep maps of.
         maps: How many maps to keep of each.
         histograms: Whether to keep a sample of values.
-        on_error: Called with what went wrong; it may raise, and then the network's forward pass fails.
-        channel_dims: The dimension of the channels, by layer, where it is not 1.
+        excuses_error: Told what went wrong; where it says False, that is raised and the forward pass fails.
+        layout: Knows which dimension counts channels.
+        followers: Finds out what comes after each layer.
         layers: What was seen, by layer, in the order in which the layers first ran.
+        ran: The layers that ran, those too of which nothing was seen.
     """
 
     images: int
     maps: int
     histograms: bool
-    on_error: Callable[[Exception], None]
-    channel_dims: Mapping[str, int]
+    excuses_error: Callable[[Exception], bool]
+    layout: Layout
+    followers: Followers
     layers: dict[str, Observed] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
 
     def open(self, layers: Sequence[str]) -> None:
         """Begin; what is seen stands in `layers`."""
@@ -67,26 +104,32 @@ class Observation(Sink[None]):
     def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> None:
         """Take in what a layer put out."""
         try:
-            self._take(tensor, layer)
+            tensor = real_tensor(tensor, layer)
+            with self.followers.put_out(tensor, layer):
+                self._take(tensor, layer)
         except Exception as error:
-            self.on_error(error)
+            if not self.excuses_error(error):
+                raise
 
-    def excuse(self, error: Exception) -> None:
-        """Let the network go on."""
-        self.on_error(error)
+    def record(self, names: Sequence[str], kept: object) -> None:
+        """Take note of a call that ended."""
+        self.ran.update(names)
 
-    def _take(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> None:
-        tensor = real_tensor(tensor, layer)
+    def excuses(self, error: Exception) -> bool:
+        """Let the network go on, if that is what is wanted."""
+        return self.excuses_error(error)
+
+    def _take(self, tensor: torch.Tensor, layer: str) -> None:
         seen = self.layers.get(layer) or Observed()
-        dim = self.channel_dims.get(layer, 1)
-        channels = tensor.shape[dim] if -tensor.ndim <= dim < tensor.ndim else 0
+        dim = self.layout.channel_dim(tensor, layer)
+        channels = tensor.shape[dim]
         stats = seen.stats.get(channels) or RunningStats(channel_dim=dim)
         stats.update(tensor)
         seen.stats[channels] = stats
         self.layers[layer] = seen
         values = plain(tensor.detach())
         if seen.maps is None and values.ndim == 4 and values.numel():
-            seen.maps = values[: self.images, : self.maps].clone()
+            seen.maps = values.movedim(dim, 1)[: self.images, : self.maps].clone()
         if self.histograms and values.numel():
             seen.sample.append(spread(values, _SAMPLE))
 
@@ -101,7 +144,11 @@ def spread(values: torch.Tensor, most: int) -> torch.Tensor:
 
 def finite(sample: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return those of the sampled values that are finite, as one tensor (V,) on the host, in float64."""
-    whole = torch.cat([part.detach().double().cpu() for part in sample]) if sample else torch.empty(0)
+    whole = (
+        torch.cat([part.detach().cpu().double() for part in sample])
+        if sample
+        else torch.empty(0, device="cpu")
+    )
     return whole[whole.isfinite()]
 
 
@@ -154,8 +201,20 @@ def number(global_step: int) -> int:
     """
     try:
         return operator.index(global_step)
-    except TypeError:
-        raise InvalidTypeError(f"`global_step` must be an int, got {global_step!r}") from None
+    except (TypeError, RuntimeError):  # of a tensor without values the latter
+        raise InvalidTypeError(f"`global_step` must be an int, got {shown(global_step)}") from None
+
+
+class Update(NamedTuple):
+    """What a step added to the parameters of a layer.
+
+    Attributes:
+        norm: The Euclidean norm of it.
+        ratio: Its share of the norm of the parameters; None where that is zero.
+    """
+
+    norm: float
+    ratio: float | None
 
 
 @final
@@ -163,7 +222,7 @@ class Norms:
     """Takes a copy of the parameters before a step, and measures what the step added.
 
     Args:
-        layers: The layers by name.
+        layers: The layers by name; those without parameters are left out.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -179,27 +238,24 @@ class Norms:
         self._step = step
 
     def weights(self) -> dict[str, float]:
-        """Return the Euclidean norm of all parameters of each layer, as `<layer>/weight_norm`."""
-        return {f"{name}/weight_norm": _norm(own) for name, own in self._now().items()}
+        """Return the Euclidean norm of all parameters of each layer."""
+        return {name: _norm(own) for name, own in self._now().items()}
 
-    def updates(self, step: int) -> dict[str, float]:
+    def updates(self, step: int) -> dict[str, Update]:
         """Measure, after a step for which `before` was called, what it added to the parameters.
 
         Returns:
-            The Euclidean norm of what was added to each layer, as `<layer>/update_norm`, and its share of the
-            norm of the parameters, as `<layer>/update_ratio`. Nothing where no parameter changed: the
-            optimiser is yet to step, as it is while gradients accumulate, and the next call may know.
+            By layer. Nothing where no parameter changed: the optimiser is yet to step, as it is while
+            gradients accumulate, and the next call may know.
         """
         if self._step != step:
             return {}
-        found: dict[str, float] = {}
+        found: dict[str, Update] = {}
         for name, now in self._now().items():
-            update = _norm(new - old for new, old in zip(now, self._before[name], strict=True))
-            found[f"{name}/update_norm"] = update
+            norm = _norm(new - old for new, old in zip(now, self._before[name], strict=True))
             weight = _norm(now)
-            if weight > 0:
-                found[f"{name}/update_ratio"] = update / weight
-        if not any(found.values()):
+            found[name] = Update(norm, norm / weight if weight > 0 else None)
+        if not any(update.norm for update in found.values()):
             return {}
         self._before = {}  # a copy of all weights should not be held for longer than a step
         self._step = None
@@ -213,5 +269,5 @@ def _norm(parts: Iterable[torch.Tensor]) -> float:
     squares = [
         torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float32)) for part in parts
     ]
-    whole: float = torch.stack([square.double().cpu() for square in squares]).norm().item()
+    whole: float = torch.stack([square.cpu().double() for square in squares]).norm().item()
     return whole

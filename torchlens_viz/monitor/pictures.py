@@ -12,10 +12,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from torchlens_viz.draw.scale import finite_range
-from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.grids.features import feature_grid
-from torchlens_viz.grids.kernels import kernel_grid
+from torchlens_viz.arguments import a_name, limits, number, shown
+from torchlens_viz.draw.scale import robust_range
+from torchlens_viz.draw.style import Style
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.grids.features import feature_sheet
+from torchlens_viz.grids.kernels import kernel_sheet
 from torchlens_viz.models.kernels import kernels_of
 from torchlens_viz.models.layers import nearest
 
@@ -50,17 +52,12 @@ def kernels(tag: str, module: nn.Module, scales: Scales, step: int, *, max_tiles
     scale = scales.of(tag, shown, step, signed=True)
     limits, title = (scale.low, scale.high), _title(tag, scale, shown)
     if not is_matrix:
-        return kernel_grid(weight, value_range=limits, max_tiles=max_tiles, legend=True, title=title)
+        style = Style(value_range=limits, max_tiles=max_tiles, legend=True, title=title)
+        return kernel_sheet(weight, None, style, filters=None, channels=None).draw()
     if (rows, columns) != (outputs, inputs):
         title += f"; the first {rows} x {columns}"
-    return kernel_grid(
-        weight,
-        filters=range(rows),
-        channels=range(columns),
-        value_range=limits,
-        legend=True,
-        title=title,
-    )
+    style = Style(value_range=limits, legend=True, title=title)
+    return kernel_sheet(weight, None, style, filters=range(rows), channels=range(columns)).draw()
 
 
 def maps(tag: str, values: torch.Tensor, scales: Scales, step: int) -> Image.Image:
@@ -82,7 +79,7 @@ def maps(tag: str, values: torch.Tensor, scales: Scales, step: int) -> Image.Ima
     title = _title(tag, scale, shown)
     if factor > 1:
         title += f"; averaged {factor} x {factor}"
-    return feature_grid(
+    return feature_sheet(
         shown.flatten(0, 1),
         value_range=(scale.low, scale.high),
         nrow=channels,
@@ -98,7 +95,8 @@ def inputs(batch: torch.Tensor) -> Image.Image:
     factor = -(-max(shown.shape[2:]) // _INPUT_SIDE)
     if factor > 1:
         shown = F.avg_pool2d(shown, factor, ceil_mode=True)
-    return kernel_grid(shown, nrow=len(shown), padding=2)
+    style = Style(nrow=len(shown), padding=2)
+    return kernel_sheet(shown, None, style, filters=None, channels=None).draw()
 
 
 def _floating(values: torch.Tensor) -> torch.Tensor:
@@ -125,32 +123,38 @@ class Scales:
     Args:
         given: (low, high) by tag, or by a glob of tags; the first that matches counts.
         headroom: A scale that is not given reaches this many times as far from zero as the values of the
-            first picture, since the values of a new network mostly grow.
+            first picture, but for the outermost 0.5 % at either end, since the values of a new network mostly
+            grow.
         tags: The tags that there are.
 
     Raises:
         InvalidArgumentError: A range is no range, it matches no tag, or `headroom` is below 1.
+        InvalidTypeError: They are no mapping of tags to numbers.
     """
 
     def __init__(
         self, given: Mapping[str, Sequence[float]] | None, *, headroom: float, tags: Iterable[str]
     ) -> None:
-        if not (headroom >= 1 and isfinite(headroom)):
-            raise InvalidArgumentError(f"`headroom` must be at least 1, got {headroom}")
-        self._headroom = headroom
+        self._headroom = number(headroom, "headroom", least=1)
         self._of: dict[str, Scale] = {}
         tags = list(tags)
-        for glob, limits in (given or {}).items():
+        if given is not None and not isinstance(given, Mapping):
+            raise InvalidTypeError(
+                "`scales` must be a mapping of tags to (low, high), as `Monitor.scales` is, got "
+                f"{shown(given)}"
+            )
+        for glob, ends in (given or {}).items():
+            glob = a_name(glob, "scales")
             matching = [tag for tag in tags if tag == glob or fnmatchcase(tag, glob)]
             if not matching:
                 raise InvalidArgumentError(f"`scales` must name tags, got `{glob}`; {nearest(glob, tags)}")
-            ends = [float(limit) for limit in limits]
-            if len(ends) != 2 or not all(map(isfinite, ends)) or ends[0] >= ends[1]:
+            low, high = limits(ends, "scales")
+            if not (isfinite(low) and isfinite(high) and low < high):
                 raise InvalidArgumentError(
-                    f"`scales` must hold (low, high) with low < high, got {limits!r} for `{glob}`"
+                    f"`scales` must hold (low, high) with low < high, got {shown(ends)} for `{glob}`"
                 )
             for tag in matching:
-                self._of.setdefault(tag, Scale(ends[0], ends[1], "scale given"))
+                self._of.setdefault(tag, Scale(low, high, "scale given"))
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -170,7 +174,7 @@ class Scales:
             return self._of[tag]
         low, high, _ = (
             float(part) if isinstance(part, torch.Tensor) else part
-            for part in finite_range(values.detach().reshape(1, -1))
+            for part in robust_range(values.detach().reshape(1, -1))
         )
         far = max(abs(low), abs(high)) * self._headroom
         is_range = 0 < far < float("inf") and bool(values.isfinite().any())

@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, IterableDataset
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.arguments import shown
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, one_line
+from torchlens_viz.models.inputs import InputOf, input_of
 from torchlens_viz.models.state import (
     inference,
     like_parameters,
@@ -33,21 +35,28 @@ class ProbeBatch:
     Args:
         probe: A batch (N, C, H, W); the keyword arguments of a model that takes more than that; or a
             DataLoader, of whose dataset 16 items are taken, at even distances, put together by its
-            `collate_fn`. Of a batch that is a tuple or list, the first part is the input. Random numbers that
-            the dataset draws are given back.
+            `collate_fn`. Random numbers that the dataset draws are given back.
+        rule: Which part of a DataLoader's batch is the input, as in `torchlens_viz.survey`.
+        model: What will look at it.
 
     Raises:
-        InvalidArgumentError: There is no input in it.
+        InvalidArgumentError: There is no input in it, or a part of the model waits for other processes.
         InvalidTypeError: It is something else.
     """
 
     __slots__ = ("_args", "_kwargs")
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, rule: InputOf, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                raise InvalidArgumentError(
+                    f"`probe` cannot be shown to a model with DistributedDataParallel inside it (`{name}`), "
+                    "which waits for the other processes; leave it out and use `watch`"
+                )
         self._args: tuple[torch.Tensor, ...] = ()
         self._kwargs: dict[str, Any] = {}
         if isinstance(probe, DataLoader):
-            probe = _first(probe)
+            probe = input_of(_first(probe), rule)
         if isinstance(probe, torch.Tensor):
             if probe.ndim == 0 or probe.numel() == 0:
                 raise InvalidArgumentError(
@@ -92,8 +101,14 @@ class ProbeBatch:
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return tensor.detach().clone()
+    try:
+        with torch.inference_mode(False):
+            return tensor.detach().clone()
+    except (RuntimeError, MemoryError, TypeError) as error:
+        raise InvalidArgumentError(
+            f"`probe` must be a batch that can be copied, got {shown(tensor)} ({one_line(error)}); pass "
+            "fewer inputs"
+        ) from error
 
 
 def _first(loader: DataLoader[Any]) -> Any:
@@ -112,5 +127,4 @@ def _first(loader: DataLoader[Any]) -> Any:
     most = min(_INPUTS, count)
     with same_random_numbers():
         items = [loader.dataset[index * count // most] for index in range(most)]
-        batch = loader.collate_fn(items)
-    return batch[0] if isinstance(batch, tuple | list) else batch
+        return loader.collate_fn(items)

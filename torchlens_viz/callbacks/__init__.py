@@ -1,0 +1,1 @@
+"""A monitor as a callback of what trains networks."""

@@ -1,0 +1,1 @@
+"""Where a monitor writes beside TensorBoard: runs of other trackers, and a folder of plain files."""
