@@ -1,0 +1,235 @@
+"""A page from its evidence: what the network is shown and asked, chapter by chapter."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import nn
+
+from torchlens_viz import __version__
+from torchlens_viz.ascent.result import Maximization
+from torchlens_viz.atlas import chapters, evidence, page
+from torchlens_viz.atlas.chapters import Anchors, ImageChapter, Place
+from torchlens_viz.atlas.entries import Voice, entry_of
+from torchlens_viz.atlas.evidence import Evidence, LayerEvidence
+from torchlens_viz.atlas.health import health_of
+from torchlens_viz.atlas.layers import Atlas, LayerPictures, draw_layer
+from torchlens_viz.atlas.pictures import Picture
+from torchlens_viz.atlas.sprite import as_bytes, photograph
+from torchlens_viz.atlas.units import draw_units
+from torchlens_viz.attribution.projection import Projection
+from torchlens_viz.dataset.patches import Source
+from torchlens_viz.dataset.result import Survey
+from torchlens_viz.files.tensors import checksum
+from torchlens_viz.models.layers import select_one
+
+_MANY: Final = 4096  # channels, above which only the first of each layer are shown
+_SOME: Final = 64
+_MOST_PIXELS: Final = 2_500_000  # of maps in all
+_SIDES: Final = (128, 112, 96, 80, 64, 56, 48, 40, 32, 28, 24, 16, 14, 8)
+_MOST_PATCHES: Final = 24  # channels of each layer with patches of the data set
+_PROJECTED: Final = 8  # channels of each layer
+_MOST_LAYERS: Final = 16  # above which none are
+_PROJECTED_IMAGES: Final = 2
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Wishes:
+    """What `report` was asked for, checked; its options say what each is."""
+
+    survey: Survey | None
+    source: Source | None
+    maximized: Mapping[str, Maximization]
+    preprocess: Callable[[Any], torch.Tensor] | None
+    invert: Callable[[torch.Tensor], torch.Tensor] | None
+    names: Sequence[str] | None
+    targets: Sequence[int] | None
+    max_channels: int | None
+    projections: int | None
+    explain: bool
+    title: str
+    about: Mapping[str, str]
+
+
+def written(model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str], wishes: Wishes) -> str:
+    """Return the page as text.
+
+    Args:
+        model: The network.
+        pictures: The images to show it.
+        wanted: The names of the layers to show.
+        wishes: Everything else.
+
+    Raises:
+        InvalidArgumentError: The model does not take an image, or no layer puts out maps.
+    """
+    seen = evidence.look(model, pictures, wanted)
+    surveys = _surveys(model, pictures, seen, wishes.survey)
+    health = health_of(surveys, {name: _shape(layer) for name, layer in seen.layers.items()})
+    total = sum(layer.channels for layer in seen.layers.values())
+    most = wishes.max_channels or (None if total <= _MANY else _SOME)
+    anchors = Anchors(page.OWN_ANCHORS)
+    places = {}
+    for name, layer in seen.layers.items():
+        own, order = anchors.take(name or "(model)"), chapters.ranked(layer)[:most]
+        places[name] = Place(own, {channel: anchors.take(f"{own}:{channel}") for channel in order})
+    side = _side(seen, places)
+    voice = Voice([picture.name for picture in pictures], wishes.names, wishes.targets)
+    atlas, overlays = Atlas(), page.Overlays()
+    projected = wishes.projections
+    if projected is None:
+        projected = _PROJECTED if len(seen.layers) <= _MOST_LAYERS else 0
+    layers = []
+    for name, layer in seen.layers.items():
+        place, survey = places[name], surveys[name]
+        order = place.order
+        drawn = draw_layer(atlas, model, layer, order, side)
+        units = draw_units(
+            atlas,
+            layer,
+            model,
+            order,
+            maximized=wishes.maximized.get(name),
+            projections=_projections(model, pictures, name, order[:projected], wishes),
+            survey=survey,
+            source=wishes.source if survey is wishes.survey else None,
+            most=_MOST_PATCHES,
+        )
+        _lay(overlays, model, name, layer, drawn, pictures)
+        kind = select_one(model, name).module
+        layers.append(entry_of(layer, kind, place, drawn, units, survey, health, voice))
+    images = [
+        _image(model, picture, output, wishes) for picture, output in zip(pictures, seen.outputs, strict=True)
+    ]
+    return page.rendered(
+        title=wishes.title,
+        head=_head(model, pictures, wishes, seen),
+        images=images,
+        health=health,
+        layers=layers,
+        places=places,
+        classes=[(target, voice.name_of(target)) for target in sorted(set(wishes.targets or ()))],
+        atlas=atlas,
+        overlays=overlays,
+    )
+
+
+def _surveys(
+    model: nn.Module, pictures: Sequence[Picture], seen: Evidence, survey: Survey | None
+) -> dict[str, Survey]:
+    """Return for each layer the survey that speaks of it: the given one, or else one of the images."""
+    given = set() if survey is None else set(survey.stats)
+    rest = [name for name, layer in seen.layers.items() if name not in given or _differs(survey, layer)]
+    own = evidence.surveyed(model, pictures, rest) if rest else None
+    found: dict[str, Survey] = {}
+    for name in seen.layers:
+        chosen = own if name in rest else survey
+        assert chosen is not None
+        found[name] = chosen
+    return found
+
+
+def _differs(survey: Survey | None, layer: LayerEvidence) -> bool:
+    return survey is not None and survey.stats[layer.name].channels != layer.channels
+
+
+def _side(seen: Evidence, places: Mapping[str, Place]) -> int:
+    """Return the longest side of maps at which the page stays small."""
+    for side in _SIDES:
+        pixels = 0
+        for name, layer in seen.layers.items():
+            for maps in layer.maps:
+                factor = -(-max(maps.shape[1:]) // side)
+                pixels += len(places[name].order) * maps[0].numel() // factor**2
+        if pixels <= _MOST_PIXELS:
+            return side
+    return _SIDES[-1]
+
+
+def _shape(layer: LayerEvidence) -> str:
+    shapes = {tuple(each.shape[1:]) for each in layer.maps}
+    height, width = layer.maps[0].shape[1:]
+    return f"{layer.channels} × {height} × {width}" if len(shapes) == 1 else f"{layer.channels} × various"
+
+
+def _projections(
+    model: nn.Module, pictures: Sequence[Picture], layer: str, channels: Sequence[int], wishes: Wishes
+) -> dict[str, Projection]:
+    """Return what in the first images made channels fire, by the image's name."""
+    found = {}
+    for picture in pictures[:_PROJECTED_IMAGES] if channels else ():
+        one = evidence.projected(model, picture, layer, channels, wishes.preprocess, wishes.invert)
+        if one is not None:
+            found[picture.name] = one
+    return found
+
+
+def _lay(
+    overlays: page.Overlays,
+    model: nn.Module,
+    name: str,
+    layer: LayerEvidence,
+    drawn: LayerPictures,
+    pictures: Sequence[Picture],
+) -> None:
+    """Note where the maps of a layer stand over each image."""
+    fields: dict[tuple[int, ...], Any] = {}
+    for place, picture in enumerate(pictures):
+        shape = tuple(picture.batch.shape)
+        if shape not in fields:
+            fields[shape] = evidence.field_of(model, name, shape)
+        overlays.add(
+            drawn.maps[place].block.number,
+            place,
+            fields[shape],
+            map_shape=tuple(layer.maps[place].shape[1:]),
+            shrink=drawn.shrink[place],
+            image_shape=tuple(picture.pixels.shape[1:]),
+            signed=drawn.limits.signed,
+        )
+
+
+def _head(
+    model: nn.Module, pictures: Sequence[Picture], wishes: Wishes, seen: Evidence
+) -> list[tuple[str, str]]:
+    parameters = sum(each.numel() for each in model.parameters())
+    shapes = dict.fromkeys(" × ".join(map(str, picture.batch.shape[1:])) for picture in pictures)
+    versions = {"torchlens_viz": __version__, "torch": torch.__version__, "Python": platform.python_version()}
+    rows = {
+        "model": f"{type(model).__module__}.{type(model).__qualname__}, {parameters:,} parameters",
+        page.CHECKSUM: f"{checksum(model):08x}",
+        "input": ", ".join(shapes),
+        page.PREPROCESSING: evidence.name_of(wishes.preprocess),
+        "made by": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    rows |= {str(name): str(value) for name, value in wishes.about.items()}
+    if seen.without_maps:
+        rows["not shown"] = f"did not run, or puts out no maps: {', '.join(seen.without_maps)}"
+    return list(rows.items())
+
+
+def _image(model: nn.Module, picture: Picture, output: torch.Tensor | None, wishes: Wishes) -> ImageChapter:
+    answers, says = chapters.answers_of(output, wishes.names)
+    heatmap, why = "", ""
+    if wishes.explain:
+        found, reason = evidence.explained(model, picture, wishes.preprocess, wishes.invert)
+        why = f"No explanation: {reason}."
+        if found is not None:
+            heatmap = page.data_uri(photograph(found.overlay(0, upscale=1)))
+            what = answers[0].name if answers else found.label(0, wishes.names)
+            why = f"Where the evidence for “{what}” lies: {'; '.join(found.legend())}."
+    height, width = picture.pixels.shape[1:]
+    return ImageChapter(
+        name=picture.name,
+        size=(width, height),
+        photograph=page.data_uri(photograph(as_bytes(picture.pixels))),
+        heatmap=heatmap,
+        answers=answers,
+        says=says,
+        why=why,
+    )

@@ -1,0 +1,78 @@
+"use strict";
+(() => {
+  const at = (id) => document.getElementById(id);
+  const search = at("page:search"), found = at("page:found"), filter = at("page:filter");
+  const marked = [...document.querySelectorAll(".tiles a, article.channel")];
+  const names = [...document.querySelectorAll("[data-layer]")].map((each) => ({
+    name: each.dataset.layer, href: each.getAttribute("href"),
+  })).concat([...document.querySelectorAll("article.channel")].map((each) => ({
+    name: each.dataset.name, href: each.querySelector("h4 a").getAttribute("href"),
+  })));
+  const MOST = 12;
+
+  const open = (target) => {
+    for (let each = target; each; each = each.parentElement) {
+      if (each.tagName === "DETAILS") each.open = true;
+    }
+  };
+  const go = () => {
+    let id = location.hash.slice(1), target = at(id);
+    if (!target) {
+      try { id = decodeURIComponent(id); } catch { return; }
+      target = at(id);
+    }
+    if (!target) return;
+    open(target);
+    target.scrollIntoView();
+    if (target.tabIndex === -1) target.focus({ preventScroll: true });
+  };
+
+  const look = () => {
+    const words = search.value.trim().toLowerCase();
+    const hits = words ? names.filter((each) => each.name.toLowerCase().includes(words)) : [];
+    // What is called so comes before what begins so, and that before what has it somewhere.
+    const rank = (each) => {
+      const name = each.name.toLowerCase();
+      return name === words ? 0 : name.startsWith(words) ? 1 : 2;
+    };
+    hits.sort((one, other) => rank(one) - rank(other));
+    found.replaceChildren(...hits.slice(0, MOST).map((each) => {
+      const item = document.createElement("li"), link = document.createElement("a");
+      link.href = each.href;
+      link.textContent = each.name;
+      item.append(link);
+      return item;
+    }));
+    if (words && hits.length !== Math.min(hits.length, MOST)) {
+      const more = document.createElement("li");
+      more.textContent = `and ${hits.length - MOST} more`;
+      found.append(more);
+    } else if (words && !hits.length) {
+      const none = document.createElement("li");
+      none.textContent = "nothing is called so";
+      found.append(none);
+    }
+  };
+
+  const sift = () => {
+    let count = 0;
+    for (const each of marked) {
+      const fits = !filter.value || (each.dataset.k || "").split(" ").includes(filter.value);
+      each.hidden = !fits;
+      if (fits && each.tagName === "ARTICLE") count += 1;
+    }
+    at("page:count").textContent = filter.value ? `${count} channel${count === 1 ? "" : "s"}` : "";
+  };
+
+  at("page:tools").hidden = false;
+  search.addEventListener("input", look);
+  search.addEventListener("keydown", (event) => {
+    const first = found.querySelector("a");
+    if (event.key === "Enter" && first) { event.preventDefault(); location.hash = first.getAttribute("href"); }
+    if (event.key === "Escape") { search.value = ""; look(); }
+  });
+  filter.addEventListener("change", sift);
+  addEventListener("hashchange", go);
+  if (location.hash) go();
+  if (filter.value) sift();
+})();

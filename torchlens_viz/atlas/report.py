@@ -1,0 +1,164 @@
+"""`report`: one HTML file that shows a network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from torchlens_viz.arguments import flag, integer, shown
+from torchlens_viz.ascent.result import Maximization
+from torchlens_viz.atlas.book import Wishes, written
+from torchlens_viz.atlas.page import require_engine
+from torchlens_viz.atlas.pictures import Given, pictures_of
+from torchlens_viz.dataset.patches import Source
+from torchlens_viz.dataset.result import Survey
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
+from torchlens_viz.files.paths import as_path, write_whole
+from torchlens_viz.models.kernels import convolutions
+from torchlens_viz.models.layers import Selector, require_module, select
+
+_MOST_BYTES: Final = 25_000_000
+
+
+def report(
+    model: nn.Module,
+    images: Given | Iterable[Given] | Mapping[str, Given],
+    path: str | os.PathLike[str],
+    *,
+    layers: Selector | None = None,
+    survey: Survey | None = None,
+    source: Any = None,
+    maximized: Maximization | Iterable[Maximization] | Mapping[str, Maximization] | None = None,
+    preprocess: Callable[[Any], torch.Tensor] | None = None,
+    invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    names: Sequence[str] | None = None,
+    targets: Sequence[int] | None = None,
+    max_channels: int | None = None,
+    projections: int | None = None,
+    explain: bool = True,
+    title: str | None = None,
+    about: Mapping[str, str] | None = None,
+    max_bytes: int = _MOST_BYTES,
+) -> Path:
+    """Write a page that shows a network: one HTML file, to be opened in any browser.
+
+    It holds what the network says of each image and why, the health of its layers, the worst first, and of
+    each layer the kernels, the maps of each image, a histogram, and every channel with all that is known of
+    it, under an address of its own: `page.html#features.0:7`. Everything is in the file: it loads nothing,
+    needs no script to be read, and shows names of layers and files as text, whatever is in them.
+
+    The model runs in eval mode and without gradients; its flags, weights and random numbers stay as they are.
+
+    Args:
+        model: A model that takes one image batch.
+        images: A picture, the path of one, a tensor (C, H, W) or a batch (N, C, H, W), or up to 64 of those;
+            a mapping says by its keys what the page calls them.
+        path: The file, which is replaced in one step.
+        layers: Which layers, by any selector; None is every convolution.
+        survey: What `torchlens_viz.survey` found over a data set: the health of the layers in it rests on it.
+            That of others, and of all without it, rests on the images.
+        source: The inputs that were surveyed, as in `Survey.patches`: with it the page shows for each channel
+            what drives it hardest.
+        maximized: What `torchlens_viz.maximize` found, for one layer or several. A mapping says by its keys
+            under which layer each is shown, such as that of a ReLU under its convolution.
+        preprocess: Makes of an image what the model takes, as in `torchlens_viz.overlay_grid`.
+        invert: Makes of the model's input the pixels in [0, 1] to show, as in `torchlens_viz.overlay_grid`.
+        names: What the model's outputs are called, by index.
+        targets: The class of each input of the survey, by its index, or without a survey of each image: every
+            channel is then filed under the class of the input that drives it hardest.
+        max_channels: How many channels of each layer to show, those with the highest value on the images
+            first. None is all of them, or 64 of each layer where the layers have more than 4,096 together.
+        projections: For how many channels of each layer to show which pattern in the images made them fire,
+            from 0, and of the first two images. None is 8, or none where there are more than 16 layers,
+            since that takes a second each.
+        explain: Show where in the images the evidence for the network's answer lies.
+        title: What the page is called; None is the class of the model.
+        about: More lines for the head of the page, by name, such as `{"weights": "epoch 12"}`.
+        max_bytes: The most the file may have.
+
+    Returns:
+        The path.
+
+    Raises:
+        LayerNotFoundError: The model has no such layer, or no convolution.
+        InvalidArgumentError: The model does not take an image, no layer puts out maps, an argument does not
+            fit, or the file would be larger than `max_bytes`.
+        InvalidTypeError: An argument has another type.
+        PictureError: An image cannot be read, or the file cannot be written.
+        MissingDependencyError: jinja2 is not installed.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)).eval()
+        >>> folder = tempfile.mkdtemp()
+        >>> page = report(net, torch.rand(3, 16, 16), f"{folder}/net.html", names=["ant", "bee", "cow"])
+        >>> page.read_text("utf-8").count('<article class="channel"')
+        4
+    """
+    require_module(model)
+    require_engine()
+    given = as_path(path)
+    if max_channels is not None:
+        integer(max_channels, "max_channels", least=1)
+    if projections is not None:
+        integer(projections, "projections", least=0)
+    integer(max_bytes, "max_bytes", least=1)
+    flag(explain, "explain")
+    if survey is not None and not isinstance(survey, Survey):
+        raise InvalidTypeError(f"`survey` must be a Survey or None, got {shown(survey)}")
+    if source is not None and survey is None:
+        raise InvalidArgumentError("`source` has no effect without a `survey`; leave it out, or pass both")
+    pictures = pictures_of(model, images, preprocess, invert)
+    selected = convolutions(model) if layers is None else select(model, layers)
+    first_names = {id(layer.module): layer.name for layer in reversed(selected)}
+    wanted = [layer.name for layer in selected if first_names[id(layer.module)] == layer.name]
+    wishes = Wishes(
+        survey=survey,
+        source=None if source is None else Source(source, preprocess, invert, None),
+        maximized=_by_layer(maximized),
+        preprocess=preprocess,
+        invert=invert,
+        names=None if names is None else [str(name) for name in names],
+        targets=None if targets is None else [int(target) for target in targets],
+        max_channels=max_channels,
+        projections=projections,
+        explain=explain,
+        title=title or type(model).__name__,
+        about={} if about is None else dict(about),
+    )
+    page = written(model, pictures, wanted, wishes).encode("utf-8", "backslashreplace")
+    if len(page) > max_bytes:
+        raise InvalidArgumentError(
+            f"the page would have {len(page) / 1e6:.1f} MB, and `max_bytes` allows {max_bytes / 1e6:.1f} MB; "
+            "show fewer images, fewer `layers`, or fewer channels of each with `max_channels`"
+        )
+    write_whole(given, page, PictureError)
+    return given
+
+
+def _by_layer(maximized: Any) -> dict[str, Maximization]:
+    """Return what was maximised by the layer under which it is shown."""
+    if maximized is None:
+        return {}
+    if isinstance(maximized, Maximization):
+        found: dict[Any, Any] = {maximized.layer: maximized}
+    elif isinstance(maximized, Mapping):
+        found = dict(maximized)
+    elif isinstance(maximized, Iterable):
+        given = list(maximized)
+        found = {getattr(each, "layer", place): each for place, each in enumerate(given)}
+    else:
+        found = {"": maximized}
+    wrong = [each for each in found.values() if not isinstance(each, Maximization)]
+    if wrong:
+        raise InvalidTypeError(
+            "`maximized` must be a Maximization, a list of them or a mapping from layers, got "
+            f"{shown(wrong[0])}"
+        )
+    return found
