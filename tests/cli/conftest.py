@@ -45,6 +45,10 @@ def gray():
     return nn.Conv2d(1, 2, 3)
 
 
+def four():
+    return nn.Conv2d(4, 2, 3)
+
+
 def dense():
     return nn.Linear(3, 2)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from torchlens_viz.cli import demo
 from torchlens_viz.cli.demo import run_demo
-from torchlens_viz.cli.main import _parser
+from torchlens_viz.cli.parser import parser
 from torchlens_viz.errors import MissingDependencyError, PictureError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.grids.features import feature_grid
@@ -20,6 +20,7 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.demo_net import load_demo_net, preprocess
 
 NAMES = [
+    "report.html",
     "kernels.png",
     "maps/features.0.png",
     "maps/features.3.png",
@@ -28,6 +29,10 @@ NAMES = [
     "maximized/features.0.png",
     "maximized/features.3.png",
     "maximized/features.6.png",
+    "projected/features.0.png",
+    "projected/features.3.png",
+    "projected/features.6.png",
+    "explained.png",
 ]
 
 
@@ -42,7 +47,7 @@ def offline(monkeypatch):
 def test_the_demo_writes_every_picture_and_prints_where(tmp_path, capsys, offline):
     paths = run_demo(image=None, out=tmp_path / "out")
     assert paths == [tmp_path / "out" / name for name in NAMES]
-    for path in paths:
+    for path in paths[1:]:
         picture = read_image(path)
         assert 256 <= max(picture.size) <= 4000
         assert np.asarray(picture).std() > 5
@@ -50,8 +55,15 @@ def test_the_demo_writes_every_picture_and_prints_where(tmp_path, capsys, offlin
         *(str(path) for path in paths),
         "",
         "Now your own model and picture:",
-        "  torchlens-viz maps resnet18 photo.jpg -o maps",
+        "  torchlens-viz report resnet18 photo.jpg -o report.html",
     ]
+    page = paths[0].read_text("utf-8")
+    assert len(page) < 3_000_000
+    assert page.count('<article class="channel"') == 64 + 96 + 128
+    assert page.count("Ascent at features.") == 24
+    assert page.count("What drives it hardest in the data set") == 72
+    assert "over 48 inputs" in page
+    assert '<th scope="row">chelsea, upright</th>' in page
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(paths)
 
 
@@ -63,8 +75,10 @@ def test_the_pictures_are_those_of_the_network_and_the_photograph(tmp_path):
     with torch.inference_mode(), capture(network, "features.3") as acts:
         network(preprocess(photograph))
     expected = {
-        "kernels.png": kernel_grid(network, "features.0", upscale=6),
-        "maps/features.3.png": feature_grid(acts["features.3"], upscale=11),
+        "kernels.png": kernel_grid(network, "features.0", upscale=6, value_range="robust"),
+        "maps/features.3.png": feature_grid(
+            acts["features.3"], upscale=11, value_range="robust", legend=True
+        ),
     }
     for name, sheet in expected.items():
         assert np.array_equal(np.asarray(read_image(paths[name])), np.asarray(sheet.convert("RGB"))), name
@@ -72,15 +86,15 @@ def test_the_pictures_are_those_of_the_network_and_the_photograph(tmp_path):
 
 def test_the_next_command_that_is_printed_can_be_parsed():
     program, *words = demo._NEXT_COMMAND.split()
-    arguments = _parser().parse_args(words)
+    arguments = parser().parse_args(words)
     assert program == "torchlens-viz"
-    assert (arguments.command, arguments.model) == ("maps", "resnet18")
+    assert (arguments.command, arguments.model) == ("report", "resnet18")
 
 
 def test_a_large_photograph_is_drawn_at_screen_size(tmp_path):
     Image.linear_gradient("L").resize((3000, 2000)).save(tmp_path / "large.jpg")
     paths = run_demo(image=tmp_path / "large.jpg", out=tmp_path)
-    assert all(max(read_image(path).size) <= 4000 for path in paths)
+    assert all(max(read_image(path).size) <= 4000 for path in paths[1:])
 
 
 @pytest.mark.parametrize("size", [(30, 400), (400, 30), (5000, 100)])

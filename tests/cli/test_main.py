@@ -48,7 +48,10 @@ REFUSED = [
     ((*NET, "-o", "k.png", "--max-tiles", "0"), "max_tiles"),
     ((*NET, "-o", "k.png", "--value-range", "1", "0"), "value_range"),
     ((*NET, "-o", "k.png", "--value-range", "0", "1", "--scale-each"), "scale_each"),
-    ((*NET, "-o", "k.png", "--weights", "none"), "left out or a file"),
+    (("layers", "tiny_net:Net", "--layer", "frist"), "first"),
+    (("layers", "tiny_net:Net", "--weights", "none"), "unrecognized arguments: --weights none"),
+    (("layers", "tiny_net:Net", "notes.txt"), "notes.txt"),
+    ((*NET, "-o", "k.png", "--value-range", "0", "1", "--full-range"), "`--full-range` and `--value-range`"),
     ((*NET, "-o", "k.png", "--weights", "missing.pth"), 'must be "DEFAULT", "none" or an existing file'),
     ((*NET, "-o", "k.png", "--weights", "other.pth"), "does not fit Net: 8 missing"),
     ((*NET, "-o", "k.png", "--weights", "damaged.pth"), "is damaged"),
@@ -63,9 +66,9 @@ REFUSED = [
     ((*MAPS[:2], "notes.txt", "-o", "new"), "no format that Pillow reads"),
     ((*MAPS[:2], "folder.png", "-o", "new"), "which is a folder"),
     (("maps", "alexnot", "photo.png", "-o", "new"), "did you mean alexnet"),
-    (("maps", "tiny_net:gray", "photo.png", "-o", "new"), "put a function preprocess(image) that fits"),
+    (("maps", "tiny_net:four", "photo.png", "-o", "new"), "put a function preprocess(image) that fits"),
     (("maps", "tiny_net:dense", "photo.png", "-o", "new"), "Conv2d"),
-    (("maps", "raft_small", "photo.png", "-o", "new", "--weights", "none"), "takes two pictures"),
+    (("maps", "r3d_18", "photo.png", "-o", "new", "--weights", "none"), "the model has no Conv2d"),
     ((*MAPS, "-o", "new", "--layer", "first", "--layer", "secnd"), "second"),
     ((*MAPS, "-o", "new", "--layer", "x*"), "no layer"),
     (
@@ -183,3 +186,31 @@ def test_help_and_a_mistyped_option_do_not_wait_for_torch():
         "numpy",
         "PIL",
     }  # the probe can see it
+
+
+@pytest.mark.parametrize("option", ["--weights", "--layer", "--nrow", "--channels"])
+def test_two_dashes_are_no_value(folder, capsys, option):
+    assert main(["kernels", "tiny_net:Net", "-o", "k.png", f"{option}=--"]) == 2
+    assert f"argument {option}: expected a value, got '--'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"), [("a" * 300, "too long"), ("loop/x", "symbolic links"), ("a\0b", "null")]
+)
+@pytest.mark.parametrize("command", ["maps", "survey", "maximize"])
+def test_names_that_no_folder_can_have_are_refused(folder, capsys, command, out, reason):
+    Path("loop").symlink_to("loop")
+    words = {"maps": ["photo.png"], "survey": ["."], "maximize": ["--layer", "first"]}[command]
+    assert main([command, "tiny_net:Net", *words, "-o", out]) == 2
+    told = capsys.readouterr().err
+    assert reason in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"), [("a" * 300, "too long"), ("a\0b", "null"), ("loop", "must name a folder")]
+)
+def test_names_that_no_folder_of_pictures_can_have_are_refused(folder, capsys, place, reason):
+    Path("loop").symlink_to("loop")
+    assert main(["survey", "tiny_net:Net", place, "-o", "out"]) == 2
+    assert reason in capsys.readouterr().err

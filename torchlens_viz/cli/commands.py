@@ -6,9 +6,10 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -23,14 +24,17 @@ from torchlens_viz.errors import (
     TorchlensVizError,
     one_line,
 )
-from torchlens_viz.files.paths import safe_names
+from torchlens_viz.files.paths import is_there, safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
-from torchlens_viz.grids.features import feature_grid
+from torchlens_viz.grids.features import feature_sheet
 from torchlens_viz.grids.kernels import save_kernel_grid
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.models.inputs import colours_as_in
+from torchlens_viz.models.colours import colours_of
+from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.zoo import LoadedModel, load_model
+from torchlens_viz.models.loaded import LoadedModel
+from torchlens_viz.models.state import device_of, usable_device
+from torchlens_viz.models.zoo import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +44,12 @@ class Outcome:
     Attributes:
         paths: The files it wrote, in the order of the layers.
         notes: What the user may want to know about them, one line each.
+        text: What it has to say itself.
     """
 
     paths: list[Path]
     notes: list[str]
+    text: str = ""
 
 
 def draw_kernels(
@@ -85,34 +91,41 @@ def draw_maps(
         out: The folder for the sheets, each named after its layer.
         layers: Names and globs; every convolution where it is None.
         weights: What `load_model` takes.
-        options: What `feature_grid` takes by keyword.
+        options: What `feature_sheet` takes by keyword.
 
     Returns:
         The files in the order in which the layers ran, the weights used, and the layers without maps.
     """
     picture = read_image(image)
-    if out.exists() and not out.is_dir():
-        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
+    require_folder(out)
     loaded = load_model(model, weights=weights)
     selected = nn.Conv2d if layers is None else list(layers)
     with torch.inference_mode(), capture(loaded.model, selected) as acts:
         _forward(loaded, picture)
 
-    maps = {name: list(_maps(name, acts.calls(name))) for name in (*acts, *acts.not_called)}
+    grid = options.get("grid")
+    maps = {name: list(_maps(name, acts.calls(name), grid)) for name in (*acts, *acts.not_called)}
     without = ", ".join(name for name, found in maps.items() if not found)
     labelled = [pair for found in maps.values() for pair in found]
     if not labelled:
         raise InvalidArgumentError(
             f"`--layer` must select layers that put out maps (N, C, H, W), got {without}; "
-            "leave it out for every convolution"
+            "leave it out for every convolution, or give the rows and columns of tokens (N, L, C) with --grid"
         )
-    sheets = [feature_grid(values, **options) for _, values in labelled]
+    sheets = [
+        feature_sheet(values, **{**options, "grid": grid if values.ndim == 3 else None})
+        for _, values in labelled
+    ]
     names = safe_names([label for label, _ in labelled])
     paths = [save_picture(sheet, out / f"{name}.png") for sheet, name in zip(sheets, names, strict=True)]
     notes = [f"{loaded.name}: {loaded.weights_note}"]
     if without:
         notes.append(f"not drawn, because they did not run or put out no maps (N, C, H, W): {without}")
     return Outcome(paths=paths, notes=notes)
+
+
+# Without these an image drives a channel harder still, by noise that nobody can read.
+_TO_LOOK_AT: Final = {"parametrization": "fourier", "transforms": "robust"}
 
 
 def maximize_layers(
@@ -135,29 +148,38 @@ def maximize_layers(
         layers: Names and globs.
         weights: What `load_model` takes.
         device: Where to run; None is a GPU where there is one.
-        options: What `maximize` takes by keyword; `size` is by default what the model's preprocessing makes.
+        options: What `maximize` takes by keyword; `size` is by default what the model's preprocessing makes,
+            and the images are by default such as one likes to look at, built of waves and robust.
 
     Returns:
         The sheets, one per layer, and which weights they show; nothing in the other processes of a torchrun.
     """
-    if out.exists() and not out.is_dir():
-        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
+    require_folder(out)
     loaded = load_model(model, weights=weights)
-    size, colours = colours_as_in(loaded.preprocess)
+    try:
+        colours = colours_of(loaded.preprocess)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"{error}; call `maximize` from Python with a differentiable `preprocess`"
+        ) from error
     names = [layer.name for layer in select(loaded.model, list(layers))]
     paths = []
     notes = [f"{loaded.name}: {loaded.weights_note}"]
     with joined() as rank:
-        loaded.model.to(device or own_gpu() or "cpu")
+        loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))
         for name, file_name in zip(names, safe_names(names), strict=True):
             folder = out / file_name
             unfinished = folder / "unfinished"
             result = maximize(
                 loaded.model,
                 name,
-                preprocess=colours,
+                preprocess=colours.apply,
                 checkpoint=unfinished,
-                **{"size": size, **options},
+                **{
+                    "size": colours.size,
+                    **({} if options.get("method") == "classic" else _TO_LOOK_AT),
+                    **options,
+                },
             )
             if not result.is_complete:
                 raise KeyboardInterrupt  # what is finished stays where the next run finds it
@@ -166,6 +188,16 @@ def maximize_layers(
                 shutil.rmtree(unfinished)  # all of it is in what was saved
                 notes.append(f"{name}: {_counted(result.status)}")
     return Outcome(paths=paths, notes=notes if paths else [])
+
+
+def require_folder(out: Path) -> None:
+    """Refuse a place where no folder can be.
+
+    Raises:
+        PictureError: There is something else, or nothing can have that name.
+    """
+    if is_there(out, PictureError) and not out.is_dir():
+        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
 
 
 def own_gpu() -> str | None:
@@ -180,24 +212,45 @@ def _counted(status: Sequence[str]) -> str:
 
 
 def _forward(loaded: LoadedModel, picture: Image.Image) -> None:
-    prepared = loaded.preprocess(picture)
-    for weight in loaded.model.parameters():
-        prepared = prepared.to(weight.device)
-        break
+    prepared = prepared_by(loaded, picture).to(device_of(loaded.model))
+    with told_as_model_error(loaded, f"this picture as an input of shape {tuple(prepared.shape)}"):
+        loaded.run(prepared)
+
+
+def prepared_by(loaded: LoadedModel, picture: Image.Image, what: str = "this picture") -> Tensor:
+    """Return what the model's preprocessing makes of a picture: (1, C, H, W), or a clip (1, C, T, H, W).
+
+    Raises:
+        ModelLoadError: It fails, or makes something else.
+    """
     try:
-        loaded.model(prepared)
-    except TorchlensVizError:
-        raise
-    except RuntimeError as error:
+        prepared = loaded.preprocess(picture)
+        is_clip = isinstance(prepared, Tensor) and prepared.ndim == 5 and len(prepared) == 1
+        return prepared if is_clip else as_batch(prepared)
+    except Exception as error:
         raise ModelLoadError(
-            f"{loaded.name} cannot run on this picture as an input of shape {tuple(prepared.shape)} "
-            f"({one_line(error)}); use another picture, or put a function preprocess(image) that fits "
-            "beside the factory"
+            f"the preprocessing of {loaded.name} fails for {what} ({one_line(error)}); it must make a tensor "
+            "(1, C, H, W) of a picture"
         ) from error
 
 
-def _maps(name: str, calls: Sequence[object]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every output that is a stack of maps, numbered where the layer ran several times."""
+@contextmanager
+def told_as_model_error(loaded: LoadedModel, what: str) -> Iterator[None]:
+    """Say of whatever a model raises that the model did."""
+    try:
+        yield
+    except TorchlensVizError:
+        raise
+    except Exception as error:
+        raise ModelLoadError(
+            f"{loaded.name} cannot run on {what} ({one_line(error)}); use other pictures, or put a function "
+            "preprocess(image) that fits beside the factory"
+        ) from error
+
+
+def _maps(name: str, calls: Sequence[object], grid: object) -> Iterator[tuple[str, Tensor]]:
+    """Yield every output that can be drawn as maps, numbered where the layer ran several times."""
+    ranks = (4,) if grid is None else (3, 4)
     for index, values in enumerate(calls):
-        if isinstance(values, Tensor) and values.ndim == 4 and values.numel() > 0:
+        if isinstance(values, Tensor) and values.ndim in ranks and values.numel() > 0:
             yield (name if len(calls) == 1 else f"{name}-call{index}"), values

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.cli.commands import Outcome, own_gpu
+from torchlens_viz.cli.commands import Outcome, own_gpu, prepared_by, require_folder, told_as_model_error
 from torchlens_viz.dataset.findings import Finding
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.dataset.survey import survey
@@ -25,22 +25,24 @@ from torchlens_viz.distributed import gathered, joined
 from torchlens_viz.errors import (
     ArchiveError,
     InvalidArgumentError,
-    ModelLoadError,
     PictureError,
     TorchlensVizError,
     one_line,
 )
 from torchlens_viz.files.paths import safe_names, write_whole
 from torchlens_viz.files.pictures import pictures_in, read_image, save_picture
-from torchlens_viz.models.inputs import colours_as_in
+from torchlens_viz.models.colours import colours_of
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.zoo import LoadedModel, load_model
+from torchlens_viz.models.loaded import LoadedModel
+from torchlens_viz.models.state import usable_device
+from torchlens_viz.models.zoo import load_model
+from torchlens_viz.progress import is_shown, tracked
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
 
 
 @final
-class _Files:
+class Files:
     """All pictures by index, as `Survey.grid` takes them."""
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -91,9 +93,10 @@ def write_report(
     notes = [f"{found.samples_seen:,} pictures surveyed, {len(bad):,} bad ones skipped"] if bad else []
     if found.not_called:
         notes.append(f"did not run: {', '.join(found.not_called)}")
-    invert = _inverse(loaded)
+    invert = inverse_of(loaded)
     drawable = [name for name in found.top if found.top[name].values.shape[1]]
-    for name, file_name in zip(drawable, safe_names(drawable), strict=True):
+    sheets = list(zip(drawable, safe_names(drawable), strict=True))
+    for name, file_name in tracked(sheets, shown=is_shown(None), total=len(sheets), unit="sheet"):
         count = found.stats[name].channels
         drawn = [channel for channel in channels or range(_MOST_ROWS) if channel < count]
         if not drawn:
@@ -102,7 +105,7 @@ def write_report(
         try:
             sheet = found.grid(
                 name,
-                _Files(files),
+                Files(files),
                 channels=drawn,
                 preprocess=loaded.preprocess,
                 invert=invert,
@@ -118,14 +121,12 @@ def write_report(
     return paths, notes
 
 
-def _inverse(loaded: LoadedModel) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def inverse_of(loaded: LoadedModel) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return what undoes the preprocessing of colours; None where it cannot be told once for all pictures."""
     try:
-        _, colours = colours_as_in(loaded.preprocess)
-    except Exception:  # it may well be made for other pictures than plain ones
+        return colours_of(loaded.preprocess).undo
+    except InvalidArgumentError:  # it may well be made for other pictures than plain ones
         return None
-    black, white = colours(torch.zeros(1, 3, 1, 1)), colours(torch.ones(1, 3, 1, 1))
-    return lambda batch: (batch.float().cpu() - black) / (white - black)
 
 
 def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -160,6 +161,7 @@ def survey_folder(
     top_k: int,
     skip_bad: bool,
     channels: Sequence[int] | None,
+    channel_dim: int | None,
 ) -> Outcome:
     """Survey a folder of pictures, and write what was found.
 
@@ -177,6 +179,7 @@ def survey_folder(
         top_k: Pictures to keep per channel.
         skip_bad: Pass over pictures that cannot be read, and list them.
         channels: The channels to draw; None is the first 32.
+        channel_dim: The dimension that counts channels, as in `survey`.
 
     Returns:
         `findings.csv`, `statistics.csv`, `statistics.json`, `pictures.csv`, `survey.safetensors` and the
@@ -188,27 +191,28 @@ def survey_folder(
     for name, value, least in (("--batch-size", batch_size, 1), ("--top-k", top_k, 0)):
         if value < least:
             raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
-    if out.exists() and not out.is_dir():
-        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
+    require_folder(out)
     files = pictures_in(folder, but_not_in=out / "top")  # an earlier run's sheets
     loaded = load_model(model, weights=weights)
     selected: Any = nn.Conv2d if layers is None else list(layers)
     names = [layer.name for layer in select(loaded.model, selected)]
     with joined() as rank:
-        loaded.model.to(device or own_gpu() or "cpu")
+        loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        own = _Pictures(files, loaded, batch_size, skip_bad=skip_bad, share=(rank, processes))
+        own = Pictures(files, loaded, batch_size, skip_bad=skip_bad, share=(rank, processes))
         unfinished = out / "unfinished.safetensors"
         try:
-            found = survey(
-                loaded.model,
-                own,
-                names,
-                top_k=top_k,
-                indices=lambda batch: batch[1],
-                correlations=True,
-                checkpoint=unfinished,
-            )
+            with told_as_model_error(loaded, "these pictures"):
+                found = survey(
+                    loaded.model,
+                    own,
+                    names,
+                    top_k=top_k,
+                    indices=lambda batch: batch[1],
+                    correlations=True,
+                    channel_dim=channel_dim,
+                    checkpoint=unfinished,
+                )
         except TorchlensVizError as error:
             if own.bad and len(own.bad) == own.seen:
                 raise PictureError(f"no picture in {str(folder)!r} can be read; {own.bad[0][1]}") from error
@@ -229,7 +233,7 @@ def survey_folder(
 
 @final
 @dataclass
-class _Pictures:
+class Pictures:
     """The share of one process, as batches with the indices of the pictures; a batch is of one size."""
 
     files: Sequence[Path]
@@ -270,12 +274,4 @@ class _Pictures:
                 raise PictureError(f"{error}; or pass --skip-bad") from error
             self.bad.append((index, str(error)))
             return None
-        try:
-            return self.loaded.preprocess(picture)
-        except TorchlensVizError:
-            raise
-        except Exception as error:
-            raise ModelLoadError(
-                f"the preprocessing of {self.loaded.name} raised {one_line(error)} for "
-                f"{str(self.files[index])!r}"
-            ) from error
+        return prepared_by(self.loaded, picture, repr(str(self.files[index])))
