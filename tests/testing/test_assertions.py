@@ -369,12 +369,20 @@ def test_what_cannot_be_asserted_on_is_refused(x, kind, message):
         assert_mean(x, -1, 1)
 
 
-@pytest.mark.parametrize("name", [name for name in vars(testing) if name.startswith("assert_")])
+ON_VALUES = [
+    name for name in vars(testing) if name.startswith("assert_") and name != "assert_same_activations"
+]
+
+
+@pytest.mark.parametrize("name", ON_VALUES)
 def test_tracebacks_end_at_the_caller_s_line(name):
     arguments = {"assert_activations_close": [torch.tensor([[NAN]])], "assert_finite": []}
     options = arguments.get(name, [] if name == "assert_no_dead_channels" else [0, 1])
+    subject = [torch.tensor([[NAN]]), *options]
+    if name == "assert_same_activations":
+        subject = [nn.Softmax(1), nn.Softmax(0), torch.eye(3)[:2]]
     with pytest.raises(AssertionError) as caught:
-        getattr(testing, name)(torch.tensor([[NAN]]), *options)
+        getattr(testing, name)(*subject)
     shown = [entry for entry in caught.traceback if not entry.ishidden(caught)]
     assert [entry.path.name for entry in shown] == ["test_assertions.py"]
     assert len(traceback.extract_tb(caught.tb)) > 1  # there was something to hide
@@ -402,3 +410,25 @@ def test_the_module_is_there_without_importing_it():
 def test_a_bound_that_is_no_number_is_refused():
     with pytest.raises(InvalidArgumentError, match="`eps` must be a number"):
         testing.assert_no_dead_channels(torch.zeros(2, 3), eps=float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_can_be_asserted(dtype):
+    values = torch.tensor([[1.0, 2.0], [0.0, -1.0]]).to(dtype)
+    assert_finite(values)
+    assert_activations_close(values, values.float(), rtol=0, atol=0)
+    assert_mean(values, 0.5, 0.5)
+    with pytest.raises(AssertionError, match=r"1 of 4 values .* is NaN or infinite"):
+        assert_finite(torch.tensor([[1.0, torch.nan], [0.0, 1.0]]).to(dtype))
+    with pytest.raises(AssertionError, match="differs by more"):
+        assert_activations_close(
+            values, values.float() + torch.tensor([[0.0, 0.0], [1.0, 0.0]]), rtol=0, atol=0
+        )
+
+
+def test_the_traceback_of_two_models_ends_at_the_caller_s_line_too():
+    one, other = (torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(2))
+    with pytest.raises(AssertionError) as caught:
+        testing.assert_same_activations(one, other, torch.ones(1, 2))
+    shown = [entry for entry in caught.traceback if not entry.ishidden(caught)]
+    assert [entry.path.name for entry in shown] == ["test_assertions.py"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -114,3 +115,52 @@ def test_a_broken_baseline_says_so(regression, tmp_path, content, reason):
     regression(overwrite=True).check(torch.ones(1, 1))
     assert json.loads((folder / "test_x.json").read_text())["test"] == "test_x"
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_pipe_is_refused_as_a_baseline(regression, tmp_path):
+    (tmp_path / "test_module").mkdir()
+    os.mkfifo(tmp_path / "test_module" / "test_x.json")
+    with pytest.raises(
+        ArchiveError, match="it is a pipe or device and no file; run `pytest --activations-over"
+    ):
+        regression().check(torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"values": 2**70}, "`values` must be at most"),
+        ({"values": "x"}, "`values` must be an int, got 'x'"),
+        ({"mean": [1.0, 2.0]}, "its columns are not of one length"),
+        ({"mean": 1.0}, "its columns are not of one length"),
+    ],
+)
+def test_an_edited_baseline_is_refused_with_the_reason(regression, tmp_path, change, reason):
+    regression(overwrite=True).check(torch.ones(1, 1))
+    path = tmp_path / "test_module" / "test_x.json"
+    content = json.loads(path.read_text())
+    for fields in content["layers"].values():
+        fields.update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ArchiveError, match=f"cannot read the baseline .*{reason}"):
+        regression().check(torch.ones(1, 1))
+
+
+def test_layers_that_differ_by_backticks_only_are_kept_apart(regression):
+    acts = {"a": torch.zeros(1, 1), "`a`": torch.ones(1, 1), "a`": torch.full((1, 1), 2.0)}
+    regression(overwrite=True).check(acts)
+    regression().check(acts)
+    with pytest.raises(AssertionError, match="`a`: mean: 1 of 1 channel"):
+        regression().check({**acts, "`a`": torch.full((1, 1), 5.0)})
+
+
+def test_a_hundred_differences_are_not_a_hundred_lines(regression):
+    acts = {f"layer{index}": torch.ones(2, 3) for index in range(50)}
+    regression(overwrite=True).check(acts)
+    with pytest.raises(AssertionError) as caught:
+        regression().check({name: value * 2 for name, value in acts.items()})
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("150 differences from the baseline")
+    assert lines[1].startswith("layer0: mean: ")
+    assert lines[-2] == "... and 130 more, further on"
+    assert len(lines) == 2 * 20 + 3

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from torchlens_viz.arguments import a_name, integer, one_of, real, shown
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.testing.messages import differences, nonfinite, share, some
@@ -40,7 +41,7 @@ def assert_no_dead_channels(
     eps: float = 0.0,
     max_dead: int = 0,
     layers: Globs = None,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     msg: str | None = None,
 ) -> None:
     """Assert that at most `max_dead` channels of each layer are dead: their maximum never exceeded `eps`.
@@ -50,12 +51,14 @@ def assert_no_dead_channels(
         eps: What a live channel exceeds somewhere, in some sample.
         max_dead: How many dead channels are allowed, in each layer.
         layers: Names or globs of the layers that count.
-        channel_dim: The dimension of the channels, where there are tensors.
+        channel_dim: The dimension that counts channels, where there are tensors; None is what `capture` found
+            where it handed a tensor out, else 1.
         msg: Put before the message.
     """
     __tracebackhide__ = True
-    if max_dead < 0:
-        raise InvalidArgumentError(f"`max_dead` must be 0 or more, got {max_dead}")
+    if integer(max_dead, "max_dead") < 0:
+        raise InvalidArgumentError(f"`max_dead` must be 0 or more, got {shown(max_dead)}")
+    eps = real(eps, "eps")
     if eps != eps:
         raise InvalidArgumentError("`eps` must be a number, got NaN")
 
@@ -81,7 +84,7 @@ def assert_mean(
     *,
     per: Literal["channel", "layer"] = "channel",
     layers: Globs = None,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     msg: str | None = None,
 ) -> None:
     """Assert `low <= mean <= high` for every channel, or with `per="layer"` for each layer as a whole.
@@ -107,7 +110,7 @@ def assert_std(
     *,
     per: Literal["channel", "layer"] = "channel",
     layers: Globs = None,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     msg: str | None = None,
 ) -> None:
     """Assert `low <= std <= high`, of the population, for every channel, or for each layer as a whole."""
@@ -122,7 +125,7 @@ def assert_zero_fraction(
     *,
     per: Literal["channel", "layer"] = "channel",
     layers: Globs = None,
-    channel_dim: int = 1,
+    channel_dim: int | None = None,
     msg: str | None = None,
 ) -> None:
     """Assert that the share of zeros is `low` to `high`, within 0 to 1, of every channel or of each layer."""
@@ -154,8 +157,9 @@ def assert_activations_close(
     """
     __tracebackhide__ = True
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if not tolerance >= 0:
+        if not real(tolerance, name) >= 0:
             raise InvalidArgumentError(f"`{name}` must be 0 or more, got {tolerance}")
+    rtol, atol = real(rtol, "rtol"), real(atol, "atol")
     ours, theirs = dict(read(actual, layers, whole=True)), dict(read(expected, layers, whole=True))
     failures = [f"{label}: there, and not expected" for label in ours if label not in theirs]
     failures += [f"{label}: expected, and not there" for label in theirs if label not in ours]
@@ -168,13 +172,12 @@ def assert_activations_close(
 def _judge(
     x: Subject,
     layers: Globs,
-    channel_dim: int,
+    channel_dim: int | None,
     per: str,
     failure: Callable[[str, ChannelStats], str | None],
 ) -> list[str | None]:
     """Return what `failure` says of each reading; of one with NaN or Inf, say that instead."""
-    if per not in ("channel", "layer"):
-        raise InvalidArgumentError(f'`per` must be "channel" or "layer", got {per!r}')
+    one_of(per, "per", ("channel", "layer"))
     found = []
     for reading in read(x, layers):
         stats = statistics_of(reading, channel_dim)
@@ -184,8 +187,9 @@ def _judge(
 
 
 def _outside(name: str, low: float, high: float) -> Callable[[str, ChannelStats], str | None]:
+    low, high = real(low, "low"), real(high, "high")
     if not low <= high:
-        raise InvalidArgumentError(f"`low` must not exceed `high`, got {low} and {high}")
+        raise InvalidArgumentError(f"`low` must not exceed `high`, got {low:g} and {high:g}")
     what, bounds = name.replace("_", " "), f"[{low:.6g}, {high:.6g}]"
 
     def failure(label: str, stats: ChannelStats) -> str | None:
@@ -210,6 +214,8 @@ def _outside(name: str, low: float, high: float) -> Callable[[str, ChannelStats]
 
 def _raise(failures: Sequence[str | None], msg: str | None) -> None:
     __tracebackhide__ = True
+    if msg is not None:
+        a_name(msg, "msg")
     told = [failure for failure in failures if failure]
     if not told:
         return

@@ -10,14 +10,16 @@ from typing import Any, Final, final
 
 import torch
 
+from torchlens_viz.arguments import integer
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError, reason_of
-from torchlens_viz.files.paths import replacing, safe_name
+from torchlens_viz.files.paths import replacing, require_regular, safe_name
 from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.testing.messages import COMPARED, differences, nonfinite
 from torchlens_viz.testing.subjects import Globs, Subject, read, statistics_of
 
 _FORMAT: Final = "torchlens_viz.baseline/1"
 _OPTION: Final = "--activations-overwrite"
+_MOST_SHOWN: Final = 20  # differences; what comes after the first layers follows from them
 
 
 @final
@@ -38,7 +40,7 @@ class ActivationRegression:
         rtol: float = 1e-3,
         atol: float = 1e-5,
         layers: Globs = None,
-        channel_dim: int = 1,
+        channel_dim: int | None = None,
     ) -> None:
         """Assert that the statistics of every channel are those of the baseline.
 
@@ -51,7 +53,8 @@ class ActivationRegression:
             rtol: How far a number may be off, as a share of what is expected.
             atol: How far it may be off besides.
             layers: Names or globs of the layers that count.
-            channel_dim: The dimension of the channels, where there are tensors.
+            channel_dim: The dimension that counts channels, where there are tensors; None is what `capture`
+                found where it handed a tensor out, else 1.
 
         Raises:
             AssertionError: They differ, or there is no baseline yet.
@@ -65,7 +68,7 @@ class ActivationRegression:
                 f"`name` must differ from that of the other checks in this test, got {name!r} once more"
             )
         self._used.add(path.name)
-        found = {r.label.replace("`", ""): statistics_of(r, channel_dim) for r in read(acts, layers)}
+        found = {_plain(reading.label): statistics_of(reading, channel_dim) for reading in read(acts, layers)}
         spoilt = [text for label, stats in found.items() if (text := nonfinite(label, stats))]
         if spoilt:
             raise AssertionError("\n".join(spoilt))
@@ -79,8 +82,10 @@ class ActivationRegression:
         failures = _compare(found, _read(path), rtol, atol)
         if failures:
             head = f"{len(failures)} differences from the baseline {_near(path)}"
+            more = len(failures) - _MOST_SHOWN
+            shown = failures[:_MOST_SHOWN] + ([f"... and {more:,} more, further on"] if more > 0 else [])
             tail = f"where this is meant, run `pytest {_OPTION}` to renew it"
-            raise AssertionError("\n".join([head, *failures, tail]))
+            raise AssertionError("\n".join([head, *shown, tail]))
 
 
 def _compare(
@@ -97,6 +102,12 @@ def _compare(
             failures.append(f"{label}: {ours:,} values per channel where {theirs:,} were expected")
         failures += differences(label, stats, wanted, rtol=rtol, atol=atol)
     return failures
+
+
+def _plain(label: str) -> str:
+    """Return a label without the backticks around the name of a layer, which may have some of its own."""
+    name, tick, rest = label.rpartition("`")
+    return name[1:] + rest if tick else label
 
 
 def _file_name(test: str) -> str:
@@ -123,19 +134,29 @@ def _write(path: Path, test: str, found: dict[str, ChannelStats]) -> None:
 
 def _read(path: Path) -> dict[str, ChannelStats]:
     try:
+        require_regular(path, ArchiveError, remedy=f"run `pytest {_OPTION}` to renew it")
         content = json.loads(path.read_text("utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}, not {_FORMAT!r}")
         return {label: _stats(fields) for label, fields in content["layers"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except ArchiveError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ArchiveError(
             f"cannot read the baseline {_near(path)}: {reason_of(error)}; run `pytest {_OPTION}` to renew it"
         ) from error
 
 
 def _stats(fields: dict[str, Any]) -> ChannelStats:
-    columns: dict[str, Any] = {name: torch.tensor(fields[name], dtype=torch.float64) for name in COMPARED}
-    count = torch.full((len(columns["mean"]),), fields["values"], dtype=torch.int64)
+    columns: dict[str, Any] = {
+        name: torch.tensor(fields[name], dtype=torch.float64, device="cpu") for name in COMPARED
+    }
+    shapes = {tuple(column.shape) for column in columns.values()}
+    if len(shapes) != 1 or len(shape := shapes.pop()) != 1:
+        raise ValueError("its columns are not of one length")
+    count = torch.full(
+        shape, integer(fields["values"], "values", most=2**62), dtype=torch.int64, device="cpu"
+    )
     return ChannelStats(**columns, count=count, nonfinite=torch.zeros_like(count))
 
 

@@ -7,6 +7,8 @@ from typing import Final
 
 import torch
 
+from torchlens_viz.arguments import plain
+from torchlens_viz.hooks.layout import marked_dim
 from torchlens_viz.stats.channels import ChannelStats
 
 _SHOWN: Final = 5
@@ -30,13 +32,13 @@ def nonfinite(label: str, value: torch.Tensor | ChannelStats) -> str | None:
     if isinstance(value, ChannelStats):
         counts = value.nonfinite.tolist()
         return _spoilt(label, counts, int(value.count.sum())) if any(counts) else None
-    values = value.detach()
-    values = values.dequantize() if values.is_quantized else values
-    values = values if values.layout is torch.strided else values.to_dense()
+    values = plain(value.detach())
     is_bad = ~values.isfinite()
     if not is_bad.any():
         return None
-    per_channel = is_bad.movedim(1, 0).flatten(1).sum(1) if is_bad.ndim > 1 else is_bad.sum().view(1)
+    found = marked_dim(value)
+    dim = 1 if found is None else found
+    per_channel = is_bad.movedim(dim, 0).flatten(1).sum(1) if is_bad.ndim > 1 else is_bad.sum().view(1)
     first = tuple(is_bad.nonzero()[0].tolist())
     text = _spoilt(label, per_channel.tolist(), values.numel())
     return f"{text}\n  first: {values[first].item():.6g} at index {first}"
@@ -78,7 +80,9 @@ def _unlike(
             continue
         count = int(is_bad.sum())
         flat = int(torch.where(is_bad, distance, -1).argmax())
-        worst = tuple(int(place) for place in torch.unravel_index(torch.tensor(flat), ours.shape))
+        worst = tuple(
+            int(place) for place in torch.unravel_index(torch.tensor(flat, device="cpu"), ours.shape)
+        )
         got, wanted, gap = (side[worst].item() for side in (ours, theirs, distance))
         place = f"channel {worst[0]}" if what == "channel" else f"index {worst}"
         relative = f", or {100 * gap / abs(wanted):.3g}% of what was expected" if wanted else ""
@@ -91,10 +95,8 @@ def _unlike(
 
 
 def _plain(values: torch.Tensor) -> torch.Tensor:
-    plain = values.detach().to("cpu")
-    plain = plain.dequantize() if plain.is_quantized else plain
-    plain = plain if plain.layout is torch.strided else plain.to_dense()
-    return plain if plain.is_complex() else plain.double()
+    there = plain(values.detach().to("cpu"))
+    return there if there.is_complex() else there.double()
 
 
 def _spoilt(label: str, counts: Sequence[int], total: int) -> str:

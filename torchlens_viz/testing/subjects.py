@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
+from torchlens_viz.arguments import integer, listed, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.hooks.activations import Activations
+from torchlens_viz.hooks.layout import marked_dim
 from torchlens_viz.models.layers import nearest
 from torchlens_viz.nested import leaves
 from torchlens_viz.stats.channels import ChannelStats
@@ -79,7 +81,9 @@ def _chosen(known: list[str], unrun: Sequence[str], layers: Globs) -> list[str]:
     if layers is None:
         return [name for name in known if name not in unrun]
     wanted: set[str] = set()
-    for glob in [layers] if isinstance(layers, str) else layers:
+    for glob in [layers] if isinstance(layers, str) else listed(layers, "layers"):
+        if not isinstance(glob, str):
+            raise InvalidTypeError(f"`layers` must be names or globs of layers, got {shown(glob)}")
         found = {glob} if glob in known else {name for name in known if fnmatchcase(name, glob)}
         if not found:
             raise LayerNotFoundError(f"no layer matches `{glob}`; {nearest(glob, known)}")
@@ -99,21 +103,27 @@ def _readings(label: str, value: Any, *, whole: bool) -> Iterator[Reading]:
             raise InvalidTypeError(f"{label} must be one tensor, got {what}; pass the one that counts")
     for index, part in enumerate(parts):
         name = label if len(parts) == 1 else f"{label} [tensor {index}]"
+        if isinstance(part, torch.Tensor) and (part.is_nested or part.is_meta):
+            kind = "a nested tensor" if part.is_nested else "a tensor on meta, which has no values"
+            raise InvalidTypeError(f"{name} must be a tensor of numbers, got {kind}")
         amount = part.numel() if isinstance(part, torch.Tensor) else int(part.count.sum())
         if amount == 0:
             raise InvalidArgumentError(f"{name} must hold values, got none, so that nothing can be asserted")
         yield Reading(name, part)
 
 
-def statistics_of(reading: Reading, channel_dim: int) -> ChannelStats:
+def statistics_of(reading: Reading, channel_dim: int | None) -> ChannelStats:
     """Return the statistics per channel of what was read."""
     label, value = reading
     if isinstance(value, ChannelStats):
         return value
-    if not -value.ndim <= channel_dim < value.ndim:
+    if channel_dim is None:
+        found = marked_dim(value)
+        channel_dim = 1 if found is None else found
+    if not -value.ndim <= integer(channel_dim, "channel_dim") < value.ndim:
         raise InvalidArgumentError(
-            f"{label} must have a dimension {channel_dim} for its channels, got shape {tuple(value.shape)}; "
-            "say which one it is with `channel_dim=`"
+            f"{label} must have a dimension {shown(channel_dim)} for its channels, got shape "
+            f"{tuple(value.shape)}; say which one it is with `channel_dim=`"
         )
     stats = RunningStats(channel_dim=channel_dim)
     stats.update(value)
