@@ -17,8 +17,8 @@ from torchlens_viz.draw.palette import Colormap, colormap
 from torchlens_viz.receptive.field import ReceptiveField
 
 MAGENTA, GREEN, CYAN, WHITE = (255, 0, 255), (0, 255, 0), (0, 255, 255), (255, 255, 255)
-RED, BLUE, DARK = (103, 0, 31), (5, 48, 97), (40, 40, 40)  # the ends of RdBu_r, and its padding
-HEADER = 16
+RED, BLUE, DARK = (103, 0, 31), (5, 48, 97), (40, 40, 40)  # the ends of RdBu_r, and lines around its tiles
+HEADER = 22
 SIGNED_MAPS = ["seismic", "RdBu_r"]
 
 
@@ -47,12 +47,32 @@ def drawn_range(tiles: np.ndarray, normalize: bool, value_range: Any, signed: bo
     """The range that tiles are drawn in."""
     finite = tiles[np.isfinite(tiles)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+    if isinstance(value_range, str):
+        low, high, value_range = *robust_ends(finite), None
     if not normalize:
         low, high = 0.0, 1.0
     if value_range is not None:
         low, high = value_range
     most = max(abs(low), abs(high))
     return (-most, most) if signed else (float(low), float(high))
+
+
+def robust_ends(finite: np.ndarray) -> tuple[float, float]:
+    """Limits that leave out one value in 200 at either end, of those that are not zero."""
+    if not finite.size:
+        return 0.0, 1.0
+    ordered = np.sort(finite[finite != 0])
+    low = high = 0.0
+    if ordered.size:
+        cut = (ordered.size - 1) // 200
+        low, high = ordered[cut], ordered[-1 - cut]
+    if (finite == 0).any():
+        low, high = min(low, 0.0), max(high, 0.0)
+    if finite.min() < 0 <= low:
+        low = finite[finite < 0].max()
+    if finite.max() > 0 >= high:
+        high = finite[finite > 0].min()
+    return (float(finite.min()), float(finite.max())) if low == high else (float(low), float(high))
 
 
 def drawn_levels(
@@ -67,15 +87,20 @@ def drawn_levels(
     return np.floor(position + 0.5 - 1e-3), np.floor(position + 0.5 + 1e-3)
 
 
-def laid_out(tiles: list[np.ndarray], columns: int, padding: int, background: int) -> np.ndarray:
-    """Tiles on a sheet, row by row, with padding about each."""
+def laid_out(
+    tiles: list[np.ndarray], columns: int, padding: int, page: int, frame: int | None = None
+) -> np.ndarray:
+    """Tiles on a sheet, row by row, with padding about each, and in it a line around the tile."""
     height, width = tiles[0].shape[:2]
     columns, rows = min(columns, len(tiles)), math.ceil(len(tiles) / columns)
     shape = (rows * (height + padding) + padding, columns * (width + padding) + padding, *tiles[0].shape[2:])
-    sheet = np.full(shape, background)
+    sheet = np.full(shape, page)
     for index, tile in enumerate(tiles):
         top = padding + index // columns * (height + padding)
         left = padding + index % columns * (width + padding)
+        if padding and frame is not None:
+            about = sheet[top - 1 : top + height + 1, left - 1 : left + width + 1]
+            about[[0, -1]] = about[:, [0, -1]] = frame
         sheet[top : top + height, left : left + width] = tile
     return sheet
 
@@ -102,7 +127,7 @@ def assert_drawn_as_promised(
         cmap = "RdBu_r" if channels == 1 and normalize and low < 0 < high else "gray"
     signed, last = cmap in SIGNED_MAPS, 255 if channels == 3 else 250
     is_gray = cmap == "gray" and np.isfinite(tiles).all()
-    assert image.mode == ("RGB" if channels == 3 else "L" if is_gray else "P")
+    assert image.mode == "RGB"
     allowed = []
     for choice in (0, 1):
         parts = []
@@ -114,11 +139,13 @@ def assert_drawn_as_promised(
                     part[found] = code
             enlarged = part.repeat(factor, 1).repeat(factor, 2)
             parts.append(enlarged.transpose(1, 2, 0) if channels == 3 else enlarged[0])
-        background = 255 if channels == 3 else 250 if is_gray else 251  # in gray, white is the last level
-        allowed.append(laid_out(parts, columns, padding, background))
-    actual = np.array(image).astype(int)
-    if is_gray and channels == 1:
-        actual = np.rint(actual * 250 / 255).astype(int)
+        # In gray, white is the last level; in signed maps it is zero, and a line parts it from the page.
+        page = 255 if channels == 3 else 125 if signed else 250 if is_gray else 251
+        allowed.append(laid_out(parts, columns, padding, page, 251 if signed and channels == 1 else None))
+    if channels == 1:
+        table = np.array(colormap(cmap).palette).reshape(256, 3)
+        allowed = [table[part] for part in allowed]
+    actual = np.array(image)
     assert actual.shape == allowed[0].shape
     assert ((actual == allowed[0]) | (actual == allowed[1])).all()
 
@@ -135,6 +162,8 @@ STYLES = [
     {"scale_each": True},
     {"value_range": (-0.5, 0.25)},
     {"value_range": [0, 2]},
+    {"value_range": "robust"},
+    {"value_range": "robust", "scale_each": True},
     {"normalize": False},
     {"nrow": 1},
     {"nrow": 50},
@@ -174,8 +203,8 @@ def ranked(values: torch.Tensor, rank: str) -> list[int]:
 
 
 def same(first: Image.Image, second: Image.Image) -> bool:
-    """Whether two pictures have the same mode and colours."""
-    return first.mode == second.mode and np.array_equal(colours(first), colours(second))
+    """Whether two pictures have the same colours."""
+    return np.array_equal(colours(first), colours(second))
 
 
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from torchlens_viz.arguments import integer, number, one_of, plain
+from torchlens_viz.arguments import (
+    a_name,
+    flag,
+    function,
+    indices_of,
+    integer,
+    listed,
+    named_device,
+    number,
+    one_of,
+    pair,
+    plain,
+    real,
+    shown,
+)
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, needed
 
 
@@ -103,3 +117,85 @@ def test_a_package_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingDependencyError, match=r"which fails: libmissing\.so; run"):
         needed("broken_here", "this needs broken_here")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"),
+        ("a\nb", "'a\\nb'"),
+        ("a" * 100, f"'{'a' * 75} ..."),
+        (torch.zeros(2, 3), "a tensor of shape (2, 3)"),
+        (torch.zeros(2, device="meta"), "a tensor of shape (2,)"),
+        (np.zeros((2, 2)), "array([[0., 0.], [0., 0.]])"),
+    ],
+)
+def test_a_message_shows_any_value_in_one_short_line(value, text):
+    assert shown(value) == text
+
+
+def test_a_number_with_more_digits_than_python_writes_is_shown_by_its_kind():
+    assert shown(10**5000) == "a value of type int"
+
+
+@pytest.mark.parametrize("value", [True, False, np.True_])
+def test_flags_are_bools(value):
+    assert flag(value, "legend") is bool(value)
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "yes", torch.ones(2), []])
+def test_what_is_no_flag_is_refused(value):
+    with pytest.raises(InvalidTypeError, match="`legend` must be True or False, got"):
+        flag(value, "legend")
+
+
+def test_pairs_are_two_finite_numbers():
+    assert pair([1, Fraction(3, 2)], "limits") == (1.0, 1.5)
+    for value in (1, "a", (1,), (1, 2, 3), range(2**60), None, torch.tensor(1.0)):
+        with pytest.raises(InvalidTypeError, match=r"`limits` must be \(low, high\), got"):
+            pair(value, "limits")
+    with pytest.raises(InvalidTypeError, match="`limits` must be a number, got 'a'"):
+        pair("ab", "limits")
+    with pytest.raises(InvalidArgumentError, match="`limits` must be finite, got nan"):
+        pair((0, float("nan")), "limits")
+
+
+def test_real_numbers_may_be_infinite():
+    assert real(10**400, "high") == float("inf")
+    with pytest.raises(InvalidArgumentError, match="`lr` must be finite, got 1000"):
+        number(10**400, "lr")
+
+
+def test_functions_and_names_are_what_they_are():
+    assert function(None, "preprocess") is None
+    assert function(len, "preprocess") is len
+    assert a_name("x", "layer") == "x"
+    with pytest.raises(InvalidTypeError, match="`preprocess` must be a function or None, got 3"):
+        function(3, "preprocess")
+    with pytest.raises(InvalidTypeError, match="`layer` must be a string, got 3"):
+        a_name(3, "layer")
+
+
+def test_lists_are_never_longer_than_memory_holds():
+    assert listed((n for n in (1, 2)), "layers") == [1, 2]
+    for value in (range(2**60), iter(int, 1)):
+        with pytest.raises(InvalidArgumentError, match="`layers` must have at most 10 items, got"):
+            listed(value, "layers", most=10)
+    for value in (3, torch.tensor(1)):
+        with pytest.raises(InvalidTypeError, match="`layers` must be a list, got"):
+            listed(value, "layers")
+    with pytest.raises(InvalidArgumentError, match="`channels` must choose at most 1,048,576, got range"):
+        indices_of(range(2**60), 3, "channels")
+
+
+def test_devices_are_named():
+    assert named_device("meta") == torch.device("meta")
+    assert named_device(torch.device("cpu")) == torch.device("cpu")
+    with pytest.raises(InvalidArgumentError, match="`device` must be a device, got 'x'"):
+        named_device("x")
+    with pytest.raises(
+        InvalidArgumentError, match="`device` must be a device of this machine, got 'cuda:99'"
+    ):
+        named_device("cuda:99")
+    with pytest.raises(InvalidTypeError, match="`device` must be a device or its name, got 3"):
+        named_device(3)

@@ -45,7 +45,7 @@ def test_the_home_of_a_name_is_the_module_that_defines_it():
 
 
 def test_the_guard_on_homes_can_fail():
-    assert from_elsewhere({"capture": "hooks.capture", "Inputs": "hooks.capture"}) == {"Inputs"}
+    assert from_elsewhere({"capture": "hooks.capture", "Layer": "hooks.capture"}) == {"Layer"}
 
 
 def said_to_type_checkers(source: str) -> dict[str, str]:

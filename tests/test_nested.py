@@ -235,3 +235,56 @@ def test_a_generator_is_handed_on_unread():
         outputs = list(stream)
     for kept, output in zip(acts.calls("conv"), outputs, strict=True):
         assert torch.equal(kept, output)
+
+
+class Scaled(tuple):
+    """A tuple that wants more than its items, and knows more."""
+
+    def __new__(cls, items, scale):
+        made = super().__new__(cls, items)
+        made.scale = scale
+        return made
+
+
+class Batch(collections.abc.Mapping):
+    """A mapping that is no dict and has a state of its own, tensors in it."""
+
+    def __init__(self, data, weight, sizes=()):
+        self.data, self.weight, self.sizes = dict(data), weight, sizes
+
+    def __getitem__(self, key):
+        return self.data[key]
+
+    def __iter__(self):
+        return iter(self.data)
+
+    def __len__(self):
+        return len(self.data)
+
+
+class Marked(dict):
+    """A dict with a state of its own."""
+
+
+def test_a_state_beside_the_items_is_kept_and_its_tensors_are_copied():
+    def make(value):
+        marked = Marked(a=value)
+        marked.mask = value + 1
+        return Scaled([value], value * 2), Batch({"a": value}, value * 3, (3,)), marked
+
+    net, given = Gives(make), torch.ones(2)
+    with capture(net, "", copy=True) as acts:
+        out = net(given)
+    scaled, batch, marked = acts[""]
+    for tensor in (out[0].scale, out[1].weight, out[2].mask, given):
+        tensor.zero_()
+    assert type(scaled) is Scaled
+    assert scaled.scale.tolist() == [2, 2]
+    assert type(batch) is Batch
+    assert batch.sizes == (3,)
+    assert batch.weight.tolist() == [3, 3]
+    assert batch["a"].tolist() == [1, 1]
+    assert out[1]["a"].tolist() == [0, 0]
+    assert type(marked) is Marked
+    assert marked.mask.tolist() == [2, 2]
+    assert marked["a"].tolist() == [1, 1]

@@ -87,6 +87,7 @@ def prelude(heading: str) -> dict[str, Any]:
         model.zero_grad()
         nn.functional.cross_entropy(model(batch), labels).backward()
 
+    is_labelled = "trains" in heading or "worth" in heading
     return {
         **public,
         "maximize": partial(torchlens_viz.maximize, size=16, steps=3),  # a climb of seconds, not of minutes
@@ -97,11 +98,13 @@ def prelude(heading: str) -> dict[str, Any]:
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
         "model": model,
+        "other": model,
+        "testing": torchlens_viz.testing,
         "image": images[:1],
         "images": images,
         "batch": images,
         "dataset": images,
-        "loader": [(batch, torch.arange(16)) for batch in batches] if "trains" in heading else batches,
+        "loader": [(batch, torch.arange(16)) for batch in batches] if is_labelled else batches,
         "train_on": train_on,
         "acts": acts,
         "photograph": Image.linear_gradient("L").resize((28, 28)).convert("RGB"),

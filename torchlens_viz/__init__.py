@@ -13,14 +13,24 @@ if TYPE_CHECKING:  # what `_HOME` and `_DOORS` say, for type checkers; tests/tes
     from torchlens_viz import errors as errors
     from torchlens_viz import objectives as objectives
     from torchlens_viz import testing as testing
+    from torchlens_viz.ablation.ablate import ablate as ablate
+    from torchlens_viz.ablation.result import Ablation as Ablation
+    from torchlens_viz.ascent.fourier import FixedSpectrum as FixedSpectrum
+    from torchlens_viz.ascent.fourier import Fourier as Fourier
     from torchlens_viz.ascent.maximize import maximize as maximize
     from torchlens_viz.ascent.method import Classic as Classic
     from torchlens_viz.ascent.method import Normalized as Normalized
-    from torchlens_viz.ascent.parametrization import FixedSpectrum as FixedSpectrum
-    from torchlens_viz.ascent.parametrization import Fourier as Fourier
     from torchlens_viz.ascent.parametrization import Pixels as Pixels
     from torchlens_viz.ascent.result import Maximization as Maximization
     from torchlens_viz.ascent.transforms import Transforms as Transforms
+    from torchlens_viz.atlas.report import report as report
+    from torchlens_viz.atlas.top_projections import top_projections as top_projections
+    from torchlens_viz.attribution.explain import explain as explain
+    from torchlens_viz.attribution.explanation import Explanation as Explanation
+    from torchlens_viz.attribution.project import project as project
+    from torchlens_viz.attribution.projection import Projection as Projection
+    from torchlens_viz.comparison.compare import compare as compare
+    from torchlens_viz.comparison.result import Comparison as Comparison
     from torchlens_viz.dataset.result import Survey as Survey
     from torchlens_viz.dataset.survey import survey as survey
     from torchlens_viz.draw.grid import make_grid as make_grid
@@ -42,9 +52,13 @@ if TYPE_CHECKING:  # what `_HOME` and `_DOORS` say, for type checkers; tests/tes
     from torchlens_viz.hooks.capture import capture as capture
     from torchlens_viz.monitor.health import Trouble as Trouble
     from torchlens_viz.monitor.monitor import Monitor as Monitor
+    from torchlens_viz.overview.layers import layers as layers
+    from torchlens_viz.overview.table import LayerRow as LayerRow
+    from torchlens_viz.overview.table import LayerTable as LayerTable
     from torchlens_viz.receptive.find import receptive_field as receptive_field
     from torchlens_viz.stats.channels import ChannelStats as ChannelStats
     from torchlens_viz.stats.running import RunningStats as RunningStats
+    from torchlens_viz.trackers.folder import FolderWriter as FolderWriter
 
 __version__ = "0.1.0"
 
@@ -67,18 +81,32 @@ _HOME = {  # the module that defines each public name
     "save_feature_maps": "grids.folders",
     "make_grid": "draw.grid",
     "receptive_field": "receptive.find",
+    "layers": "overview.layers",
+    "LayerRow": "overview.table",
+    "LayerTable": "overview.table",
     "maximize": "ascent.maximize",
     "Maximization": "ascent.result",
     "Normalized": "ascent.method",
     "Classic": "ascent.method",
     "Transforms": "ascent.transforms",
     "Pixels": "ascent.parametrization",
-    "Fourier": "ascent.parametrization",
-    "FixedSpectrum": "ascent.parametrization",
+    "Fourier": "ascent.fourier",
+    "FixedSpectrum": "ascent.fourier",
+    "project": "attribution.project",
+    "Projection": "attribution.projection",
+    "explain": "attribution.explain",
+    "Explanation": "attribution.explanation",
+    "report": "atlas.report",
     "survey": "dataset.survey",
     "Survey": "dataset.result",
+    "ablate": "ablation.ablate",
+    "Ablation": "ablation.result",
+    "compare": "comparison.compare",
+    "Comparison": "comparison.result",
+    "top_projections": "atlas.top_projections",
     "Monitor": "monitor.monitor",
     "Trouble": "monitor.health",
+    "FolderWriter": "trackers.folder",
     "LayerNotFoundError": "errors",
     "TorchlensVizError": "errors",
 }

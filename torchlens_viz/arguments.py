@@ -1,19 +1,36 @@
-"""What an argument may be: integers, numbers, choices; tensors of plain numbers; which maps and indices."""
+"""What an argument may be: integers, numbers, flags, choices, lists; tensors of plain numbers; indices."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from math import isfinite
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from math import inf, isfinite
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, one_line
 
 T = TypeVar("T")
+
+_MOST_SHOWN: Final = 80  # characters of a value in a message
+_MOST_INDICES: Final = 2**20
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: in one short line, whatever it is."""
+    if isinstance(value, torch.Tensor):
+        shape = "" if value.is_nested else f" of shape {tuple(value.shape)}"
+        return f"a tensor{shape}"
+    try:
+        text = repr(value)
+    except Exception:  # a value of the caller's may do anything
+        text = f"a value of type {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 4]} ..."
 
 
 def integer(value: object, name: str, *, least: int | None = None, most: int | None = None) -> int:
@@ -25,11 +42,11 @@ def integer(value: object, name: str, *, least: int | None = None, most: int | N
     """
     found = _as_index(value)
     if found is None:
-        raise InvalidTypeError(f"`{name}` must be an int, got {value!r}")
+        raise InvalidTypeError(f"`{name}` must be an int, got {shown(value)}")
     if least is not None and found < least:
-        raise InvalidArgumentError(f"`{name}` must be at least {least}, got {found}")
+        raise InvalidArgumentError(f"`{name}` must be at least {least}, got {shown(found)}")
     if most is not None and found > most:
-        raise InvalidArgumentError(f"`{name}` must be at most {most}, got {found}")
+        raise InvalidArgumentError(f"`{name}` must be at most {most}, got {shown(found)}")
     return found
 
 
@@ -47,9 +64,7 @@ def number(
         InvalidArgumentError: It is not finite, below `least`, above `most`, or not above `above`.
         InvalidTypeError: It is no real number.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InvalidTypeError(f"`{name}` must be a number, got {value!r}")
-    found = float(value)
+    found = real(value, name)
     rules = [
         ("finite", isfinite(found)),
         (f"at least {least}", least is None or found >= least),
@@ -58,7 +73,97 @@ def number(
     ]
     for rule, holds in rules:
         if not holds:
-            raise InvalidArgumentError(f"`{name}` must be {rule}, got {value!r}")
+            raise InvalidArgumentError(f"`{name}` must be {rule}, got {shown(value)}")
+    return found
+
+
+def real(value: object, name: str) -> float:
+    """Return an option named `name` as a float, which may be infinite or NaN; a bool is no number.
+
+    Raises:
+        InvalidTypeError: It is no real number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidTypeError(f"`{name}` must be a number, got {shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return inf
+
+
+def pair(value: object, name: str) -> tuple[float, float]:
+    """Return an option named `name` as two finite numbers (low, high), in whichever order.
+
+    Raises:
+        InvalidArgumentError: They are not finite.
+        InvalidTypeError: It is not two numbers.
+    """
+    low, high = limits(value, name)
+    return number(low, name), number(high, name)
+
+
+def limits(value: object, name: str) -> tuple[float, float]:
+    """Return an option named `name` as two numbers (low, high), in whichever order; infinite ones count too.
+
+    Raises:
+        InvalidTypeError: It is not two numbers.
+    """
+    given: Any = value
+    try:
+        low, high = given
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidTypeError(f"`{name}` must be (low, high), got {shown(value)}") from None
+    return real(low, name), real(high, name)
+
+
+def flag(value: object, name: str) -> bool:
+    """Return an option named `name` as a bool: numpy's counts, 0 and 1 do not.
+
+    Raises:
+        InvalidTypeError: It is neither True nor False.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InvalidTypeError(f"`{name}` must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def function(value: T, name: str) -> T:
+    """Return an option named `name` if it is a function or None.
+
+    Raises:
+        InvalidTypeError: It is neither.
+    """
+    if value is not None and not callable(value):
+        raise InvalidTypeError(f"`{name}` must be a function or None, got {shown(value)}")
+    return value
+
+
+def a_name(value: Any, name: str) -> str:
+    """Return an option named `name` if it is a string.
+
+    Raises:
+        InvalidTypeError: It is none.
+    """
+    if not isinstance(value, str):
+        raise InvalidTypeError(f"`{name}` must be a string, got {shown(value)}")
+    return value
+
+
+def listed(value: Iterable[T], name: str, *, most: int = _MOST_INDICES) -> list[T]:
+    """Return an option named `name` as a list, never longer than memory holds.
+
+    Raises:
+        InvalidArgumentError: It has more than `most` items.
+        InvalidTypeError: It has no items.
+    """
+    if isinstance(value, range) and len(value) > most:  # which need not be counted
+        raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
+    try:
+        found = list(islice(value, most + 1))
+    except (TypeError, RuntimeError):
+        raise InvalidTypeError(f"`{name}` must be a list, got {shown(value)}") from None
+    if len(found) > most:
+        raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
     return found
 
 
@@ -73,72 +178,61 @@ def one_of(value: Any, name: str, choices: Sequence[T]) -> T:
             return choice
     *first, last = (f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices)
     raise InvalidArgumentError(
-        f"`{name}` must be {', '.join(first)} or {last}, got {value!r}"
+        f"`{name}` must be {', '.join(first)} or {last}, got {shown(value)}"
         if first
-        else f"`{name}` must be {last}, got {value!r}"
+        else f"`{name}` must be {last}, got {shown(value)}"
     )
 
 
-def maps_of(
-    activation: torch.Tensor,
-    sample: int,
-    *,
-    grid: tuple[int, int] | None = None,
-    what: str = "`activation`",
-) -> torch.Tensor:
-    """Return the maps (C, H, W) of one input of a batch, checked to be drawable.
+def named_device(device: torch.device | str, name: str = "device") -> torch.device:
+    """Return a device by its name, whether this machine has it or not.
 
-    Args:
-        activation: (N, C, H, W) or (C, H, W); with `grid`, tokens (N, L, C) or (L, C).
-        sample: Which input of the batch.
-        grid: Rows and columns in which the last rows * columns of the tokens lie; those before them, such as
-            a class token, are left out.
-        what: What the caller calls the activation.
+    Raises:
+        InvalidArgumentError: There is no kind of device of that name.
+        InvalidTypeError: It is no name.
     """
-    if not isinstance(activation, torch.Tensor):
-        raise InvalidTypeError(
-            f"{what} must be a tensor (N, C, H, W) or (C, H, W), got {type(activation).__name__}; of a layer "
-            "that puts out several tensors, choose one"
-        )
-    batch = real_numbers(activation, what)
-    if grid is not None:
-        batch = _folded(batch, grid, what)
-    if batch.ndim not in (3, 4) or batch.numel() == 0:
+    if not isinstance(device, torch.device | str):
+        raise InvalidTypeError(f"`{name}` must be a device or its name, got {shown(device)}")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, ValueError) as error:
         raise InvalidArgumentError(
-            f"{what} must be (N, C, H, W) or (C, H, W) with at least one pixel, got shape "
-            f"{tuple(batch.shape)}"
-            + ("; tokens (N, L, C) need `grid=(rows, columns)`" if batch.ndim in (2, 3) else "")
-        )
-    shape = batch.shape
-    if batch.ndim == 3:
-        batch = batch[None]
-    index = _as_index(sample)
-    if index is None:
-        raise InvalidTypeError(f"`sample` must be an int, got {sample!r}")
-    if not 0 <= index < len(batch):
+            f"`{name}` must be a device, got {shown(device)} ({one_line(error)}); pass cpu or cuda"
+        ) from error
+    if found.type == "cuda" and (found.index or 0) >= (count := torch.cuda.device_count()):
         raise InvalidArgumentError(
-            f"`sample` must be an index from 0 to {len(batch) - 1}, got {index} (shape {tuple(shape)})"
+            f"`{name}` must be a device of this machine, got {str(found)!r} where it has {count} GPUs; leave "
+            "it out, or pass cpu"
         )
-    return batch[index]
+    return found
 
 
 def indices_of(chosen: int | Sequence[int] | None, count: int, name: str) -> list[int]:
     """Return the indices that an option named `name` chooses from `count` things; None is all of them."""
     if chosen is None:
         return list(range(count))
-    single = _as_index(chosen)
-    try:
-        given = list(chosen) if single is None else [single]  # type: ignore[arg-type]
-    except TypeError:
-        given = [chosen]  # type: ignore[list-item]
-    indices = [index for index in map(_as_index, given) if index is not None]
-    if len(indices) < len(given):
-        raise InvalidTypeError(f"`{name}` must be an int or a list of ints, got {chosen!r}")
-    if not indices:
-        raise InvalidArgumentError(f"`{name}` must choose at least one, got an empty list")
+    indices = _all_indices(chosen, name)
     wrong = [index for index in indices if not 0 <= index < count]
     if wrong:
-        raise InvalidArgumentError(f"`{name}` must be indices from 0 to {count - 1}, got {wrong[0]}")
+        raise InvalidArgumentError(f"`{name}` must be indices from 0 to {count - 1}, got {shown(wrong[0])}")
+    return indices
+
+
+def _all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
+    single = _as_index(chosen)
+    try:
+        given = list(islice(chosen, _MOST_INDICES + 1)) if single is None else [single]  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # a nested tensor raises the latter
+        given = [chosen]  # type: ignore[list-item]
+    if len(given) > _MOST_INDICES:
+        raise InvalidArgumentError(f"`{name}` must choose at most {_MOST_INDICES:,}, got {shown(chosen)}")
+    indices = [index for index in map(_as_index, given) if index is not None]
+    if len(indices) < len(given):
+        is_mask = any(str(getattr(each, "dtype", type(each).__name__)).endswith("bool") for each in given)
+        remedy = "; of a mask, pass `mask.nonzero().flatten()`" if is_mask else ""
+        raise InvalidTypeError(f"`{name}` must be an int or a list of ints, got {shown(chosen)}{remedy}")
+    if not indices:
+        raise InvalidArgumentError(f"`{name}` must choose at least one, got an empty list")
     return indices
 
 
@@ -148,22 +242,8 @@ def _as_index(value: object) -> int | None:
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, RuntimeError):  # of a tensor without values the latter
         return None
-
-
-def _folded(tokens: torch.Tensor, grid: tuple[int, int], what: str) -> torch.Tensor:
-    try:
-        rows, columns = (operator.index(size) for size in grid)
-    except (TypeError, ValueError):
-        raise InvalidTypeError(f"`grid` must be (rows, columns), got {grid!r}") from None
-    if tokens.ndim not in (2, 3) or rows < 1 or columns < 1 or tokens.shape[-2] < rows * columns:
-        raise InvalidArgumentError(
-            f"`grid` must have at most as many places as {what} has tokens (N, L, C), got {rows} x {columns} "
-            f"(shape {tuple(tokens.shape)})"
-        )
-    places = tokens[..., tokens.shape[-2] - rows * columns :, :]
-    return places.transpose(-2, -1).reshape(*places.shape[:-2], places.shape[-1], rows, columns)
 
 
 def check_dense(tensor: torch.Tensor, what: str) -> None:
@@ -187,7 +267,9 @@ def check_dense(tensor: torch.Tensor, what: str) -> None:
 
 
 def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """Return the numbers of a tensor, detached; of a quantised one those that it stands for.
+    """Return the numbers of a tensor, detached, in a type that torch computes with.
+
+    Those of a quantised tensor are what it stands for, and float8 becomes float32.
 
     Args:
         tensor: Any tensor.
@@ -202,26 +284,45 @@ def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
         raise InvalidTypeError(
             f"{what} must hold real numbers to draw, got {tensor.dtype} on {tensor.device}; {remedy}"
         )
-    tensor = tensor.detach()
-    return tensor.dequantize() if tensor.is_quantized else tensor
+    return _in_computable_type(tensor.detach())
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same numbers as a dense tensor: what a quantised one stands for, the zeros of a sparse one.
+    """Return the same numbers as a dense tensor in a type that torch computes with.
 
+    Those of a quantised tensor are what it stands for, float8 becomes float32, a sparse one gets its zeros.
     Where it is plain already, it is the tensor itself.
     """
-    values = tensor.dequantize() if tensor.is_quantized else tensor
-    return values if values.layout is torch.strided else values.to_dense()
+    values = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    return _in_computable_type(values)
+
+
+def _in_computable_type(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    # For float8 torch has hardly any operation, and which ones differs between its versions and devices.
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
+
+
+def has_float64(device: torch.device) -> bool:
+    """Tell whether a device computes in float64; Apple's does not."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers in float64: where they are, or on the host if their device has none."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
 
 
 def channel_tuple(channels: int | Sequence[int]) -> tuple[int, ...]:
-    """Return channel indices as a tuple, refusing what is not a list of distinct indices from 0."""
-    chosen = [channels] if isinstance(channels, int) else list(channels)
-    try:
-        indices = tuple(operator.index(channel) for channel in chosen)
-    except TypeError:
-        raise InvalidTypeError(f"`channels` must be an int or a list of ints, got {channels!r}") from None
-    if not indices or min(indices) < 0:
-        raise InvalidArgumentError(f"`channels` must be one or more indices from 0, got {channels!r}")
+    """Return channel indices as a tuple, refusing what is not a list of indices from 0."""
+    indices = tuple(_all_indices(channels, "channels"))
+    if min(indices) < 0:
+        raise InvalidArgumentError(f"`channels` must be one or more indices from 0, got {shown(channels)}")
     return indices

@@ -78,7 +78,10 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
     finally:
         dist.destroy_process_group(group)
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            failure = None  # an error that this frame holds would hold this frame, and all that it holds
     for other, (_, told) in enumerate(shares):
         if told is not None:
             raise DistributedError(f"process {other} failed, so that the result would be incomplete: {told}")

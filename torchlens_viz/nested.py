@@ -17,6 +17,8 @@ _Kinds: TypeAlias = type | tuple[type, ...]
 
 # Containers that are copied even where no tensor is in them: a network may go on writing to them.
 _COPIED = frozenset({list, set, deque, dict, OrderedDict, defaultdict})
+# Containers that are nothing but their items.
+_BARE = _COPIED | {tuple, frozenset, torch.Size}
 
 
 def map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
@@ -78,7 +80,8 @@ def _map(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen)
 
 def _map_sequence(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
     mapped = [_map(kinds, function, item, seen) for item in value]
-    items, holds = [item for item, _ in mapped], any(holds for _, holds in mapped)
+    items, state = [item for item, _ in mapped], _map_state(kinds, function, value, seen)
+    holds = any(holds for _, holds in (*mapped, *state.values()))
     can_change = isinstance(value, list | set | deque)
     if not holds and (type(value) not in _COPIED if can_change else _same(items, value)):
         return value, False
@@ -86,42 +89,62 @@ def _map_sequence(kinds: _Kinds, function: Callable[[Any], Any], value: Any, see
         rebuilt = copy.copy(value)  # a subclass, or a deque, knows more than its items
         rebuilt.clear()
         (rebuilt.update if isinstance(rebuilt, set) else rebuilt.extend)(items)
-        return rebuilt, holds
-    make = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-    try:
-        return make(items), holds
-    except TypeError:  # its constructor wants something else
-        if not isinstance(value, tuple):
-            raise
-        return tuple.__new__(type(value), items), holds
+    else:
+        kind = tuple if isinstance(value, tuple) else frozenset
+        try:
+            rebuilt = kind.__new__(type(value), items)  # its own constructor may want something else
+        except TypeError:  # not so what torch.max and its kin return
+            rebuilt = type(value)(items)
+    _set_state(rebuilt, state)
+    return rebuilt, holds
 
 
 def _map_mapping(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
     mapped = {key: _map(kinds, function, item, seen) for key, item in value.items()}
-    items, holds = {key: item for key, (item, _) in mapped.items()}, any(h for _, h in mapped.values())
+    items, state = {key: item for key, (item, _) in mapped.items()}, _map_state(kinds, function, value, seen)
+    holds = any(holds for _, holds in (*mapped.values(), *state.values()))
     if not holds and type(value) not in _COPIED:
         return value, False
     if type(value) is dict:
         return items, holds
-    if not isinstance(value, dict | UserDict):  # a copy of another kind may share what it holds
+    if isinstance(value, dict | UserDict):
+        rebuilt = copy.copy(value)
+        for key, item in items.items():
+            rebuilt[key] = item
+        _set_state(rebuilt, state)
+        return rebuilt, holds
+    rebuilds: tuple[Callable[[], Any], ...] = (
+        lambda: _set_state(copy.copy(value), state),
+        lambda: type(value)(items),
+    )
+    for rebuild in rebuilds:
         try:
-            return type(value)(items), holds  # such as types.MappingProxyType
-        except TypeError:
-            return items, holds
-    rebuilt = copy.copy(value)
-    for key, item in items.items():
-        rebuilt[key] = item
-    return rebuilt, holds
+            rebuilt = rebuild()
+            if list(rebuilt) == list(items) and _same([rebuilt[key] for key in items], items.values()):
+                return rebuilt, holds
+        except Exception:  # a class of the caller's, which may want anything
+            continue
+    return items, holds
 
 
 def _map_object(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> _Mapped:
-    mapped = {name: _map(kinds, function, getattr(value, name), seen) for name in _attributes(value)}
-    if not any(holds for _, holds in mapped.values()):
+    state = _map_state(kinds, function, value, seen)
+    if not any(holds for _, holds in state.values()):
         return value, False
-    rebuilt = copy.copy(value)
-    for name, (item, _) in mapped.items():
+    return _set_state(copy.copy(value), state), True
+
+
+def _map_state(kinds: _Kinds, function: Callable[[Any], Any], value: Any, seen: _Seen) -> dict[str, _Mapped]:
+    """Map what an object holds in attributes; the builtin containers have none."""
+    if type(value) in _BARE:
+        return {}
+    return {name: _map(kinds, function, getattr(value, name), seen) for name in _attributes(value)}
+
+
+def _set_state(rebuilt: Any, state: Mapping[str, _Mapped]) -> Any:
+    for name, (item, _) in state.items():
         object.__setattr__(rebuilt, name, item)  # frozen dataclasses too
-    return rebuilt, True
+    return rebuilt
 
 
 def _attributes(value: Any) -> Iterator[str]:

@@ -11,14 +11,14 @@ exception is `diversity`, which compares the images of the same channel with one
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias
 
 import torch
 
+from torchlens_viz.arguments import check_dense, integer, listed, number, one_of, shown
 from torchlens_viz.backprop.objective import Objective, Scene
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, TorchlensVizError
 
 __all__ = [
     "Objective",
@@ -32,6 +32,9 @@ __all__ = [
     "score",
     "total_variation",
 ]
+
+_GREATEST: Final = 1e18  # whose square float32 holds
+_MOST_AXES: Final = 8
 
 ObjectiveName: TypeAlias = Literal["mean", "max", "center"]
 
@@ -50,8 +53,8 @@ def channel(
         >>> channel(3) - 0.1 * total_variation()
         channel(3) - 0.1 * total_variation()
     """
-    if reduce not in ("mean", "max"):
-        raise InvalidArgumentError(f'`reduce` must be "mean" or "max", got {reduce!r}')
+    one_of(reduce, "reduce", ("mean", "max"))
+    index = None if index is None else integer(index, "index")
 
     def function(scene: Scene) -> torch.Tensor:
         values = _of_channel(scene, index, layer)
@@ -72,7 +75,7 @@ def neuron(
         position: Row and column in the map, or as many numbers as the map has dimensions; None is the middle.
         layer: The layer; None is the one that was asked for.
     """
-    place = None if position is None else tuple(operator.index(part) for part in position)
+    index, place = None if index is None else integer(index, "index"), _place(position)
 
     def function(scene: Scene) -> torch.Tensor:
         values = _of_channel(scene, index, layer)
@@ -95,12 +98,19 @@ def direction(
         position: One position of the maps; None takes the mean over all of them.
         layer: The layer; None is the one that was asked for.
     """
-    weights = torch.as_tensor(vector, dtype=torch.float32)
+    try:
+        given = vector if isinstance(vector, torch.Tensor) else listed(vector, "vector")
+        weights = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
+        check_dense(weights, "`vector`")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if isinstance(error, TorchlensVizError):
+            raise
+        raise InvalidTypeError(f"`vector` must be numbers, one per channel, got {shown(vector)}") from error
     if weights.ndim != 1 or not len(weights) or not bool(weights.isfinite().all()):
         raise InvalidArgumentError(
             f"`vector` must be finite numbers, one per channel, got shape {tuple(weights.shape)}"
         )
-    place = None if position is None else tuple(operator.index(part) for part in position)
+    place = _place(position)
 
     def function(scene: Scene) -> torch.Tensor:
         values = scene.activation(layer)
@@ -161,6 +171,7 @@ def total_variation() -> Objective:
 
 def l2(middle: float = 0.5) -> Objective:
     """Score how far pixels are from `middle`: their mean square distance. Give it a negative weight."""
+    middle = number(middle, "middle", least=-_GREATEST, most=_GREATEST)
     return Objective(
         function=lambda scene: (scene.images - middle).square().flatten(1).mean(1),
         text="l2()" if middle == 0.5 else f"l2({middle:g})",
@@ -175,7 +186,9 @@ def score(function: Callable[[Scene], torch.Tensor], *, layers: Sequence[str] = 
         layers: The layers it looks at besides the one that was asked for.
     """
     if not callable(function):
-        raise InvalidTypeError(f"`function` must be callable, got {function!r}")
+        raise InvalidTypeError(f"`function` must be callable, got {shown(function)}")
+    for layer in listed(layers, "layers"):
+        _require_name(layer)
     name = getattr(function, "__qualname__", type(function).__name__)
     return Objective(
         function=function, text=f"score({name})", layers=frozenset((None, *layers)), uses_target=True
@@ -199,7 +212,7 @@ def objective_of(chosen: ObjectiveName | Objective | Callable[[Scene], torch.Ten
         return score(chosen)
     names = ", ".join(map(repr, _BY_NAME))
     raise InvalidArgumentError(
-        f"`objective` must be one of {names}, an Objective or a function, got {chosen!r}"
+        f"`objective` must be one of {names}, an Objective or a function, got {shown(chosen)}"
     )
 
 
@@ -216,16 +229,27 @@ def _term(
     given = [] if index is None else [str(index)]
     given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
     layer = options["layer"]
-    if layer is not None and not isinstance(layer, str):
-        raise InvalidTypeError(f"`layer` must be a name, got {layer!r}")
+    if layer is not None:
+        _require_name(layer)
     return Objective(
         function=function,
         text=f"{name}({', '.join(given)})",
-        layers=frozenset([layer]),
+        layers=frozenset([None if layer is None else str(layer)]),
         is_linear=is_linear and layer is None,
         uses_target=index is None and not chosen,
         couples=couples,
     )
+
+
+def _require_name(layer: object) -> None:
+    if not isinstance(layer, str):
+        raise InvalidTypeError(f"`layer` must be a name, got {shown(layer)}")
+
+
+def _place(position: Sequence[int] | None) -> tuple[int, ...] | None:
+    if position is None:
+        return None
+    return tuple(integer(part, "position") for part in listed(position, "position", most=_MOST_AXES))
 
 
 def _of_channel(scene: Scene, index: int | None, layer: str | None) -> torch.Tensor:
@@ -234,7 +258,7 @@ def _of_channel(scene: Scene, index: int | None, layer: str | None) -> torch.Ten
         return values[torch.arange(len(values), device=values.device), scene.channels]
     if not 0 <= index < values.shape[1]:
         raise InvalidArgumentError(
-            f"`channel` must be an index from 0 to {values.shape[1] - 1} of the layer, got {index}"
+            f"`channel` must be an index from 0 to {values.shape[1] - 1} of the layer, got {shown(index)}"
         )
     return values[:, index]
 
@@ -243,5 +267,5 @@ def _position(shape: Sequence[int], place: tuple[int, ...] | None) -> tuple[int,
     if place is None:
         return tuple(size // 2 for size in shape)
     if len(place) != len(shape) or not all(0 <= part < size for part, size in zip(place, shape, strict=True)):
-        raise InvalidArgumentError(f"`position` must lie in maps of {tuple(shape)}, got {place}")
+        raise InvalidArgumentError(f"`position` must lie in maps of {tuple(shape)}, got {shown(place)}")
     return place

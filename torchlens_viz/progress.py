@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar, final
 
+from torchlens_viz.arguments import flag
 from torchlens_viz.errors import needed
 
 T = TypeVar("T")
@@ -19,7 +20,7 @@ _WHOLE: Final = "{percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}
 def is_shown(progress: bool | None) -> bool:
     """Tell whether to show a bar: None shows one where tqdm is installed and somebody can see it."""
     if progress is not None:
-        return progress
+        return flag(progress, "progress")
     return importlib.util.find_spec("tqdm") is not None and (sys.stderr.isatty() or _is_notebook())
 
 
@@ -91,4 +92,5 @@ def counter(*, shown: bool, total: int | None, unit: str) -> Iterator[Callable[[
 
 
 def _tqdm() -> Any:
-    return needed("tqdm", "`progress=True` needs tqdm", "progress").tqdm
+    package = "tqdm.auto" if _is_notebook() else "tqdm"  # in a notebook a bar of its own, no red text
+    return needed(package, "`progress=True` needs tqdm", "progress").tqdm
