@@ -101,3 +101,39 @@ def test_statistics_and_top_9_against_torchlens(model, dataset, versus):
     few = images.split(BATCH)
     note = f"{2 * BATCH} images, torchlens computes no figures"
     versus(ours(model, few), extract, target=">= 1", rounds=5, note=note)
+
+
+def forward_and_backward(model: nn.Module, loader: DataLoader, first: str, *, back: bool) -> None:
+    """Run a network from a leaf at its first layer on, and back as far as that."""
+    kept: list[torch.Tensor] = []
+
+    def leaf(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        kept[:] = [output.detach().requires_grad_()]
+        return kept[0].clone()
+
+    hook = model.get_submodule(first).register_forward_hook(leaf)
+    for batch in loader:
+        scores = model(batch)[:, 3]
+        if back:
+            torch.autograd.grad(scores.sum(), kept)
+    hook.remove()
+
+
+@pytest.mark.parametrize("layers", ["convolutions", "stages"])
+def test_relevance_against_the_backward_pass_it_needs(model, dataset, layers, versus):
+    """With relevance and a forward pass, against without relevance and a forward and a backward pass."""
+    few = loader_of(Subset(dataset, range(128)), 16)
+    selected = nn.Conv2d if layers == "convolutions" else [f"layer{stage}" for stage in range(1, 5)]
+    first = "conv1" if layers == "convolutions" else "layer1"
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def with_relevance() -> None:
+        survey(model, few, selected, target=lambda output, batch: output[:, 3], progress=False)
+        forward_and_backward(model, few, first, back=False)
+
+    def without() -> None:
+        survey(model, few, selected, progress=False)
+        forward_and_backward(model, few, first, back=True)
+
+    versus(with_relevance, without, target=">= 1", rounds=3)

@@ -1,0 +1,123 @@
+"""Claims of grids, sheets and statistics: no network runs."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid as torchvision_grid
+from torchvision.utils import save_image
+
+from benchmarks.side.limits import Limit, moved
+from benchmarks.side.timing import Claim, Pair, Setting
+from torchlens_viz import RunningStats, make_grid, save_kernel_grid
+
+MAPS = (64, 1, 224, 224)
+LARGE = 2**22  # bytes: an allocation of that size gets new pages each time
+
+
+def grids(*shape: int) -> Callable[[Setting], Pair]:
+    def build(setting: Setting) -> Pair:
+        batch = torch.randn(shape, device=setting.device)
+        options = {"normalize": True, "scale_each": True}
+        grid = make_grid(batch, **options)
+        if setting.device.type == "cpu" and not torch.equal(grid, torchvision_grid(batch, **options)):
+            raise AssertionError("the grids differ")
+        return Pair(
+            lambda: make_grid(batch, **options),
+            lambda: torchvision_grid(batch, **options),
+            limit=moved(batch.nbytes + grid.nbytes, is_fresh=grid.nbytes > LARGE),
+            note="one read and one write; the range of each tile takes another read before" * (shape == MAPS),
+        )
+
+    return build
+
+
+def sheets(*shape: int) -> Callable[[Setting], object]:
+    @contextmanager
+    def build(setting: Setting) -> Iterator[Pair]:
+        kernels = torch.randn(shape, device=setting.device)
+        is_colour = shape[1] == 3
+        flat, columns = (kernels, 8) if is_colour else (kernels.view(-1, 1, *shape[2:]), shape[1])
+        how = {"upscale": 1, "padding": 2} if is_colour else {"upscale": 1, "cmap": "gray"}
+        if not is_colour:
+            how["channels"] = range(shape[1])
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs, least = (Path(folder) / f"{name}.png" for name in ("ours", "theirs", "least"))
+
+            def save_ours() -> None:
+                save_kernel_grid(kernels, ours, **how)
+
+            def save_theirs() -> None:
+                save_image(flat, theirs, nrow=columns, padding=2 if is_colour else 1, normalize=True)
+
+            save_ours()
+            save_theirs()
+            with Image.open(ours) as image:
+                pixels = np.asarray(image).tobytes()
+            sizes = [path.stat().st_size / 1e3 for path in (ours, theirs)]
+            yield Pair(
+                save_ours,
+                save_theirs,
+                limit=Limit(
+                    f"{len(pixels) / 1e3:.3g} kB deflated and written",
+                    work=lambda: least.write_bytes(zlib.compress(pixels, 1)),
+                ),
+                note=f"{sizes[0]:.3g} against {sizes[1]:.3g} kB; the limit is one thread's, zlib's level 1 "
+                "on pixels as they are, which a strategy that suits the picture can beat",
+            )
+
+    return build
+
+
+def running_stats(setting: Setting) -> Pair:
+    values = torch.randn(8 if setting.is_quick else 32, 64, 56, 56, device=setting.device).relu_()
+    stats = RunningStats()
+
+    def ours() -> object:
+        stats.reset()
+        stats.update(values)
+        return stats.compute()
+
+    def theirs() -> object:
+        """Take the same figures of each channel, in the same precision, as they are usually written."""
+        by_channel = values.transpose(0, 1).flatten(1).double()
+        spread, mean = torch.std_mean(by_channel, 1)
+        return mean, spread, by_channel.amin(1), by_channel.amax(1), (by_channel == 0).double().mean(1)
+
+    mean = torch.as_tensor(ours().mean).cpu().double()
+    if not torch.allclose(mean, theirs()[0].cpu(), rtol=1e-5):
+        raise AssertionError("the means differ")
+    note = (
+        "the limit is one read; eight operations in float64 for each value take longer ([speed.md](speed.md))"
+    )
+    return Pair(ours, theirs, limit=moved(values.nbytes), note=note)
+
+
+CLAIMS = [
+    Claim("grid_small", "`make_grid`, 512 x 1 x 14 x 14, `scale_each`", "torchvision", grids(512, 1, 14, 14)),
+    Claim("grid_kernels", "`make_grid`, 4096 x 1 x 3 x 3, `scale_each`", "torchvision", grids(4096, 1, 3, 3)),
+    Claim("grid_colour", "`make_grid`, 64 x 3 x 11 x 11, `scale_each`", "torchvision", grids(64, 3, 11, 11)),
+    Claim("grid_large", "`make_grid`, 64 x 1 x 224 x 224, `scale_each`", "torchvision", grids(*MAPS)),
+    Claim(
+        "sheet_colour",
+        "`save_kernel_grid`, 64 kernels 3 x 11 x 11",
+        "`save_image`",
+        sheets(64, 3, 11, 11),
+        on_cuda=False,
+    ),
+    Claim(
+        "sheet_deep",
+        "`save_kernel_grid`, 128 x 128 kernels 3 x 3",
+        "`save_image`",
+        sheets(128, 128, 3, 3),
+        on_cuda=False,
+    ),
+    Claim("running_stats", "`RunningStats`, 64 channels of 56 x 56", "plain torch in float64", running_stats),
+]
