@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import models
 
-from torchlens_viz import capture, feature_grid, kernel_grid, maximize, pair_grid
+from torchlens_viz import capture, feature_grid, kernel_grid, maximize, pair_grid, project
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.grids.overlay import overlay_grid
 from torchlens_viz.models.demo_net import load_demo_net, normalize, preprocess
@@ -56,6 +56,13 @@ def demo_net() -> Pictures:
             maps, sort_by="std", max_tiles=12, nrow=4, padding=2, labels=True, legend=True, upscale=1
         ),
     )
+    yield (
+        "demo_maps_robust",
+        feature_grid(
+            maps, sort_by="std", max_tiles=12, nrow=4, padding=2, labels=True, legend=True, upscale=1,
+            value_range="robust",
+        ),
+    )  # fmt: skip
     yield (
         "demo_scale_each",
         feature_grid(
@@ -204,6 +211,14 @@ def maximized() -> Pictures:
         yield f"demo_maximized_{layer.rpartition('.')[2]}", result.grid(nrow=8)
 
 
+def projected() -> Pictures:
+    """Go back from the strongest channels of the demo network's deepest layer to a photograph."""
+    cat = Image.fromarray(skimage.data.chelsea())
+    for rule in ("deconvnet", "guided", "gradient"):
+        found = project(load_demo_net(), "features.7", cat, rule=rule, preprocess=preprocess)
+        yield f"demo_projected_{rule}", found.grid(max_tiles=4, nrow=4)
+
+
 def shapes() -> Image.Image:
     """Paint a picture with a disc, a square and stripes."""
     y, x = torch.meshgrid(torch.arange(160.0), torch.arange(240.0), indexing="ij")
@@ -232,7 +247,7 @@ def main() -> None:
     )
     out = parser.parse_args().out
     total = 0
-    for draw in (demo_net, maximized, not_finite, alexnet, resnet18, mobilenet_v2, vit):
+    for draw in (demo_net, maximized, projected, not_finite, alexnet, resnet18, mobilenet_v2, vit):
         torch.manual_seed(0)
         for name, picture in draw():
             path = save_picture(picture, out / f"{name}.png", optimize=True)
