@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, final
+from typing import Any, Final, Literal, final
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import Layer
 from torchlens_viz.nested import map_tensors
+
+_AS_IT_IS: Final = nullcontext()
 
 
 @final
@@ -56,6 +58,7 @@ class Block:
         layout: Layout | None,
     ) -> None:
         self.is_open = False
+        self._stands = False  # whether anything may be left to take away
         self.failure: TorchlensVizError | None = None
         self._stop = stop
         self._root = root
@@ -68,12 +71,13 @@ class Block:
         self._stop_point: StopPoint | None = None
         self._waiting: set[nn.Module] = set()
         self._calls = Calls()
-        self._needs_after = io != "input" or sink.is_on_graph
+        self._is_on_graph = sink.is_on_graph
+        self._needs_after = io != "input" or self._is_on_graph
         self._thread = 0
 
     def open(self) -> Any:
         """Put everything in place; what was, when this is broken off, `close` takes away."""
-        self.is_open = True
+        self.is_open = self._stands = True
         self.failure = None
         self._thread = threading.get_ident()
         opened = self._sink.open([name for names in self._names.values() for name in names])
@@ -93,6 +97,8 @@ class Block:
 
     def close(self) -> None:
         """Take everything away again; may be called again, and where that was broken off."""
+        if not self._stands:
+            return
         if self._stop_point is not None:
             self._stop_point.end()
         for module in self._names:
@@ -103,7 +109,7 @@ class Block:
         self._calls.clear()
         if self.is_open:
             self._sink.close()
-        self.is_open = False
+        self.is_open = self._stands = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep what a layer is about to take; return what it takes instead, or None."""
@@ -155,19 +161,19 @@ class Block:
     def _keep(self, module: nn.Module, value: Any) -> tuple[Any, tuple[Exchange, ...]]:
         """Return what is kept of a value, and the tensors for which the network gets others."""
         name, sink = self._names[module][0], self._sink
-        exchanges: list[Exchange] = []
-
-        def keep_on_graph(tensor: torch.Tensor) -> Any:
-            kept = sink.keep(tensor, name)
-            given = sink.successor(tensor, kept, name)
-            if given is not tensor:
-                exchanges.append(Exchange(tensor, given, given._version))
-            return kept
-
         try:
             with _ordinary_tensors():
-                if not sink.is_on_graph:
+                if not self._is_on_graph:
                     return map_tensors(lambda tensor: sink.keep(tensor, name), value), ()
+                exchanges: list[Exchange] = []
+
+                def keep_on_graph(tensor: torch.Tensor) -> Any:
+                    kept = sink.keep(tensor, name)
+                    given = sink.successor(tensor, kept, name)
+                    if given is not tensor:
+                        exchanges.append(Exchange(tensor, given, given._version))
+                    return kept
+
                 return map_tensors(keep_on_graph, value), tuple(exchanges)
         except TorchlensVizError as failure:
             self.failure = self.failure or copy.copy(failure)  # without the frames it came through
@@ -191,7 +197,7 @@ class Block:
 
 def _ordinary_tensors() -> AbstractContextManager[None]:
     """Make tensors that can take part in autograd: one made in inference mode never could."""
-    return _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
+    return _outside_inference_mode() if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from types import GeneratorType
 from typing import Any, final
 
@@ -137,8 +138,7 @@ def refuse_unhookable(model: nn.Module, selected: Sequence[Layer], *, stop: bool
         if isinstance(module, torch.jit.ScriptModule):
             raise CaptureError(f"`{name}` is TorchScript: hooks inside it never fire; use the eager module")
     for module in model.modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if kinds & _SHARDED:
+        if _is_sharded(type(module).__mro__):
             raise CaptureError(
                 f"the model is fully sharded ({type(module).__name__}): a layer's output may be a part of "
                 "the whole, and its weights are absent between calls; capture the unsharded model"
@@ -155,6 +155,11 @@ def refuse_unhookable(model: nn.Module, selected: Sequence[Layer], *, stop: bool
             )
     if stop:
         _refuse_stop(model)
+
+
+@lru_cache
+def _is_sharded(kinds: tuple[type, ...]) -> bool:
+    return not _SHARDED.isdisjoint(kind.__name__ for kind in kinds)
 
 
 def is_traced() -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, final
+from functools import lru_cache
+from typing import Any, Final, final
 
 import torch
 from torch import nn
@@ -165,13 +166,21 @@ def _by_kind(module: nn.Module, rank: int) -> int | None:
     home = getattr(forward, "__module__", None) or ""  # what torch.fx generates has none
     if "forward" in vars(module) or not home.startswith("torch.nn.modules."):
         return None
-    for kind, positions in _BEFORE_POSITIONS.items():
-        if isinstance(module, kind):
-            return max(rank - positions - 1, 0)
-    if isinstance(module, _SECOND):
-        return min(1, rank - 1)
-    if isinstance(module, nn.LayerNorm):
-        return max(rank - len(module.normalized_shape), 0)
-    if isinstance(module, _LAST):
-        return rank - 1
+    rule = _rule_of(type(module).__mro__)
+    return None if rule is None else max(rule(module, rank), 0)
+
+
+@lru_cache
+def _rule_of(kinds: tuple[type, ...]) -> Callable[[Any, int], int] | None:
+    """Return what tells of a layer of these kinds, and of a number of dimensions, where the channels are."""
+    kind = kinds[0]
+    for known, positions in _BEFORE_POSITIONS.items():
+        if issubclass(kind, known):
+            return lambda _, rank: rank - positions - 1
+    if issubclass(kind, _SECOND):
+        return lambda _, rank: min(1, rank - 1)
+    if issubclass(kind, nn.LayerNorm):
+        return lambda norm, rank: rank - len(norm.normalized_shape)
+    if issubclass(kind, _LAST):
+        return lambda _, rank: rank - 1
     return None

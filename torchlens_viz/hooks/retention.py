@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, inf, prod
 from typing import Any, Final, Literal, Protocol, TypeAlias, cast, final
 
@@ -40,11 +40,14 @@ class Retention:
     channels: tuple[int, ...] | None = None
     reduce: Reduction | None = None
     max_bytes: int | None = None
+    gathers: bool = field(init=False)  # whether each call adds to statistics, instead of being kept by itself
 
     def __post_init__(self) -> None:
         if not isinstance(self.copy, bool) and not (isinstance(self.copy, str) and self.copy == "lazy"):
             raise InvalidArgumentError(f'`copy` must be True, False or "lazy", got {shown(self.copy)}')
         flag(self.grad, "grad")
+        gathers = self.reduce is RunningStats or isinstance(self.reduce, RunningStats)
+        object.__setattr__(self, "gathers", gathers)
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):
             raise InvalidTypeError(f"`dtype` must be a torch.dtype, got {shown(self.dtype)}")
         if self.dtype is not None and not self.dtype.is_floating_point:
@@ -75,11 +78,6 @@ class Retention:
             raise InvalidArgumentError(f"`max_bytes` must be positive, got {shown(self.max_bytes)}")
         if self.max_bytes is not None:
             object.__setattr__(self, "max_bytes", ceil(self.max_bytes))
-
-    @property
-    def gathers(self) -> bool:
-        """Whether each call adds to statistics, instead of being kept by itself."""
-        return self.reduce is RunningStats or isinstance(self.reduce, RunningStats)
 
     def keep(
         self,
@@ -172,12 +170,13 @@ class Retention:
     def _place(
         self, tensor: torch.Tensor, send: Callable[[torch.Tensor], torch.Tensor], *, is_ours: bool
     ) -> torch.Tensor:
-        dtype, device = self._dtype_of(tensor) or tensor.dtype, self.device or tensor.device
-        if travels(tensor, self.device):
-            return send(tensor.to(dtype, copy=not is_ours))
         must_copy = not is_ours and self.copy is not False
-        if dtype != tensor.dtype or device != tensor.device:
-            return tensor.to(device=device, dtype=dtype, copy=must_copy)
+        if self.dtype is not None or self.device is not None:
+            dtype, device = self._dtype_of(tensor) or tensor.dtype, self.device or tensor.device
+            if travels(tensor, self.device):
+                return send(tensor.to(dtype, copy=not is_ours))
+            if dtype != tensor.dtype or device != tensor.device:
+                return tensor.to(device=device, dtype=dtype, copy=must_copy)
         if not must_copy:
             return tensor
         if self.copy == "lazy" and _can_share(tensor):

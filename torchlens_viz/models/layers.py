@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeAlias
 
@@ -111,7 +111,8 @@ def select(model: nn.Module, layers: Selector) -> list[Layer]:
         raise InvalidArgumentError(
             f"`layers` must be at most {_MOST_SELECTORS:,} selectors, got {shown(layers)}; use a glob"
         )
-    wanted = {layer.name for selector in selectors for layer in _matches(known, selector)}
+    by_name = {layer.name: layer for layer in known}
+    wanted = {layer.name for selector in selectors for layer in _matches(by_name, known, selector)}
     return [layer for layer in known if layer.name in wanted]
 
 
@@ -141,13 +142,14 @@ def nearest(name: object, names: Sequence[str]) -> str:
     return f"there are {shown}" if shown else "there are none"
 
 
-def _matches(known: list[Layer], selector: OneSelector) -> list[Layer]:
-    names = [layer.name for layer in known if layer.name]
+def _matches(by_name: Mapping[str, Layer], known: list[Layer], selector: OneSelector) -> list[Layer]:
     if isinstance(selector, str):
-        found = [layer for layer in known if layer.name == selector]
-        if not found and _GLOB.search(selector):
+        if selector in by_name:
+            return [by_name[selector]]
+        found = []
+        if _GLOB.search(selector):
             found = [layer for layer in known if layer.name and fnmatchcase(layer.name, selector)]
-        return found or _fail(f"no layer is named `{selector}`; {nearest(selector, names)}")
+        return found or _fail(f"no layer is named `{selector}`; {nearest(selector, _names(known))}")
     if isinstance(selector, bool):
         raise InvalidTypeError("`layers` must not be a bool; give a name, a number or a class")
     if isinstance(selector, int):
@@ -155,7 +157,7 @@ def _matches(known: list[Layer], selector: OneSelector) -> list[Layer]:
         return [layer for layer in known if layer.module is module]
     if isinstance(selector, re.Pattern):
         found = [layer for layer in known if layer.name and selector.search(layer.name)]
-        return found or _fail(f"no layer name matches {selector.pattern!r}; {nearest('', names)}")
+        return found or _fail(f"no layer name matches {selector.pattern!r}; {nearest('', _names(known))}")
     if isinstance(selector, nn.Module):
         inner = unwrap(selector)
         found = [layer for layer in known if layer.module is inner]
@@ -165,11 +167,15 @@ def _matches(known: list[Layer], selector: OneSelector) -> list[Layer]:
         return found or _fail(f"the model has no {selector.__name__}; it has {_kinds(known)}")
     if callable(selector) and not isinstance(selector, type):
         found = [layer for layer in known if selector(layer.name, layer.module)]
-        return found or _fail(f"no layer satisfies the predicate; {nearest('', names)}")
+        return found or _fail(f"no layer satisfies the predicate; {nearest('', _names(known))}")
     raise InvalidTypeError(
         "`layers` must be a name, an int, a glob, a re.Pattern, a module class, a module, a predicate or a "
         f"list of those, got {shown(selector)}"
     )
+
+
+def _names(known: list[Layer]) -> list[str]:
+    return [layer.name for layer in known if layer.name]
 
 
 def _numbered(known: list[Layer], number: int) -> nn.Module:
