@@ -72,19 +72,20 @@ def _each(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 
         return func(*map_tensors(chosen, args), **map_tensors(chosen, kwargs))
 
-    outputs = [run(partial(_part, index=index)) for index in range(len(known[0].parts))]
-    is_one = isinstance(outputs[0], torch.Tensor)
+    first = run(partial(_part, index=0))
+    is_one = isinstance(first, torch.Tensor)
     if not is_one and not (
-        isinstance(outputs[0], tuple | list) and any(isinstance(each, torch.Tensor) for each in outputs[0])
+        isinstance(first, tuple | list) and any(isinstance(each, torch.Tensor) for each in first)
     ):
-        return outputs[0]
+        return first
+    outputs = [first, *(run(partial(_part, index=index)) for index in range(1, len(known[0].parts)))]
     axes = range(len(known[0].places))
     numbers = [run(partial(_number, axis=axis)) for axis in axes]
     grids = [place.grid for place in known[0].places]
     if is_one:
         return Extents(outputs, [Place(number, grid) for number, grid in zip(numbers, grids, strict=True)])
     made = zip(zip(*outputs, strict=True), zip(*numbers, strict=True), strict=True)
-    return type(outputs[0])(
+    return type(first)(
         Extents(parts, [Place(number, grid) for number, grid in zip(each, grids, strict=True)])
         for parts, each in made
     )

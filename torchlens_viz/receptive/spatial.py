@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,32 +61,55 @@ def _per_axis(value: Any, axes: int) -> list[Any]:
     return values * axes if len(values) == 1 else values
 
 
+def _sizes(
+    sizes: Sequence[int],
+    kernels: Sequence[int],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    dilations: Sequence[int],
+) -> list[int]:
+    """Return how many positions a convolution puts out along each axis; below one, it does not fit."""
+    return [
+        (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, padding, dilation in zip(
+            sizes, kernels, strides, paddings, dilations, strict=False
+        )
+    ]
+
+
 def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Extents:
     """A convolution, transposed or not: a window over all channels of a group."""
     is_transposed = "transpose" in func.__name__
     order = "output_padding groups dilation" if is_transposed else "dilation groups"
     given = bound(f"input weight bias stride padding {order}", args, kwargs)
     x, weight, groups = as_extents(given["input"]), given["weight"], given["groups"] or 1
-    if given["padding"] == "same":  # asking the operation itself may give a warning about even kernels
-        shape = torch.Size([x.shape[0], weight.shape[0], *x.shape[2:]])
-    else:
-        shape = shape_of(func, args, kwargs)
-    axes = len(shape) - 2
+    axes = weight.ndim - 2
     strides, dilations = (_per_axis(given[name] or 1, axes) for name in ("stride", "dilation"))
     padding = given["padding"] or 0
-    windows: list[Windows | None] = []
-    for axis, (kernel, stride, dilation) in enumerate(zip(weight.shape[2:], strides, dilations, strict=True)):
-        if padding == "same":
-            before = (kernel - 1) * dilation // 2
+    if padding == "same":  # asking the operation itself may give a warning about even kernels
+        shape = torch.Size([x.shape[0], weight.shape[0], *x.shape[2:]])
+        paddings = [
+            (kernel - 1) * each // 2 for kernel, each in zip(weight.shape[2:], dilations, strict=True)
+        ]
+    else:
+        paddings = _per_axis(0 if padding == "valid" else padding, axes)
+        sizes = _sizes(x.shape[2:], weight.shape[2:], strides, paddings, dilations)
+        fits = x.ndim == weight.ndim and x.shape[1] == weight.shape[1] * groups and min(sizes) > 0
+        if fits and not is_transposed:  # which takes a hundredth of the time of asking the operation
+            shape = torch.Size([x.shape[0], weight.shape[0], *sizes])
         else:
-            before = 0 if padding == "valid" else _per_axis(padding, axes)[axis]
+            shape = shape_of(func, args, kwargs)
+    windows: list[Windows | None] = []
+    extents = zip(weight.shape[2:], strides, paddings, dilations, strict=True)
+    for axis, (kernel, stride, before, dilation) in enumerate(extents):
         size = {"kernel": kernel, "stride": stride, "before": before, "dilation": dilation}
         if is_transposed:
             windows.append(transposed(x.shape[axis + 2], shape[axis + 2], **size))
             if windows[-1] is None:
                 raise UnknownOperationError("a transposed convolution with positions that see nothing")
         else:
-            windows.append(sliding(shape[axis + 2], **size))
+            looks_beside = kernel > 1 or stride > 1 or before > 0
+            windows.append(sliding(shape[axis + 2], **size) if looks_beside else None)
     if groups == 1 or all(part.stride(1) == 0 for part in x.parts):
         seen = [over(part, 1).narrow(1, 0, 1) for part in x.parts]
     else:
