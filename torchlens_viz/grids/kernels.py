@@ -190,10 +190,10 @@ def kernel_sheet(
         return _in_rows(tiles.transpose(1, 2), style, rows, [""], notes)
     planes = indices_of(channels, inputs, "channels")
     if is_matrix(weight):
-        return _as_matrix(weight[chosen][:, planes].flatten(1), style, notes)
+        return _as_matrix(_part(weight, chosen, planes).flatten(1), style, notes)
     if channels is None and inputs != 3:
         planes = planes[:1]
-    tiles = weight[chosen][:, planes]
+    tiles = _part(weight, chosen, planes)
     columns = [str(plane) if inputs > 1 else "" for plane in planes]
     if weight.ndim == 5:
         tiles = tiles.flatten(1, 2)
@@ -202,6 +202,11 @@ def kernel_sheet(
     if inputs > 1:
         notes.append(_channel_note(planes, inputs))
     return _in_rows(tiles.unsqueeze(2), style, rows, columns, notes)
+
+
+def _part(weight: torch.Tensor, filters: Sequence[int], channels: Sequence[int]) -> torch.Tensor:
+    """Return some kernels (O, I, ...); none of the others is copied on the way."""
+    return weight[torch.tensor(filters)[:, None], torch.tensor(channels)]
 
 
 def is_matrix(weight: torch.Tensor) -> bool:
