@@ -112,6 +112,8 @@ def entry_of(model: nn.Module) -> Entry:
     """
     found = convolutions(model)
     defined = Entry(found[0], _inputs_of(found[0].module))
+    if found[0].module is unwrap(model):
+        return defined
     sizes = [_inputs_of(layer.module) for layer in found]
     if defined.channels == _RGB or (defined.channels in _FEW and _RGB not in sizes):
         return defined
