@@ -8,9 +8,8 @@ import pytest
 import torch
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
-from torch.nn import functional as F
 
-from tests.monitor.training import Recorder, events
+from tests.monitor.training import Recorder, events, take_step
 from torchlens_viz import Monitor
 from torchlens_viz.errors import LayerNotFoundError
 from torchlens_viz.monitor.health import MonitorWarning
@@ -60,17 +59,7 @@ def train(net, *, lr=0.05, adam=False, steps=30, spoil=None, watch=False, **opti
         if spoil is not None:
             images = spoil(step, net, images)
 
-        def one(images=images, labels=labels):
-            optimiser.zero_grad()
-            F.cross_entropy(net(images), labels).backward()
-            optimiser.step()
-
-        if watch:
-            with monitor.watch(step):
-                one()
-        else:
-            one()
-            monitor.step(step)
+        take_step(net, optimiser, images, labels, monitor, step, watch=watch)
     return troubles
 
 

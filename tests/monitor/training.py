@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -71,17 +72,17 @@ def train(net, steps, monitor, *, spoil=None, lr=0.05, watch=False):
         if spoil is not None:
             spoil(step, net, images)
 
-        def one(images=images, labels=labels):
-            optimiser.zero_grad()
-            F.cross_entropy(net(images), labels).backward()
-            optimiser.step()
+        take_step(net, optimiser, images, labels, monitor, step, watch=watch)
 
-        if watch:
-            with monitor.watch(step):
-                one()
-        else:
-            one()
-            monitor.step(step)
+
+def take_step(net, optimiser, images, labels, monitor, step, *, watch):
+    """Take one step of a training, within `monitor.watch` or with `monitor.step` after it."""
+    with monitor.watch(step) if watch else nullcontext():
+        optimiser.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimiser.step()
+    if not watch:
+        monitor.step(step)
 
 
 def statistics(net, batch, *, training=False):
