@@ -139,7 +139,7 @@ def test_what_a_model_of_transformers_puts_out_is_understood(resnet):
     loaded = load_model(f"hf/{resnet[0]}")
     batch = loaded.preprocess(PHOTO)
     with torch.no_grad(), capture(loaded.model, ["", "resnet.embedder"]) as acts:
-        output = loaded.run(batch)
+        output = loaded.on_images(batch)
     assert torch.equal(acts[""].logits, output.logits)
     assert acts["resnet.embedder"].shape == (1, 4, 10, 12)
     table = layers(load_structure(f"hf/{resnet[0]}").model)

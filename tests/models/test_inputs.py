@@ -13,12 +13,16 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.inputs import (
     as_batch,
+    called_with,
     image_batch,
+    images_in,
     input_of,
+    inputs_like,
     model_input,
     require_usual_shape,
     shown_to,
 )
+from torchlens_viz.nested import map_tensors, tensors
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (8, 1))
 
@@ -173,3 +177,39 @@ def test_pictures_that_preprocessing_would_enlarge_beyond_memory_are_refused():
             InvalidArgumentError, match=r"`image` must be at most 250 times as long as .* crop it"
         ):
             require_usual_shape(Image.new("RGB", size), "image")
+
+
+IMAGES, WORDS = torch.rand(2, 3, 4, 4), torch.ones(2, 5)
+WITH_WORDS = [
+    (IMAGES, None),
+    ((IMAGES, WORDS), (None, WORDS[:1])),
+    ((WORDS, IMAGES), (WORDS[:1], None)),
+    ({"words": WORDS, "image": IMAGES, "mode": "m"}, {"words": WORDS[:1], "image": None, "mode": "m"}),
+    ({"a": IMAGES + 1, "pixel_values": IMAGES}, {"a": IMAGES[:1] + 1, "pixel_values": None}),
+    (({"pixels": IMAGES, "words": [WORDS, 3]},), ({"pixels": None, "words": [WORDS[:1], 3]},)),
+    ((IMAGES, torch.ones(3, 3)), None),  # of which image is that a part?
+    ((IMAGES, None), None),
+    ([*IMAGES], list),
+    (([*IMAGES], WORDS), None),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), WITH_WORDS)
+def test_what_a_model_was_called_with_is_known_for_other_images(given, expected):
+    images = images_in(given)
+    assert torch.equal(torch.stack(images) if isinstance(images, list) else images, IMAGES)
+    found = inputs_like(given)
+    if expected in (None, list):
+        assert found is expected
+    else:
+        assert_close(found, expected)
+        (args, kwargs), (theirs, named) = (
+            called_with(nn.Identity(), each).arguments(IMAGES[1:]) for each in (found, expected)
+        )
+        assert_close((args, kwargs), (theirs, named))
+
+
+def assert_close(found, expected):
+    assert map_tensors(lambda each: None, found) == map_tensors(lambda each: None, expected)
+    for one, other in zip(tensors(found), tensors(expected), strict=True):
+        assert torch.equal(one, other)

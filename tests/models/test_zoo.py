@@ -151,7 +151,7 @@ def test_a_network_for_video_is_shown_a_still_clip():
     assert torch.equal(clip[:, :, 0], clip[:, :, 15])
     assert loaded.weights_note.endswith("16 times the same frame")
     with torch.no_grad():
-        assert loaded.run(clip).shape == (1, len(loaded.names)) == (1, 400)
+        assert loaded.on_images(clip).shape == (1, len(loaded.names)) == (1, 400)
 
 
 @pytest.mark.parametrize("size", [(300, 420), (20, 50)])
@@ -161,7 +161,7 @@ def test_a_network_for_optical_flow_is_shown_the_picture_twice(size):
     assert all(side % 8 == 0 and side >= 128 for side in frame.shape[2:])
     assert frame.min() >= -1
     assert frame.max() <= 1
-    (first, second), named = loaded.inputs_of(frame)
+    (first, second), named = loaded.arguments(frame)
     assert torch.equal(first, second)
     assert (first is second, named) == (False, {})
 

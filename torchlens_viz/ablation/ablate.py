@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -13,11 +13,11 @@ from torchlens_viz.ablation.result import Ablation
 from torchlens_viz.ablation.rewrite import NOTHING, Filling, Rewritten
 from torchlens_viz.arguments import indices_of, integer, one_of, wide
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
-from torchlens_viz.models.inputs import InputOf
+from torchlens_viz.models.inputs import InputOf, arguments_of, images_in
 from torchlens_viz.models.inputs import input_of as part_for
 from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.models.state import device_of, like_parameters, same_random_numbers
-from torchlens_viz.nested import map_tensors, tensors
+from torchlens_viz.nested import map_tensors
 
 By: TypeAlias = Literal["zero", "mean", "resample"]
 
@@ -134,9 +134,8 @@ class _Batches:
             batch = map_tensors(lambda tensor: tensor.to(place), raw)
             found = part_for(batch, self._rule)
             found = map_tensors(lambda tensor: like_parameters(tensor, self._model), found)
-            args = () if isinstance(found, Mapping) else found if isinstance(found, tuple) else (found,)
-            kwargs = dict(found) if isinstance(found, Mapping) else {}
-            inputs = len(next(tensors((args, kwargs))))
+            args, kwargs = arguments_of(found)
+            inputs = len(images_in(found))
             if inputs:
                 yield batch, args, kwargs, inputs
 

@@ -41,6 +41,7 @@ from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.distributed import gathered, world
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.hooks.forward import refuse_torchscript
+from torchlens_viz.models.inputs import ModelInputs, called_with
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import device_of
@@ -57,6 +58,7 @@ def maximize(
     objective: ObjectiveName | Objective | Callable[[Scene], torch.Tensor] = "mean",
     image: torch.Tensor | Image.Image | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
+    inputs: ModelInputs = None,
     transforms: TransformsName | Transforms | None = None,
     parametrization: ParametrizationName | Parametrization = "pixels",
     steps: int = 64,
@@ -94,6 +96,10 @@ def maximize(
         preprocess: Makes of images (N, C, H, W) what the model takes, differentiably, for example
             `torchvision.transforms.Normalize`. Of one that takes pictures only, as for `overlay_grid`, what
             it does to colours stands for it, and what it does to sizes is left out.
+        inputs: What the model takes beside the image, or how it takes it: see "Models that take more than an
+            image" in the documentation. A tuple (by position) or a mapping (by name) with None in the place
+            of the image batch, as in `(None, vector)`; or a function of the image batch that returns either,
+            or the only argument: `list` for a list of images. None calls the model with the batch alone.
         transforms: `"robust"`, `"gentle"`, `"none"` or `Transforms(...)`: what the images must survive.
         parametrization: What is optimised: `"pixels"`, `"fourier"` coefficients or, with the magnitudes
             of natural images, their phases (`"maco"`); or `Pixels`, `Fourier` or `FixedSpectrum` with
@@ -143,6 +149,7 @@ def maximize(
     """
     require_module(model)
     refuse_torchscript(model)
+    model = called_with(model, inputs)
     steps, seed = integer(steps, "steps", least=1, most=MOST_STEPS), integer(seed, "seed")
     integer(seed, "seed", least=-(2**63), most=2**63 - 1)
     if not (isinstance(batch_size, str) and batch_size == "auto"):

@@ -24,6 +24,7 @@ from torchlens_viz.errors import InvalidArgumentError, one_line
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.colours import Preprocess, colours_of
 from torchlens_viz.models.inputs import image_batch
+from torchlens_viz.models.layers import OnImages, unwrap
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
 _SIZE: Final = 224
@@ -201,8 +202,9 @@ def settings_of(
     return {
         "layer": scorer.layer,
         "objective": repr(scorer.objective),
-        "model": type(model).__name__,
-        "weights": checksum(model),
+        "model": type(unwrap(model)).__name__,
+        "weights": checksum(unwrap(model)),
+        "inputs": _inputs_told(model),
         "preprocess": None if preprocess is None else _named(preprocess),
         "channel_dim": scorer.channel_dim,
         "precision": str(scorer.dtype),
@@ -211,6 +213,16 @@ def settings_of(
         "compared": sorted(channels) if scorer.objective.couples else None,
         **{name: repr(getattr(plan, name)) for name in _PLANNED},
     }
+
+
+def _inputs_told(model: nn.Module) -> list[object] | None:
+    """Return what tells apart what a model is called with beside images; None where that is nothing."""
+    if not isinstance(model, OnImages):
+        return None
+    return [
+        checksum(each) if isinstance(each, torch.Tensor) else _named(each) if callable(each) else repr(each)
+        for each in model.told
+    ]
 
 
 def _named(function: object) -> str:
@@ -225,7 +237,7 @@ def check_independence(model: nn.Module, batch_size: int | str) -> None:
     """Refuse a model in which the images of a batch change one another."""
     if batch_size == 1:
         return
-    for name, module in model.named_modules():
+    for name, module in unwrap(model).named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             raise InvalidArgumentError(
                 f"`{name}` (track_running_stats=False) normalises by the statistics of the batch in eval "

@@ -25,7 +25,7 @@ from torchlens_viz.attribution.projection import Projection
 from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.models.layers import select_one
+from torchlens_viz.models.layers import select_one, unwrap
 
 _MANY: Final = 4096  # channels, above which only the first of each layer are shown
 _SOME: Final = 64
@@ -197,12 +197,12 @@ def _lay(
 def _head(
     model: nn.Module, pictures: Sequence[Picture], wishes: Wishes, seen: Evidence
 ) -> list[tuple[str, str]]:
-    parameters = sum(each.numel() for each in model.parameters())
+    parameters, kind = sum(each.numel() for each in model.parameters()), type(unwrap(model))
     shapes = dict.fromkeys(" × ".join(map(str, picture.batch.shape[1:])) for picture in pictures)
     versions = {"torchlens_viz": __version__, "torch": torch.__version__, "Python": platform.python_version()}
     rows = {
-        "model": f"{type(model).__module__}.{type(model).__qualname__}, {parameters:,} parameters",
-        page.CHECKSUM: f"{checksum(model):08x}",
+        "model": f"{kind.__module__}.{kind.__qualname__}, {parameters:,} parameters",
+        page.CHECKSUM: f"{checksum(unwrap(model)):08x}",
         "input": ", ".join(shapes),
         page.PREPROCESSING: evidence.name_of(wishes.preprocess),
         "made by": ", ".join(f"{name} {version}" for name, version in versions.items()),

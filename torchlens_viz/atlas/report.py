@@ -19,8 +19,9 @@ from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 from torchlens_viz.files.paths import as_path, write_whole
+from torchlens_viz.models.inputs import ModelInputs, called_with
 from torchlens_viz.models.kernels import convolutions
-from torchlens_viz.models.layers import Selector, require_module, select
+from torchlens_viz.models.layers import Selector, require_module, select, unwrap
 
 _MOST_BYTES: Final = 25_000_000
 
@@ -35,6 +36,7 @@ def report(
     source: Any = None,
     maximized: Maximization | Iterable[Maximization] | Mapping[str, Maximization] | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
+    inputs: ModelInputs = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     names: Sequence[str] | None = None,
     targets: Sequence[int] | None = None,
@@ -55,7 +57,7 @@ def report(
     The model runs in eval mode and without gradients; its flags, weights and random numbers stay as they are.
 
     Args:
-        model: A model that takes one image batch.
+        model: A model that takes one image batch, or more, see `inputs`.
         images: A picture, the path of one, a tensor (C, H, W) or a batch (N, C, H, W), or up to 64 of those;
             a mapping says by its keys what the page calls them.
         path: The file, which is replaced in one step.
@@ -67,6 +69,7 @@ def report(
         maximized: What `torchlens_viz.maximize` found, for one layer or several. A mapping says by its keys
             under which layer each is shown, such as that of a ReLU under its convolution.
         preprocess: Makes of an image what the model takes, as in `torchlens_viz.overlay_grid`.
+        inputs: What the model takes beside the image, as in `torchlens_viz.maximize`.
         invert: Makes of the model's input the pixels in [0, 1] to show, as in `torchlens_viz.overlay_grid`.
         names: What the model's outputs are called, by index.
         targets: The class of each input of the survey, by its index, or without a survey of each image: every
@@ -114,6 +117,7 @@ def report(
         raise InvalidTypeError(f"`survey` must be a Survey or None, got {shown(survey)}")
     if source is not None and survey is None:
         raise InvalidArgumentError("`source` has no effect without a `survey`; leave it out, or pass both")
+    model = called_with(model, inputs)
     pictures = pictures_of(model, images, preprocess, invert)
     selected = convolutions(model) if layers is None else select(model, layers)
     first_names = {id(layer.module): layer.name for layer in reversed(selected)}
@@ -129,7 +133,7 @@ def report(
         max_channels=max_channels,
         projections=projections,
         explain=explain,
-        title=title or type(model).__name__,
+        title=title or type(unwrap(model)).__name__,
         about={} if about is None else dict(about),
     )
     page = written(model, pictures, wanted, wishes).encode("utf-8", "backslashreplace")

@@ -19,7 +19,7 @@ from torchlens_viz.attribution.way import AT_PIXELS, Method, Way
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import is_compiled
 from torchlens_viz.models.colours import as_pixels, known_colours
-from torchlens_viz.models.inputs import model_input
+from torchlens_viz.models.inputs import ModelInputs, called_with, model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector, select
 
@@ -37,6 +37,7 @@ def explain(
     method: Method = "layercam",
     layer: Selector | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
+    inputs: ModelInputs = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     channel_dim: int | None = None,
     grid: tuple[int, int] | None = None,
@@ -52,7 +53,7 @@ def explain(
     within `torch.no_grad` and `torch.inference_mode`, and with frozen parameters.
 
     Args:
-        model: A model that takes an image batch.
+        model: A model that takes an image batch, or more, see `inputs`.
         image: A picture; a tensor (C, H, W), or a batch (N, C, H, W), each image of which is explained by
             itself.
         target: Which output to explain: None is each image's highest; an index for all images, or one for
@@ -71,6 +72,8 @@ def explain(
         preprocess: Makes of `image` what the model takes; where it does not take pictures, of the picture as
             a tensor in [0, 1]. Without it, pixels are in [0, 1]: a picture is RGB, or gray where the model
             takes one channel, and a tensor is taken as it is, but for uint8.
+        inputs: What the model takes beside images, as in `torchlens_viz.maximize`;
+            of a batch, tensors in it may have a row for each image.
         invert: Makes of the model's input, (1, C, H, W), the pixels in [0, 1] to show; None undoes what
             `preprocess` did to the colours, as in `torchlens_viz.overlay_grid`.
         channel_dim: The dimension that counts channels in what the layers put out; None finds it, as in
@@ -118,6 +121,7 @@ def explain(
     settings = _settings(method, layer, channel_dim, grid, samples, noise, seed)
     names = None if layer is None else _names(model, layer)
     batch = _batch(image, preprocess, model)
+    model = called_with(model, inputs, len(batch))
     goal = Goal(target, len(batch))
     types = {each.dtype for each in model.parameters() if each.is_floating_point()}
     for keeps_types in (False, True):

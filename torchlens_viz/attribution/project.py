@@ -17,7 +17,7 @@ from torchlens_viz.backprop.rules import Rule
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.colours import as_pixels, known_colours
-from torchlens_viz.models.inputs import model_input
+from torchlens_viz.models.inputs import ModelInputs, called_with, model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector
 from torchlens_viz.models.state import device_of, same_random_numbers
@@ -35,6 +35,7 @@ def project(
     rule: Rule = "deconvnet",
     position: Position = "max",
     preprocess: Callable[[Any], torch.Tensor] | None = None,
+    inputs: ModelInputs = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     channel_dim: int | None = None,
     batch_size: int | Literal["auto"] = "auto",
@@ -53,7 +54,7 @@ def project(
     through at a time, which changes nothing but rounding.
 
     Args:
-        model: A model that takes one image batch.
+        model: A model that takes one image batch, or more, see `inputs`.
         layer: Which layer, by a selector that finds exactly one. A convolution's own name means before its
             ReLU, the ReLU's name after it. Of several calls, the first counts.
         image: A picture, or a tensor (C, H, W) or (1, C, H, W).
@@ -68,6 +69,7 @@ def project(
         preprocess: Makes of `image` what the model takes, (1, C, H, W) or (C, H, W); where it does not take
             pictures, of the picture as a tensor in [0, 1]. Without it, pixels are in [0, 1]: a picture is
             RGB, or gray where the model takes one channel, and a tensor is taken as it is, but for uint8.
+        inputs: What the model takes beside the image, as in `torchlens_viz.maximize`.
         invert: Makes of the model's input, (1, C, H, W), the pixels in [0, 1] to show beside the projections.
             Without it, the change of colours by `preprocess` is undone where it can be told.
         channel_dim: The dimension that counts channels in what the layer puts out: 1 in (N, C, H, W), -1 in
@@ -113,6 +115,7 @@ def project(
     is_auto = isinstance(batch_size, str) and batch_size == "auto"
     most = None if is_auto else integer(batch_size, "batch_size", least=1)
     refuse_torchscript(model)
+    model = called_with(model, inputs)
     batch = model_input(image, preprocess, image_channels(model))
     device = device_of(model, batch.device)
     with same_random_numbers(), isolated(device):

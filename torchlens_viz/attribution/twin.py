@@ -232,7 +232,7 @@ class Twin:
                 ) from error
             raise InvalidArgumentError(
                 f"the model cannot take images of shape {tuple(batch.shape[1:])}: {one_line(error)}; choose "
-                "another `image` or `preprocess`"
+                "another `image` or `preprocess`, or say with `inputs` what it takes beside images"
             ) from error
 
 

@@ -153,7 +153,8 @@ class Units:
                 raise _too_large(shape, error) from error
             raise InvalidArgumentError(
                 f"the model cannot take an image of shape {shape[1:]} ({one_line(error)}); give another "
-                "`image`, or a `preprocess` that makes of it what the model takes"
+                "`image`, a `preprocess` that makes of it what the model takes, or as `inputs` what it takes "
+                "beside"
             ) from error
 
     def _seen(self, network: nn.Module) -> ReceptiveField | None:

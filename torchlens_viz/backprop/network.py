@@ -16,7 +16,7 @@ from torch.utils.checkpoint import _StopRecomputationError
 from torchlens_viz.errors import CaptureError
 from torchlens_viz.hooks.forward import eager_stance, is_traced, let_go
 from torchlens_viz.models.copying import private_copy
-from torchlens_viz.models.layers import select_one, unwrap
+from torchlens_viz.models.layers import called_alike, select_one, unwrap
 
 # Their weights are what autocast would convert anew at every step; all else stays as autocast wants it.
 _CAST: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -63,7 +63,7 @@ def shadow_of(
 
     twin = private_copy(original, change)
     _confine_nonfinite(twin)
-    return twin
+    return called_alike(model, twin)
 
 
 def _confine_nonfinite(twin: nn.Module) -> None:

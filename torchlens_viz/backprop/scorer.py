@@ -146,7 +146,8 @@ class Scorer:
             after = f" (after `preprocess`, {tuple(prepared.shape[1:])})" if self._preprocess else ""
             raise InvalidArgumentError(
                 f"the model cannot take images of shape {tuple(images.shape[1:])}{after}: "
-                f"{' '.join(str(error).split())}; choose another `size`, `image` or `preprocess`"
+                f"{' '.join(str(error).split())}; choose another `size`, `image` or `preprocess`, or say "
+                "with `inputs` what it takes beside images"
             ) from error
         if acts.not_called:
             raise CaptureError(

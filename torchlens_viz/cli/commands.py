@@ -174,6 +174,7 @@ def maximize_layers(
                 loaded.model,
                 name,
                 preprocess=colours.apply,
+                inputs=loaded.inputs,
                 checkpoint=unfinished,
                 **{
                     "size": colours.size,
@@ -214,7 +215,7 @@ def _counted(status: Sequence[str]) -> str:
 def _forward(loaded: LoadedModel, picture: Image.Image) -> None:
     prepared = prepared_by(loaded, picture).to(device_of(loaded.model))
     with told_as_model_error(loaded, f"this picture as an input of shape {tuple(prepared.shape)}"):
-        loaded.run(prepared)
+        loaded.on_images(prepared)
 
 
 def prepared_by(loaded: LoadedModel, picture: Image.Image, what: str = "this picture") -> Tensor:

@@ -62,7 +62,7 @@ def compare_models(
     batches = [prepared_by(ours, picture) for picture in pictures]
     chosen = None if layers is None else list(layers)
     with torch.inference_mode(), told_as_model_error(theirs, f"what the preprocessing of {ours.name} makes"):
-        found = compare(ours.model, theirs.model, batches, chosen, **options)
+        found = compare(ours.on_images, theirs.on_images, batches, chosen, **options)
     notes = [f"{loaded.name}: {loaded.weights_note}" for loaded in (ours, theirs)]
     paths = [] if out is None else [save_picture(found.grid(labels=True, legend=True), out)]
     return Verdict(table=repr(found), is_same=found.first is None, outcome=Outcome(paths=paths, notes=notes))

@@ -65,6 +65,7 @@ def explain_pictures(
                 picture,
                 chosen,
                 preprocess=loaded.preprocess,
+                inputs=loaded.inputs,
                 layer=None if layers is None else list(layers),
                 **options,
             )

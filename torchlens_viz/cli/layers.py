@@ -41,7 +41,7 @@ def _table(model: str, image: Path | None, layers: list[str] | None, blocks: boo
         loaded = load_model(model, weights="none")
         prepared = like_parameters(prepared_by(loaded, picture), loaded.model)
         with told_as_model_error(loaded, f"this picture as an input of shape {tuple(prepared.shape)}"):
-            args, kwargs = loaded.inputs_of(prepared)
+            args, kwargs = loaded.arguments(prepared)
             return table_of(loaded.model, dict(kwargs) or args, layers=layers, blocks=blocks)
     light = load_structure(model)
     try:

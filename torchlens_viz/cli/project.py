@@ -49,7 +49,15 @@ def project_units(
     loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))
     with told_as_model_error(loaded, "this picture"):
         found = [
-            project(loaded.model, name, picture, preprocess=loaded.preprocess, **options) for name in names
+            project(
+                loaded.model,
+                name,
+                picture,
+                preprocess=loaded.preprocess,
+                inputs=loaded.inputs,
+                **options,
+            )
+            for name in names
         ]
     folders = [out / name for name in safe_names(names)]
     paths = [each.save(folder) / "grid.png" for each, folder in zip(found, folders, strict=True)]

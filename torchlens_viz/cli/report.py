@@ -98,6 +98,7 @@ def report_on(
             source=source,
             maximized=driven,
             preprocess=loaded.preprocess,
+            inputs=loaded.inputs,
             invert=inverse_of(loaded),
             names=loaded.names or None,
             max_channels=max_channels,
@@ -119,13 +120,13 @@ def _named(read: Sequence[tuple[Path, Image.Image]]) -> dict[str, Image.Image]:
 def _surveyed(loaded: LoadedModel, names: Sequence[str], folder: Path) -> tuple[Survey, Any, str]:
     """Return a survey, the pictures that were surveyed, and what is to be said of it."""
     if (folder / _SURVEY).is_file():
-        found = Survey.load(folder / _SURVEY, model=loaded.model)
+        found = Survey.load(folder / _SURVEY, model=loaded.on_images)
         files = _listed(folder / _TABLE)
         return found, Files(files), f"{found.samples_seen:,} pictures, read from {folder}"
     files = pictures_in(folder, but_not_in=folder / "top")
     own = Pictures(files, loaded, _BATCH, skip_bad=True, share=(0, 1))
     with told_as_model_error(loaded, "these pictures"):
-        found = survey(loaded.model, own, list(names), indices=lambda batch: batch[1], correlations=True)
+        found = survey(loaded.on_images, own, list(names), indices=lambda batch: batch[1], correlations=True)
     if not found.is_complete:
         raise KeyboardInterrupt
     spoilt = f", {len(own.bad):,} that cannot be read left out" if own.bad else ""
@@ -152,7 +153,7 @@ def _driven(loaded: LoadedModel, names: Sequence[str], picture: Image.Image) -> 
         raise InvalidArgumentError(f"{error}; leave `--maximize` out") from error
     prepared = prepared_by(loaded, picture).to(device_of(loaded.model))
     with torch.inference_mode(), capture(loaded.model, list(names), device="cpu") as acts:
-        loaded.model(prepared)
+        loaded.on_images(prepared)
     size = tuple(min(side, _LONGEST) for side in colours.size)
     found = {}
     for name in acts:
@@ -167,6 +168,7 @@ def _driven(loaded: LoadedModel, names: Sequence[str], picture: Image.Image) -> 
             channels,
             size=(size[0], size[1]),
             preprocess=colours.apply,
+            inputs=loaded.inputs,
             parametrization="fourier",
             transforms="robust",
         )

@@ -207,6 +207,7 @@ def survey_folder(
                     loaded.model,
                     own,
                     names,
+                    inputs=loaded.inputs,
                     top_k=top_k,
                     indices=lambda batch: batch[1],
                     correlations=True,

@@ -13,7 +13,7 @@ from torchlens_viz.comparison.matching import Call, by_name, has_place, is_layer
 from torchlens_viz.comparison.rounding import Rounding, Shaken
 from torchlens_viz.comparison.side import OUTPUT, Other, Reference, Row, Side
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.inputs import InputOf, input_of
+from torchlens_viz.models.inputs import Arguments, InputOf, arguments_of, input_of
 from torchlens_viz.nested import tensors
 
 
@@ -201,11 +201,9 @@ def batches_of(inputs: Any) -> Iterator[Any]:
         )
 
 
-def _arguments(batch: Any, rule: InputOf) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(batch: Any, rule: InputOf) -> Arguments:
     found = batch if rule is None and isinstance(batch, Mapping) else input_of(batch, rule)
-    if isinstance(found, Mapping):
-        return (), dict(found)
-    return (tuple(found) if isinstance(found, tuple | list) else (found,)), {}
+    return arguments_of(found)
 
 
 def _same_places(a: torch.Tensor, b: torch.Tensor, dim: int) -> bool:

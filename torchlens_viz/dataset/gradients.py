@@ -17,7 +17,7 @@ from torchlens_viz.dataset.loader import Batch
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.copying import private_copy
-from torchlens_viz.models.layers import Layer, named_layers, unwrap
+from torchlens_viz.models.layers import Layer, called_alike, named_layers, unwrap
 from torchlens_viz.nested import map_tensors
 from torchlens_viz.stats.slopes import Slopes
 
@@ -69,7 +69,7 @@ class Relevance:
         self._calls: list[Taken] = []
         self._written: set[str] = set()  # layers whose output the network writes to
         with torch.inference_mode(False):  # what is made in that mode takes no part in a graph
-            self.model = private_copy(unwrap(model), _shared)
+            self.model = called_alike(model, private_copy(unwrap(model), _shared))
 
     def within(self, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         """Return the same layers of the copy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, final
 
@@ -20,8 +20,15 @@ from torchlens_viz.dataset.order import (
     sampler_of,
 )
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.inputs import InputOf, input_of
-from torchlens_viz.nested import map_tensors, tensors
+from torchlens_viz.models.inputs import (
+    InputOf,
+    ModelInputs,
+    arguments_of,
+    images_in,
+    input_of,
+    inputs_like,
+)
+from torchlens_viz.nested import map_tensors
 
 Indices: TypeAlias = Sequence[int] | torch.Tensor | Callable[[Any], Any] | None
 
@@ -59,13 +66,16 @@ class Batch(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of one input."""
-        return tuple(next(tensors((self.args, self.kwargs))).shape[1:])
+        """The shape of one image; of a list of several, that of the first."""
+        images = images_in(self.args or self.kwargs)
+        return tuple(images.shape[1:] if isinstance(images, torch.Tensor) else images[0].shape)
 
 
 @final
 class Numbering:
     """Which index each input of a loader has, and which inputs another process has too.
+
+    Once the first batch was read, `inputs` says what the model is called with beside images.
 
     Args:
         loader: The loader.
@@ -90,6 +100,7 @@ class Numbering:
         self._known: torch.Tensor | None = None
         self._is_partial = isinstance(loader, DataLoader) and loader.drop_last
         self._following: Iterator[int] | None = None
+        self.inputs: ModelInputs = None
         self.place = 0
         self._last = -1
         if self._function is None:
@@ -114,15 +125,15 @@ class Numbering:
             InvalidArgumentError: It has no inputs, or there are fewer indices than inputs.
         """
         given = input_of(batch, self._rule)
-        is_one = isinstance(given, torch.Tensor) or not isinstance(given, tuple | Mapping)
-        args = (given,) if is_one else given if isinstance(given, tuple) else ()
-        kwargs = dict(given) if isinstance(given, Mapping) else {}
-        first = next(tensors((args, kwargs)))
-        if first.ndim < 2 or len(first) == 0:
+        args, kwargs = arguments_of(given)
+        images = images_in(given)
+        if isinstance(images, torch.Tensor) and (images.ndim < 2 or len(images) == 0):
             raise InvalidArgumentError(
-                f"`loader` must yield batches (N, ...) of one or more inputs, got shape {tuple(first.shape)}"
+                f"`loader` must yield batches (N, ...) of one or more inputs, got shape {tuple(images.shape)}"
             )
-        count = len(first)
+        count = len(images)
+        if self.place == 0:
+            self.inputs = inputs_like(given)
         self._require_all(count)
         samples = self._next(batch, count)
         places = torch.arange(self.place, self.place + count, device="cpu")
@@ -136,9 +147,13 @@ class Numbering:
             is_batch = tensor.ndim > 0 and len(tensor) == count
             return tensor.index_select(0, rows.to(tensor.device)) if is_batch else tensor
 
+        def kept(part: Any) -> Any:
+            is_list = part is images and isinstance(part, list)
+            return [part[row] for row in rows.tolist()] if is_list else map_tensors(keep, part)
+
         return Batch(
-            map_tensors(keep, args),
-            map_tensors(keep, kwargs),
+            tuple(map(kept, args)),
+            {key: kept(part) for key, part in kwargs.items()},
             samples[rows],
             skipped=count - len(rows),
             whole=map_tensors(keep, batch),

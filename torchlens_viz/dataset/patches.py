@@ -18,7 +18,7 @@ from torchlens_viz.draw.rows import draw_rows
 from torchlens_viz.draw.style import Style
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.models.colours import Colours, as_pixels, known_colours
-from torchlens_viz.models.inputs import InputOf, input_of, model_input, part_of
+from torchlens_viz.models.inputs import InputOf, images_in, input_of, model_input, part_of
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
@@ -319,4 +319,7 @@ class _Lookup(Mapping[int, Any]):
 
 def _image(item: Any, rule: InputOf) -> Any:
     found = part_of(item, rule)
-    return found if isinstance(found, Image.Image) else input_of(item, rule)
+    if isinstance(found, Image.Image):
+        return found
+    image = input_of(item, rule)
+    return image if isinstance(image, torch.Tensor) else images_in(image)

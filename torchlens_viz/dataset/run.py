@@ -22,8 +22,8 @@ from torchlens_viz.hooks.followers import Followers
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink, real_tensor
-from torchlens_viz.models.layers import Layer, unwrap
-from torchlens_viz.models.state import inference
+from torchlens_viz.models.layers import Layer, called_alike, unwrap
+from torchlens_viz.models.state import complete_call, inference
 from torchlens_viz.nested import map_tensors
 from torchlens_viz.stats.slopes import Slopes
 
@@ -89,7 +89,7 @@ class Pass:
             count(before.inputs)
             return
         try:
-            with inference(self._model), self._hooks():
+            with complete_call(), inference(self._model), self._hooks():
                 for raw in loader:
                     batch = self._numbering.read(raw)
                     if self.progress.batches == 0 and self._book is not None:
@@ -218,7 +218,7 @@ class Pass:
         # which would wait for the gradients of the weights.
         with torch.inference_mode(False), torch.enable_grad():
             args, kwargs = (map_tensors(_trainable, given) for given in (batch.args, batch.kwargs))
-            output = unwrap(self._model)(*args, **kwargs)
+            output = called_alike(self._model, unwrap(self._model))(*args, **kwargs)
             slopes = self._gradients.slopes(output, batch.all_on(self._device), len(batch.samples))
         self._watch.learn(slopes)
         return output

@@ -29,8 +29,8 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.models.inputs import InputOf
-from torchlens_viz.models.layers import Selector, select
+from torchlens_viz.models.inputs import InputOf, ModelInputs, called_with
+from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.models.state import usable_device
 from torchlens_viz.progress import counter, is_shown
 from torchlens_viz.stats.running import Bins, edges_of
@@ -47,6 +47,7 @@ def survey(
     top_k: int = 9,
     indices: Indices = None,
     input_of: InputOf = None,
+    inputs: ModelInputs = None,
     device: torch.device | str | None = None,
     channel_dim: int | None = None,
     bins: Bins = None,
@@ -82,9 +83,11 @@ def survey(
             as there are inputs, or a function of a batch that gives them. Each must be named once. A
             DataLoader that shuffles needs it.
         input_of: Which part of a batch is the input: a key, a place, or a function of the batch. The function
-            may return a tuple or a dict, with which the model is called. By default of a tuple or list the
-            first part, and of a mapping the first of the keys `pixel_values`, `image`, `images`, `img`,
-            `input`, `inputs`, `x`.
+            may return a tuple or a dict, with which the model is called, by position or by name, or a list of
+            images. By default of a tuple or list the first part, and of a mapping the first of the keys
+            `pixel_values`, `image`, `images`, `img`, `input`, `inputs`, `x`.
+        inputs: What the model takes beside the images that `input_of` finds, the same for all of them, as in
+            `torchlens_viz.maximize`.
         device: Where batches are moved to; by default, where the model's first parameter is.
         channel_dim: The dimension that counts channels in what all of the layers put out: 1 in (N, C, H, W),
             -1 in tokens (N, L, C). None finds it for each layer by itself, as in `torchlens_viz.capture`.
@@ -133,7 +136,9 @@ def survey(
         >>> found.dead("1").tolist(), found.samples_seen
         ([1], 6)
     """
+    model = called_with(model, inputs)
     selected = select(model, layers)
+    surveyed = model
     if label_of is not None and loss != "cross_entropy":
         raise InvalidArgumentError('`label_of` has no effect without `loss="cross_entropy"`; leave it out')
     if target is not None and loss is not None:
@@ -165,9 +170,10 @@ def survey(
         else getattr(loss, "__qualname__", "a function"),
     }
     if checkpoint is not None or processes > 1:
-        settings["weights"] = checksum(model)
+        settings["weights"] = checksum(unwrap(model))
 
     def work() -> list[Any]:
+        nonlocal surveyed
         # What may fail in one process alone is done here, so that the others hear of it.
         numbering = Numbering(loader, indices, input_of, shared=processes > 1)
         own = {**settings, "rank": rank, "indices": checksum(numbering.listed), "inputs": inputs_in(loader)}
@@ -182,6 +188,7 @@ def survey(
         )  # fmt: skip
         with counter(shown=rank == 0 and is_shown(progress), total=inputs_in(loader), unit="images") as count:
             run.go(loader, count)
+        surveyed = called_with(model, numbering.inputs)
         if processes == 1:
             return [run.progress]
         tallies = {name: Tally.from_dict(tally.to_dict()) for name, tally in run.progress.tallies.items()}
@@ -192,10 +199,10 @@ def survey(
     parts = [share[2] for share in found] if processes > 1 else found
     _say_what_was_missed([part for part in parts if part.inputs])
     if processes > 1:
-        return _united(found, [layer.name for layer in selected], top_k, model)
+        return _united(found, [layer.name for layer in selected], top_k, surveyed)
     if found[0].inputs == 0:
         raise NoDataError(_NOTHING)
-    return _survey_of(found[0], top_k, model)
+    return _survey_of(found[0], top_k, surveyed)
 
 
 def _losses(loss: Loss, rule: InputOf, output: Any, batch: Any, inputs: int) -> torch.Tensor:

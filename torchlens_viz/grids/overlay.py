@@ -24,7 +24,7 @@ from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.colours import as_pixels
-from torchlens_viz.models.inputs import model_input, shown_to
+from torchlens_viz.models.inputs import ModelInputs, called_with, model_input, shown_to
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector, require_module, select_one
 from torchlens_viz.models.state import inference, like_parameters
@@ -43,6 +43,7 @@ class OverlayOptions(TypedDict, total=False):
     channels: int | Sequence[int] | None
     channel_dim: int | None
     preprocess: Callable[[Any], torch.Tensor] | None
+    inputs: ModelInputs
     invert: Callable[[torch.Tensor], torch.Tensor] | None
     alpha: float
     backdrop: Backdrop
@@ -66,6 +67,7 @@ def overlay_grid(
     channels: int | Sequence[int] | None = None,
     channel_dim: int | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
+    inputs: ModelInputs = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     alpha: float = 0.6,
     backdrop: Backdrop = "gray",
@@ -87,7 +89,7 @@ def overlay_grid(
     The model runs twice, in eval mode and without gradients, as far as the layer; its flags are restored.
 
     Args:
-        model: A model that takes one image batch.
+        model: A model that takes one image batch, or more, see `inputs`.
         layer: Which layer, by a selector that finds exactly one; it must put out maps (1, C, H, W).
         image: A tensor (1, C, H, W) or (C, H, W), or a picture.
         channels: Show only these maps, by index from 0.
@@ -96,6 +98,7 @@ def overlay_grid(
         preprocess: Makes of `image` what the model takes, (1, C, H, W) or (C, H, W); where it does not take
             pictures, of the picture as a tensor in [0, 1]. Without it, pixels are in [0, 1]: a picture is
             RGB, or gray where the model takes one channel, and a tensor is taken as it is, but for uint8.
+        inputs: What the model takes beside the image, as in `torchlens_viz.maximize`.
         invert: Makes of the model's input, (1, C, H, W), the pixels in [0, 1] to show. Without it, the input
             is shown as `preprocess` cropped and resized it, with its change of colours undone; where that
             cannot be told, with the range of its values spread over [0, 1].
@@ -136,6 +139,7 @@ def overlay_grid(
     one_of(backdrop, "backdrop", get_args(Backdrop))
     sheet = Style(nrow=nrow, upscale=upscale, labels=labels, max_tiles=max_tiles, sort_by=sort_by)
     Style(interpolation=interpolation, scale_each=scale_each, legend=legend)
+    model = called_with(model, inputs)
     batch = like_parameters(model_input(image, preprocess, image_channels(model)), model)
     name, maps = _maps(model, layer, batch, channel_dim)
     field = receptive_field(model, layer, batch.shape, channel_dim=channel_dim)

@@ -21,7 +21,7 @@ from torchlens_viz.draw.style import Style, choose
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.models.inputs import model_input, shown_to
+from torchlens_viz.models.inputs import ModelInputs, called_with, model_input, shown_to
 from torchlens_viz.models.kernels import image_channels, kernels_of
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import inference, like_parameters
@@ -43,6 +43,7 @@ class PairOptions(TypedDict, total=False):
 
     channels: int | Sequence[int] | None
     preprocess: Callable[[Any], torch.Tensor] | None
+    inputs: ModelInputs
     scale_each: bool
     sort_by: PairOrder | None
     nrow: int | None
@@ -57,6 +58,7 @@ def pair_grid(
     *,
     channels: int | Sequence[int] | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
+    inputs: ModelInputs = None,
     scale_each: bool = False,
     sort_by: PairOrder | None = None,
     nrow: int | None = None,
@@ -77,6 +79,7 @@ def pair_grid(
         image: A tensor (1, C, H, W) or (C, H, W), or a picture.
         channels: Show only these output channels of the layer, by index from 0.
         preprocess: Makes of `image` what the model takes, as in `overlay_grid`.
+        inputs: What the model takes beside the image, as in `torchlens_viz.maximize`.
         scale_each: Give each kernel and each map its own range, instead of one range for all kernels and one
             for all maps.
         sort_by: Which pairs come first: those that keep the `"picture"`, its `"edges"`, those with most
@@ -111,6 +114,7 @@ def pair_grid(
     chosen = indices_of(channels, len(weight), "channels")
     scale_each = flag(scale_each, "scale_each")
     sheet = Style(normalize=False, nrow=nrow, padding=6, upscale=1, labels=labels, max_tiles=max_tiles)
+    model = called_with(model, inputs)
     batch = model_input(image, preprocess, image_channels(model))
     maps = _maps(model, name, batch, weight)
     patterns = measure_patterns(weight[chosen], maps[chosen], batch[0])

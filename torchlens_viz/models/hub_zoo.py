@@ -111,7 +111,7 @@ def from_transformers(name: str, choice: str) -> LoadedModel:
         name=spec,
         weights_note=origin.get(choice, "") + how,
         names=names_of([labels[key] for key in sorted(labels)]),
-        inputs_of=lambda batch: ((), {"pixel_values": batch}),
+        inputs={"pixel_values": None},
     )
 
 

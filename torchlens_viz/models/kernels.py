@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torchlens_viz.arguments import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.models.copying import computes_weights, private_copy
-from torchlens_viz.models.layers import Layer, Selector, named_layers, select_one, unwrap
+from torchlens_viz.models.layers import Layer, Selector, called_alike, named_layers, select_one, unwrap
 from torchlens_viz.models.state import inference
 
 _RGB: Final = 3
@@ -136,6 +136,7 @@ def _tried(model: nn.Module, found: list[Layer], numbers: Iterable[int]) -> Iter
     """Yield what convolution takes images of so many channels first, for the numbers of which one does."""
     try:
         twin = private_copy(unwrap(model), lambda tensor: tensor.detach().to("meta"), warn=False)
+        called = called_alike(model, twin)
         names = {id(twin.get_submodule(layer.name)): layer for layer in found}
     except Exception:  # it may not be made to be copied
         return
@@ -148,7 +149,7 @@ def _tried(model: nn.Module, found: list[Layer], numbers: Iterable[int]) -> Iter
             ran.clear()
             try:
                 with torch.no_grad():
-                    twin(torch.zeros(1, number, side, side, device="meta"))
+                    called(torch.zeros(1, number, side, side, device="meta"))
             except Exception:  # what comes after the first convolution may well want another size
                 pass
             if ran:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import nn
@@ -43,8 +43,42 @@ def require_module(model: object) -> None:
         raise InvalidTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
 
 
+@final
+class OnImages(nn.Module):
+    """A model that takes images and nothing else, around one that takes more.
+
+    `torchlens_viz.models.inputs.called_with` makes it. As a wrapper it does not show in names of layers.
+
+    Args:
+        module: The model.
+        arguments: Makes of an image batch what that is called with, by position and by name.
+        told: What tells these arguments apart from others.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        arguments: Callable[[torch.Tensor], tuple[tuple[Any, ...], dict[str, Any]]],
+        told: Sequence[object],
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.arguments = arguments
+        self.told = told
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """Call the model with an image batch, and with what else it takes."""
+        args, kwargs = self.arguments(images)
+        return self.module(*args, **kwargs)
+
+
+def called_alike(model: nn.Module, copy: nn.Module) -> nn.Module:
+    """Return a copy of an unwrapped model such that it is called as the model is."""
+    return OnImages(copy, model.arguments, model.told) if isinstance(model, OnImages) else copy
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module a person wrote, without `torch.compile`, `DataParallel` or DDP around it.
+    """Return the module a person wrote, without `torch.compile`, `DataParallel`, DDP or `OnImages` around it.
 
     Raises:
         CaptureError: It is TorchScript, which has no layers that anybody could look into.
@@ -57,7 +91,9 @@ def unwrap(model: nn.Module) -> nn.Module:
                 "capture the nn.Module it was made from"
             )
         inner = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel | OnImages
+        ):
             inner = model.module
         if inner is None:
             return model

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from torchlens_viz.errors import ModelLoadError, TorchlensVizError, one_line
 from torchlens_viz.files.pictures import as_rgb
-from torchlens_viz.models.inputs import require_usual_shape
+from torchlens_viz.models.inputs import Arguments, ModelInputs, called_with, require_usual_shape
 from torchlens_viz.models.kernels import image_channels
+from torchlens_viz.models.layers import OnImages
 
 Preprocess: TypeAlias = Callable[[Image.Image], Tensor]
-Inputs: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]  # what a model takes, by position and by name
 
 USUAL_NOTE: Final = "shorter side to 256, centre crop to 224, ImageNet mean and deviation"
 _MOST_SIDES: Final = 16  # how many times as long as it is wide a picture is enlarged as a whole
@@ -36,11 +36,6 @@ def off_meta() -> AbstractContextManager[object]:
     return torch.device("cpu") if torch.empty(0).is_meta else nullcontext()
 
 
-def batch_alone(batch: Tensor) -> Inputs:
-    """Call a model with a batch and nothing else."""
-    return (batch,), {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model that is ready to look at one picture.
@@ -52,7 +47,7 @@ class LoadedModel:
         name: What was asked for.
         weights_note: Which weights and which preprocessing these are, in one line.
         names: What the outputs of a classifier stand for, in their order; empty where that is not known.
-        inputs_of: What the network is called with for such an input.
+        inputs: What the network takes beside that, or how it takes it, as in `models.inputs.called_with`.
     """
 
     model: nn.Module
@@ -60,12 +55,17 @@ class LoadedModel:
     name: str
     weights_note: str
     names: tuple[str, ...] = ()
-    inputs_of: Callable[[Tensor], Inputs] = batch_alone
+    inputs: ModelInputs = None
 
-    def run(self, batch: Tensor) -> Any:
-        """Call the network with what `preprocess` made."""
-        args, kwargs = self.inputs_of(batch)
-        return self.model(*args, **kwargs)
+    @property
+    def on_images(self) -> nn.Module:
+        """The network as it is called with what `preprocess` made."""
+        return called_with(self.model, self.inputs)
+
+    def arguments(self, batch: Tensor) -> Arguments:
+        """Return what the network is called with for what `preprocess` made, by position and by name."""
+        called = self.on_images
+        return called.arguments(batch) if isinstance(called, OnImages) else ((batch,), {})
 
 
 def usual_preprocess(model: nn.Module) -> tuple[Preprocess, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -114,6 +115,24 @@ def no_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(was_enabled)
+
+
+@contextmanager
+def complete_call() -> Iterator[None]:
+    """Say of a model that is called within the block without all that it takes where that goes.
+
+    Raises:
+        InvalidArgumentError: It is.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if not re.search(r"missing \d+ required .*argument", str(error)):
+            raise
+        raise InvalidArgumentError(
+            f"`inputs` must hold what the model takes beside images ({one_line(error)}); where that is in "
+            "the batches, let a function as `input_of` return a tuple or a dict"
+        ) from error
 
 
 def like_parameters(batch: torch.Tensor, model: nn.Module) -> torch.Tensor:

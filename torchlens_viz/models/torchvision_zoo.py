@@ -23,10 +23,8 @@ from torchlens_viz.errors import MissingDependencyError, ModelLoadError, one_lin
 from torchlens_viz.files.pictures import as_rgb
 from torchlens_viz.models.loaded import (
     USUAL_NOTE,
-    Inputs,
     LoadedModel,
     Preprocess,
-    batch_alone,
     multiple_of,
     names_of,
     not_too_long,
@@ -81,7 +79,7 @@ def from_torchvision(name: str, choice: str, keys: Iterable[str]) -> LoadedModel
         name=name,
         weights_note=origin + how,
         names=names_of(default.meta.get("categories")) if default is not None else (),
-        inputs_of=_twice if family == "optical_flow" else batch_alone,
+        inputs=_twice if family == "optical_flow" else None,
     )
 
 
@@ -164,5 +162,5 @@ def _flow(transforms: Callable[..., tuple[Tensor, Tensor]]) -> Preprocess:
     return frame
 
 
-def _twice(batch: Tensor) -> Inputs:
-    return (batch, batch.clone()), {}
+def _twice(batch: Tensor) -> tuple[Tensor, Tensor]:
+    return batch, batch.clone()

@@ -57,7 +57,9 @@ class ProbeBatch:
         self._kwargs: dict[str, Any] = {}
         if isinstance(probe, DataLoader):
             probe = input_of(_first(probe), rule)
-        if isinstance(probe, torch.Tensor):
+        if isinstance(probe, tuple) and probe:
+            self._args = tuple(map_tensors(_own, probe))
+        elif isinstance(probe, torch.Tensor):
             if probe.ndim == 0 or probe.numel() == 0:
                 raise InvalidArgumentError(
                     f"`probe` must be a batch (N, C, H, W) with at least one input, got shape "

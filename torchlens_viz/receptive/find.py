@@ -16,7 +16,7 @@ from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
-from torchlens_viz.models.inputs import shown_to
+from torchlens_viz.models.inputs import ModelInputs, called_with, shown_to
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference, like_parameters
 from torchlens_viz.nested import tensors
@@ -30,7 +30,12 @@ _LONGEST: Final = 2**24  # positions along an axis, each of which has a region
 
 
 def receptive_field(
-    model: nn.Module, layer: Selector, input_shape: Sequence[int], *, channel_dim: int | None = None
+    model: nn.Module,
+    layer: Selector,
+    input_shape: Sequence[int],
+    *,
+    inputs: ModelInputs = None,
+    channel_dim: int | None = None,
 ) -> ReceptiveField:
     """Find which region of the input each position of a layer sees.
 
@@ -45,9 +50,10 @@ def receptive_field(
     everything. The model, its flags and the random numbers stay as they are; its own forward hooks run.
 
     Args:
-        model: A model that takes one image batch.
+        model: A model that takes one image batch, or more, see `inputs`.
         layer: Which layer, by a selector that finds exactly one. Of several calls, the first counts.
         input_shape: (N, C, ...) of the input, with one to three spatial axes; N does not matter.
+        inputs: What the model takes beside the image, as in `torchlens_viz.maximize`.
         channel_dim: The dimension that counts channels in what the layer puts out: 1 in (N, C, H, W), -1 in
             (N, H, W, C). None finds it, as in `torchlens_viz.capture`.
 
@@ -72,7 +78,7 @@ def receptive_field(
     Source:
         Araujo, Norris & Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019.
     """
-    followed = _followed(model, layer, input_shape, channel_dim)
+    followed = _followed(called_with(model, inputs), layer, input_shape, channel_dim)
     return followed if isinstance(followed, ReceptiveField) else _measured(*followed)
 
 
