@@ -252,6 +252,24 @@ def test_enlarged_tiles_are_repeated_pixels(count, upscale, columns, padding):
     assert torch.equal(compose(tiles, upscale=upscale, **options), compose(enlarged, **options))
 
 
+@pytest.mark.parametrize("upscale", [1, 3])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_is_the_same_grid_pixel_by_pixel_in_memory(channels, upscale):
+    tiles = torch.randint(0, 256, (7, channels, 4, 5), dtype=torch.uint8)
+    options = {
+        "columns": 3,
+        "padding": 2,
+        "pad_value": 9,
+        "upscale": upscale,
+        "header": 3,
+        "gap": 1,
+        "frame": 7,
+    }
+    grid = compose(tiles, channels_last=True, **options)
+    assert torch.equal(grid, compose(tiles, **options))
+    assert grid.movedim(0, 2).is_contiguous()
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [{}, {"normalize": True}, {"normalize": True, "scale_each": True}])
 def test_cuda_grid_is_torchvisions_within_rounding(options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +54,18 @@ def test_enlarged_colours_are_small_and_without_loss(times):
     with io.BytesIO() as stream:
         Image.fromarray(enlarged).save(stream, "PNG", compress_level=1)
         assert len(data) < 1.1 * stream.tell()
+
+
+@pytest.mark.parametrize("bands", [1, 3])
+def test_of_enlarged_pixels_only_new_rows_are_taken_pixel_by_pixel(bands):
+    pixels = np.random.default_rng(0).integers(1, 256, (5, 9, bands), dtype=np.uint8)
+    enlarged = pixels.repeat(4, 0).repeat(4, 1)
+    data = png.encode(Image.fromarray(enlarged.squeeze()))
+    length, place = int.from_bytes(data[33:37]), 41  # after the signature and IHDR
+    rows = np.frombuffer(zlib.decompress(data[place : place + length]), np.uint8).reshape(20, -1)
+    assert rows[:, 0].tolist() == [1, 2, 2, 2] * 5
+    assert not rows.reshape(5, 4, -1)[:, 1:, 1:].any()
+    assert np.count_nonzero(rows[::4, 1:]) <= pixels.size
 
 
 def test_short_palette_is_kept():

@@ -74,9 +74,7 @@ def _quantile(values: torch.Tensor, share: float) -> float:
 def coded(tiles: torch.Tensor, limits: Range) -> Pixels:
     """Return tiles (K, h, w) as the palette entries of their colours, (K, h, w); NaN and Inf have theirs."""
     planes = tiles.detach().cpu().float()[:, None]
-    low, high = (
-        torch.tensor([limit], dtype=torch.float64, device="cpu") for limit in (limits.low, limits.high)
-    )
+    low, high = (np.array([limit], np.float64) for limit in (limits.low, limits.high))
     finite = bool(planes.isfinite().all())
     levels = to_levels(planes, Limits(low, high, finite), levels=LEVELS, signed=limits.signed)
     if not finite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Final
 
@@ -73,7 +73,7 @@ class Blend:
         if colours.diverging:
             limits = limits.symmetric()
         elif not signed and (value_range is None or is_robust(value_range)):
-            limits = Limits(torch.zeros_like(limits.low), limits.high, limits.all_finite)
+            limits = Limits(np.zeros_like(limits.low), limits.high, limits.all_finite)
         beyond = None if value_range is None else share_beyond(tiles, limits)
         return cls(limits, colours, float(alpha), words_for(beyond, robust=is_robust(value_range)))
 
@@ -157,7 +157,7 @@ class Blend:
 
     def _coloured(self, values: torch.Tensor, limits: Limits) -> tuple[torch.Tensor, torch.Tensor]:
         """Return colours (K, H, W, 3) and how much they hide, (K, H, W)."""
-        limits = Limits(limits.low.cpu(), limits.high.cpu(), all_finite=True)
+        limits = replace(limits, all_finite=True)  # what is not has a colour of its own
         levels = to_levels(values, limits, levels=LEVELS, signed=self.colours.diverging)[:, 0].long()
         if self.colours.diverging:
             strength = (levels - _ZERO).abs() / _ZERO

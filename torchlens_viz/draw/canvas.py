@@ -257,6 +257,8 @@ def _paint(
     is_colour = tiles.shape[1] == 3
     codes = None if limits.all_finite else special_codes(tiles)
     repeat = layout.upscale
+    if is_colour:  # the three values of a pixel side by side, as pictures have them
+        tiles = tiles.contiguous(memory_format=torch.channels_last)
     levels = to_levels(tiles, limits, levels=256 if is_colour else LEVELS, signed=colours.diverging)
     if style.interpolation != "nearest" and repeat > 1:
         last = 255 if is_colour else LEVELS - 1
@@ -275,8 +277,9 @@ def _paint(
             header=layout.header,
             gap=layout.gap,
             frame=frame,
+            channels_last=True,
         )
-        pixels: npt.NDArray[np.uint8] = sheet.movedim(0, 2).contiguous().numpy(force=True)
+        pixels: npt.NDArray[np.uint8] = sheet.movedim(0, 2).numpy(force=True)
         return pixels
 
     frame = None if is_colour or colours.page == PADDING else PADDING

@@ -97,6 +97,7 @@ def compose(
     header: int = 0,
     gap: int = 0,
     frame: float | None = None,
+    channels_last: bool = False,
 ) -> torch.Tensor:
     """Lay tiles out in rows, each enlarged by itself, with padding between and around them.
 
@@ -109,6 +110,7 @@ def compose(
         header: Rows of padding that each tile gets above it, for a label.
         gap: Columns of padding that each tile gets to its right besides, for a label wider than the tile.
         frame: Value of a line, one pixel wide, around each tile, where there is padding; None for none.
+        channels_last: Have the channels of a pixel lie side by side in memory, as pictures have them.
 
     Returns:
         (C, H', W') with H' = rows * (upscale * H + padding) + padding, and W' alike.
@@ -117,8 +119,11 @@ def compose(
     columns = min(columns, count)
     rows = -(-count // columns)
     cell_height, cell_width = header + height * upscale + padding, width * upscale + gap + padding
-    grid = tiles.new_empty((channels, cell_height * rows + padding, cell_width * columns + padding))
-    grid_height, grid_width = grid.shape[1:]
+    grid_height, grid_width = cell_height * rows + padding, cell_width * columns + padding
+    if channels_last:
+        grid = tiles.new_empty((grid_height, grid_width, channels)).movedim(2, 0)
+    else:
+        grid = tiles.new_empty((channels, grid_height, grid_width))
     distinct = 1 if tiles.stride(1) == 0 else channels
     grid[:distinct].fill_(pad_value)
     if frame is not None and padding:
@@ -127,26 +132,27 @@ def compose(
         in_last = count - (rows - 1) * columns
         for down, across in ((tops[:-1], lefts), (tops[-1:], lefts[:in_last])):
             _frame(grid[:distinct], down, across, (height * upscale, width * upscale), frame)
+    plane, row, pixel = grid.stride()
+    top = (padding + header) * row
     cells = grid.as_strided(
-        (distinct, rows, height, upscale, columns, width, upscale),
-        (
-            grid_height * grid_width,
-            cell_height * grid_width,
-            upscale * grid_width,
-            grid_width,
-            cell_width,
-            upscale,
-            1,
-        ),
-        (padding + header) * grid_width + padding,
+        (distinct, rows, height, columns, width, upscale),
+        (plane, cell_height * row, upscale * row, cell_width * pixel, upscale * pixel, pixel),
+        top + padding * pixel,
     )
     full, rest = divmod(count, columns)
-    sources = tiles[:, :distinct, :, None, :, None]
+    sources = tiles[:, :distinct, :, :, None]
     if full:
-        by_row = sources[: full * columns].view(full, columns, distinct, height, 1, width, 1)
-        cells[:, :full].copy_(by_row.permute(2, 0, 3, 4, 1, 5, 6))
+        by_row = sources[: full * columns].view(full, columns, distinct, height, width, 1)
+        cells[:, :full].copy_(by_row.permute(2, 0, 3, 1, 4, 5))
     if rest:
-        cells[:, full, :, :, :rest].copy_(sources[full * columns :].permute(1, 2, 3, 0, 4, 5))
+        cells[:, full, :, :rest].copy_(sources[full * columns :].permute(1, 2, 0, 3, 4))
+    if upscale > 1:  # whole lines of the grid, which lie in one piece
+        lines = grid.as_strided(
+            (distinct, rows, height, upscale, grid_width),
+            (plane, cell_height * row, upscale * row, row, pixel),
+            top,
+        )
+        lines[:, :, :, 1:] = lines[:, :, :, :1]
     grid[distinct:] = grid[:1]
     return grid
 

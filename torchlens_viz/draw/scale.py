@@ -9,9 +9,10 @@ from math import isfinite
 from typing import Any, Final, Literal, TypeAlias, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from torchlens_viz.arguments import has_float64, shown, wide
+from torchlens_viz.arguments import shown, wide
 from torchlens_viz.draw.palette import NAN, NEGATIVE_INFINITY, POSITIVE_INFINITY
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
@@ -24,23 +25,23 @@ _CUT: Final = 200  # one in so many values at either end lies beyond robust limi
 class Limits:
     """The values that the first and the last level stand for, per group of tiles.
 
-    `low` and `high` are (G,) float64, on the tiles' device or, if it has none, on the host; G is 1 for one
-    range over all tiles, or the number of tiles. `all_finite` says whether the tiles hold neither NaN nor
+    `low` and `high` are (G,) float64; G is 1 for one range over all tiles, or the number of tiles. They are
+    numpy's, since so few numbers cost less there. `all_finite` says whether the tiles hold neither NaN nor
     infinity.
     """
 
-    low: torch.Tensor
-    high: torch.Tensor
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
     all_finite: bool
 
     @property
     def have_both_signs(self) -> bool:
         """Whether values on both sides of zero are shown."""
-        return bool((self.low.min() < 0) & (self.high.max() > 0))
+        return bool(self.low.min() < 0 < self.high.max())
 
     def symmetric(self) -> Limits:
         """Return limits with zero in the middle that include these."""
-        most = torch.maximum(self.low.abs(), self.high.abs())
+        most = np.maximum(np.abs(self.low), np.abs(self.high))
         return Limits(-most, most, self.all_finite)
 
 
@@ -71,13 +72,14 @@ def find_limits(
     if scale_each and value_range is not None and not robust:
         raise InvalidArgumentError("`scale_each` and `value_range` exclude each other; leave one of them out")
     groups = (tiles if scale_each else tiles[None]).flatten(1)
-    low, high, all_finite = robust_range(groups) if robust else finite_range(groups)
+    *found, all_finite = robust_range(groups) if robust else finite_range(groups)
     if not normalize or (value_range is not None and not robust):
-        place = tiles.device if has_float64(tiles.device) else "cpu"
-        low, high = (torch.tensor([limit], dtype=torch.float64, device=place) for limit in fixed)
-    return Limits(wide(low), wide(high), all_finite)
+        return Limits(np.array([fixed[0]]), np.array([fixed[1]]), all_finite)
+    low, high = (wide(limit).numpy(force=True) for limit in found)
+    return Limits(low, high, all_finite)
 
 
+@np.errstate(all="ignore")  # what overflows is found and done in another way
 def to_levels(tiles: torch.Tensor, limits: Limits, *, levels: int, signed: bool) -> torch.Tensor:
     """Give every value the nearest of `levels` equally spaced levels.
 
@@ -95,9 +97,9 @@ def to_levels(tiles: torch.Tensor, limits: Limits, *, levels: int, signed: bool)
         return _placed(tiles, limits, levels, signed)
     placed = _placed(tiles.float(), limits, levels, signed)
     exceeds = _exceed_float32(limits)
-    if bool(exceeds.any()):
+    if exceeds.any():
         # These tiles only: the others must look as they do without them.
-        chosen = exceeds.expand(len(tiles)).to(tiles.device)
+        chosen = torch.from_numpy(exceeds).expand(len(tiles)).to(tiles.device)
         part = Limits(limits.low[exceeds], limits.high[exceeds], limits.all_finite)
         placed[chosen] = _placed(wide(tiles[chosen]), part, levels, signed).to(tiles.device)
     return placed
@@ -107,21 +109,21 @@ def _placed(values: torch.Tensor, limits: Limits, levels: int, signed: bool) -> 
     width = limits.high - limits.low
     is_constant = width == 0
     # Float64 holds neither a width of twice its greatest number nor the scale of a width near its least one.
-    is_narrow = (width > 0) & (width < 2.0**-900)
-    unit = torch.ones_like(width).masked_fill_(width.isinf(), 2.0**-2).masked_fill_(is_narrow, 2.0**600)
+    unit = np.ones_like(width)
+    unit[np.isinf(width)] = 2.0**-2
+    unit[(width > 0) & (width < 2.0**-900)] = 2.0**600
     low, high = limits.low * unit, limits.high * unit
-    scale = torch.where(is_constant, 0, (levels - 1) / (high - low))
+    scale = np.where(is_constant, 0, (levels - 1) / (high - low))
     has_middle = is_constant if signed else is_constant & (low != 0)
-    base = torch.where(has_middle, (levels - 1) // 2, 0)
-    low, high, scale, base, unit = (
-        value.to(values.device, values.dtype)[:, None, None, None]
-        for value in (low, high, scale, base + 0.5, unit)
-    )
+    base = np.where(has_middle, (levels - 1) // 2 + 0.5, 0.5)
+    numbers = torch.from_numpy(np.array([low, high, scale, base, unit])).to(values.dtype)
+    by: list[Any]  # a number each, which torch works with faster than with a tensor, or (T, 1, 1, 1)
+    by = numbers[:, 0].tolist() if len(width) == 1 else [*numbers.to(values.device)[..., None, None, None]]
     if not limits.all_finite:
         values = values.nan_to_num(0)
     if values.dtype == torch.float64:
-        values = values * unit
-    return values.clamp(low, high).sub_(low).mul_(scale).add_(base).to(torch.uint8)
+        values = values * by[4]
+    return values.clamp(*by[:2]).sub_(by[0]).mul_(by[2]).add_(by[3]).to(torch.uint8)
 
 
 def special_codes(tiles: torch.Tensor) -> torch.Tensor:
@@ -151,7 +153,9 @@ def is_robust(value_range: object) -> TypeGuard[Literal["robust"]]:
 def share_beyond(tiles: torch.Tensor, limits: Limits) -> float:
     """Return the share of the finite values of tiles (T, C, H, W) that lie beyond the limits, 0 to 1."""
     values = wide(tiles)
-    low, high = (limit.to(values.device)[:, None, None, None] for limit in (limits.low, limits.high))
+    low, high = (
+        torch.from_numpy(limit).to(values.device)[:, None, None, None] for limit in (limits.low, limits.high)
+    )
     is_finite = values.isfinite()
     outside = ((values < low) | (values > high)) & is_finite
     return (outside.sum() / is_finite.sum().clamp(min=1)).item()
@@ -182,14 +186,15 @@ def _as_range(value_range: Any) -> tuple[float, float]:
     return limits[0], limits[1]
 
 
-def _exceed_float32(limits: Limits) -> torch.Tensor:
+def _exceed_float32(limits: Limits) -> npt.NDArray[np.bool_]:
     # Float32 holds neither the width of a range that fills it, nor the scale of a very narrow one, nor limits
     # that lie close together far from zero, unless they are float32 values themselves.
     low, high = limits.low, limits.high
     width = high - low
-    is_close = width < 1e-3 * torch.maximum(low.abs(), high.abs())
-    is_inexact = is_close & ((low.float() != low) | (high.float() != high))
-    return (width > 1e37) | ((width > 0) & (width < 1e-30)) | is_inexact
+    is_close = width < 1e-3 * np.maximum(np.abs(low), np.abs(high))
+    is_inexact = is_close & ((low.astype(np.float32) != low) | (high.astype(np.float32) != high))
+    exceeds: npt.NDArray[np.bool_] = (width > 1e37) | ((width > 0) & (width < 1e-30)) | is_inexact
+    return exceeds
 
 
 def finite_range(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:

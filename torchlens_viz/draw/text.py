@@ -233,7 +233,7 @@ def _zero(limits: Limits) -> str:
     """Say which gray of a picture in colour stands for zero, where its range has one."""
     if not limits.low[0] <= 0 <= limits.high[0]:
         return ""
-    point = torch.zeros((1, 1, 1, 1), device=limits.low.device)
+    point = torch.zeros((1, 1, 1, 1), device="cpu")
     return f", zero is gray {to_levels(point, limits, levels=256, signed=False).item()} of 255"
 
 

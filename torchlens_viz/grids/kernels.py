@@ -186,7 +186,8 @@ def kernel_sheet(
     rows = [str(index) for index in chosen]
     if inputs == 3 and channels is None and not style.has_own_colours:
         # (O, 3, [D,] H, W) -> a colour tile per filter, or per slice of it
-        tiles = weight[chosen].unsqueeze(2) if weight.ndim == 4 else weight[chosen]
+        tiles = weight if filters is None else weight[chosen]
+        tiles = tiles.unsqueeze(2) if tiles.ndim == 4 else tiles
         return _in_rows(tiles.transpose(1, 2), style, rows, [""], notes)
     planes = indices_of(channels, inputs, "channels")
     if is_matrix(weight):
@@ -225,7 +226,9 @@ def _in_rows(
         order = [filter_ * each + place for filter_ in order for place in range(each)]
     columns = columns if len(columns) == each else [str(place) for place in range(each)]
     # "3/0" is filter 3, input channel 0; "3/0@2" the third slice of that, "3@2" where there is one input.
-    labels = [f"{row}/{column}".replace("/@", "@") if column else row for row in rows for column in columns]
+    labels = [
+        f"{row}/{column}".replace("/@", "@") if column else str(row) for row in rows for column in columns
+    ]
     return Sheet(tiles=tiles.flatten(0, 1), style=style, labels=labels, notes=notes, order=order)
 
 
