@@ -101,6 +101,24 @@ PLANTED = {
 }
 
 
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_done_to_colours_is_done_to_every_frame_of_a_clip(name):
+    one = planted(name)
+
+    def clip(image):
+        return one(image)[:, :, None].expand(-1, -1, 5, -1, -1)
+
+    found = colours_of(clip, axes=3)
+    assert found.size == (5, 256, 256)
+    frames = torch.rand(2, 3, 5, 6, 4)
+    made = torch.stack([planted(name, tensors=True)(frame) for frame in frames.unbind(2)], 2)
+    torch.testing.assert_close(found.apply(frames), made, rtol=1e-4, atol=1e-2)
+    undone = found.undo(made)
+    alone = torch.stack([colours_of(one).undo(frame) for frame in made.unbind(2)], 2)
+    torch.testing.assert_close(undone, alone, rtol=1e-4, atol=1e-4)
+    assert undone.shape == frames.shape
+
+
 def planted(name, *, tensors=False):
     """A preprocessing of pictures, or of tensors in [0, 1], that does this to colours."""
     matrix, offset, _ = PLANTED[name]

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, prune
 
 from torchlens_viz import maximize
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.models.kernels import entry_of, image_channels, kernels_of
+from torchlens_viz.models.kernels import entry_of, image_axes, image_channels, kernels_of
 
 # Quantised tensors are deprecated in torch; until they are gone, their kernels can be drawn.
 quantised = pytest.mark.filterwarnings(
@@ -363,8 +363,41 @@ def test_images_enter_at_the_first_convolution_to_run(model, name, channels):
     assert model.training
 
 
-def test_networks_without_a_convolution_take_three_channels():
+class Of(nn.Module):
+    """A network that makes something else of its input before its convolution."""
+
+    def __init__(self, convolution, change):
+        super().__init__()
+        self.convolution, self.change = convolution, change
+
+    def forward(self, x):
+        return self.convolution(self.change(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "channels", "axes"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 4, 3)), 1, 2),
+        (nn.Sequential(nn.Conv1d(12, 4, 7), nn.Conv1d(4, 2, 3)), 12, 1),
+        (nn.Sequential(nn.Conv1d(1, 4, 80, 16)), 1, 1),
+        (nn.Sequential(nn.ConvTranspose1d(2, 4, 3)), 2, 1),
+        (nn.Sequential(nn.Conv3d(1, 3, 3), nn.Conv3d(3, 4, 3)), 1, 3),
+        (nn.Sequential(parametrizations.weight_norm(nn.Conv3d(3, 4, 3))), 3, 3),
+        (Of(nn.Conv3d(3, 4, (1, 3, 3)), lambda x: x.unsqueeze(2) if x.ndim == 4 else 1 / 0), 3, 2),
+        (Of(nn.Conv3d(1, 4, 3), lambda x: x.unsqueeze(1)), 3, 2),
+        (Of(nn.Conv1d(3, 4, 3), lambda x: x.flatten(2) if x.ndim == 4 else 1 / 0), 3, 2),
+    ],
+    ids=str,
+)
+def test_the_first_convolution_says_how_many_axes_images_have_unless_they_become_others(
+    model, channels, axes
+):
+    assert (image_channels(model), image_axes(model)) == (channels, axes)
+
+
+def test_networks_without_a_convolution_take_images_of_three_channels():
     assert image_channels(nn.Linear(3, 4)) == 3
+    assert image_axes(nn.Linear(3, 4)) == 2
 
 
 class EqualRate:

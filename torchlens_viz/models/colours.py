@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, final
 
 import torch
 from PIL import Image
 
-from torchlens_viz.arguments import function
+from torchlens_viz.arguments import function, indices_of, shown
 from torchlens_viz.errors import InvalidArgumentError, one_line
 from torchlens_viz.models.inputs import as_batch, model_input
 
 Preprocess: TypeAlias = Callable[[Any], torch.Tensor]
+Bands: TypeAlias = int | Sequence[int] | None
 
 _PRIMARIES: Final = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
 _CHECKS: Final = ((255, 255, 255), (128, 128, 128), (200, 30, 90))
@@ -28,37 +29,47 @@ class Colours:
     Attributes:
         matrix: (C, 3) float32, for the C channels that the model takes.
         offset: (C,) float32.
-        size: Height and width that it makes of a square picture of 256 pixels a side.
+        size: Height and width that it makes of a square picture of 256 pixels a side; of a clip, its frames
+            come first.
     """
 
     matrix: torch.Tensor
     offset: torch.Tensor
-    size: tuple[int, int]
+    size: tuple[int, ...]
 
     def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what the model takes of images (N, 3, H, W) in [0, 1]; gradients pass through."""
+        """Return what the model takes of images (N, 3, ...) in [0, 1]; gradients pass through."""
         matrix, offset = (part.to(images.device, images.dtype) for part in (self.matrix, self.offset))
         if images.shape[1] == 1:  # gray: all three are the same
-            mixed = images * matrix.sum(1)[:, None, None]
+            mixed = images * _column(matrix.sum(1), images)
         elif self._is_diagonal:
-            mixed = images * matrix.diagonal()[:, None, None]
+            mixed = images * _column(matrix.diagonal(), images)
         else:
-            mixed = torch.einsum("ck,nkhw->nchw", matrix, images)
-        return mixed + offset[:, None, None]
+            mixed = torch.einsum("ck,nk...->nc...", matrix, images)
+        return mixed + _column(offset, images)
 
-    def undo(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the pictures (N, 3, H, W) that become a batch (N, C, H, W); gray where colours are lost.
+    def undo(self, batch: torch.Tensor, bands: Sequence[int] | None = None) -> torch.Tensor:
+        """Return the pictures (N, 3, ...) that become a batch (N, C, ...); gray where colours are lost.
+
+        Args:
+            batch: What the model takes, of any number of spatial axes.
+            bands: Return these channels instead, (N, len(bands), ...), each by itself: as what a gray picture
+                had there that becomes its values.
 
         Raises:
             InvalidArgumentError: Different pictures become the same, and no gray one is among them.
         """
-        values = batch.detach().cpu().double() - self.offset.double()[:, None, None]
+        values = batch.detach().cpu().double() - _column(self.offset.double(), batch)
         matrix = self.matrix.double()
-        if matrix.shape[0] == 3 and torch.linalg.cond(matrix) < 1e4:
-            return torch.einsum("kc,nchw->nkhw", torch.linalg.inv(matrix), values).float()
         gray = matrix.sum(1)
-        if torch.linalg.matrix_rank(matrix, rtol=1e-2) == 1 and bool((gray.abs() > 0).all()):
-            return (values / gray[:, None, None]).mean(1, keepdim=True).expand(-1, 3, -1, -1).float()
+        if bands is not None:
+            if bool((gray[list(bands)] != 0).all()):
+                return (values / _column(gray, batch))[:, list(bands)].float()
+        elif matrix.shape[0] == 3 and torch.linalg.cond(matrix) < 1e4:
+            return torch.einsum("kc,nc...->nk...", torch.linalg.inv(matrix), values).float()
+        elif torch.linalg.matrix_rank(matrix, rtol=1e-2) == 1 and bool((gray.abs() > 0).all()):
+            mean = (values / _column(gray, batch)).mean(1, keepdim=True)
+            return mean.expand(-1, 3, *mean.shape[2:]).float()
         raise InvalidArgumentError(
             "`preprocess` makes the same of different colours, so that the picture cannot be told from the "
             "model's input; pass `invert`, which makes pixels in [0, 1] of it"
@@ -69,18 +80,21 @@ class Colours:
         return self.matrix.shape == (3, 3) and bool((self.matrix == self.matrix.diagonal().diag()).all())
 
 
-def colours_of(preprocess: Preprocess, like: torch.Tensor | Image.Image | None = None) -> Colours:
+def colours_of(
+    preprocess: Preprocess, like: torch.Tensor | Image.Image | None = None, axes: int = 2
+) -> Colours:
     """Find what preprocessing does to colours, by giving it pictures of one colour each.
 
     Args:
         preprocess: Makes of a picture what the model takes, (1, C, H, W) or (C, H, W). What it does to sizes
             is left out.
         like: What it is made for: a picture or a tensor; None is a picture of 256 x 256 pixels.
+        axes: How many spatial axes the model's input has.
 
     Raises:
         InvalidArgumentError: It fails for such pictures, or what it does to a colour is no straight line.
     """
-    made = {colour: _of_plain(preprocess, like, colour) for colour in (*_PRIMARIES, *_CHECKS)}
+    made = {colour: _of_plain(preprocess, like, colour, axes) for colour in (*_PRIMARIES, *_CHECKS)}
     black, *primaries = (made[colour][0] for colour in _PRIMARIES)
     matrix = torch.stack([each - black for each in primaries], dim=1)
     reach = torch.stack([each - black for each, _ in made.values()]).abs().amax(0)
@@ -105,6 +119,7 @@ def as_pixels(
     preprocess: Preprocess | None = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     colours: Colours | None = None,
+    bands: Bands = None,
 ) -> torch.Tensor:
     """Return a model's input as the picture that a person would see.
 
@@ -113,54 +128,117 @@ def as_pixels(
     over [0, 1], unless they lie in it. Resizing and cropping stay.
 
     Args:
-        batch: (1, C, H, W), the input.
+        batch: (1, C, ...), the input, with one to three spatial axes.
         image: What it was made from.
         preprocess: What made it.
         invert: Makes of `batch` pixels in [0, 1], in place of all that.
         colours: What `colours_of` found for images like this one, so as not to find it anew.
+        bands: The channels to show as red, green and blue, or the one to show in gray.
 
     Returns:
-        (3, H, W) float32 on the CPU in [0, 1]. Of images with other than 1 or 3 channels, their mean.
+        (3, ...) float32 on the CPU in [0, 1]. Without `bands`, of images with other than 1 or 3 channels the
+        mean, of which `bands_note` says so.
 
     Raises:
-        InvalidArgumentError: Different colours become the same, or `invert` changes the size.
+        InvalidArgumentError: Different colours become the same, `invert` changes the size, or a band is none
+            of the channels.
     """
-    pixels = batch.detach()
-    if function(invert, "invert") is not None:
-        assert invert is not None
-        pixels = as_batch(invert(pixels))
-        if pixels.shape[2:] != batch.shape[2:]:
-            raise InvalidArgumentError(
-                f"`invert` must keep the height and width of {tuple(batch.shape)}, got {tuple(pixels.shape)}"
-            )
+    pixels, axes = inverted(batch, invert), batch.ndim - 2
+    chosen = checked_bands(bands, pixels.shape[1])
     pixels = pixels.cpu().float() / (255 if pixels.dtype == torch.uint8 else 1)
     if preprocess is not None and invert is None and colours is None:
-        colours = known_colours(preprocess, image)
+        colours = known_colours(preprocess, image, axes)
     if colours is not None:
-        pixels = colours.undo(pixels)
-    pixels = pixels[0].nan_to_num(0.0, 1.0, 0.0)
+        pixels = colours.undo(pixels, chosen)[0]
+    else:
+        pixels = pixels[0] if chosen is None else pixels[0, chosen]
+    pixels = pixels.nan_to_num(0.0, 1.0, 0.0)
     if colours is None and invert is None and (pixels.min() < 0 or pixels.max() > 1):
         low, high = pixels.min(), pixels.max()
         pixels = (pixels - low) / (high - low)
     if len(pixels) != 3:
-        pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
+        pixels = pixels.mean(0, keepdim=True).expand(3, *pixels.shape[1:])
     return pixels.clamp(0, 1)
 
 
-def known_colours(preprocess: Preprocess, like: torch.Tensor | Image.Image) -> Colours | None:
+def inverted(batch: torch.Tensor, invert: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
+    """Return what `invert` makes of a model's input (1, C, ...), or where there is none, the input.
+
+    Raises:
+        InvalidArgumentError: It changes the size.
+    """
+    values = batch.detach()
+    if function(invert, "invert") is not None:
+        assert invert is not None
+        values = as_batch(invert(values), batch.ndim - 2)
+        if values.shape[2:] != batch.shape[2:]:
+            raise InvalidArgumentError(
+                f"`invert` must keep the height and width of {tuple(batch.shape)}, got {tuple(values.shape)}"
+            )
+    return values
+
+
+def checked_bands(bands: Bands, channels: int) -> list[int] | None:
+    """Return the channels to show as red, green and blue, or the one to show in gray; None where all count.
+
+    Raises:
+        InvalidArgumentError: They are neither one nor three, or an image does not have them.
+        InvalidTypeError: They are no integers.
+    """
+    if bands is None:
+        return None
+    chosen = indices_of(bands, channels, "bands")
+    if len(chosen) not in (1, 3):
+        raise InvalidArgumentError(
+            f"`bands` must be three channels, to show as red, green and blue, or one to show in gray, got "
+            f"{shown(bands)}"
+        )
+    return chosen
+
+
+def in_bands(images: torch.Tensor, bands: Bands = None) -> torch.Tensor:
+    """Return the channels of images (N, C, ...) that are shown: (N, 3, ...) or, in gray, (N, 1, ...).
+
+    Args:
+        images: The images.
+        bands: The channels to show as red, green and blue, or the one to show in gray. None is all of 1 or 3
+            channels, and of other numbers the mean, of which `bands_note` says so.
+
+    Raises:
+        InvalidArgumentError: As `checked_bands`.
+        InvalidTypeError: As `checked_bands`.
+    """
+    chosen = checked_bands(bands, images.shape[1])
+    if chosen is not None:
+        return images[:, chosen]
+    return images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+
+
+def bands_note(channels: int, bands: Bands = None) -> list[str]:
+    """Return a line that says what of images with so many channels is shown, where that is not all."""
+    chosen = checked_bands(bands, channels)
+    if chosen is None:
+        mean = f"shown: the mean of {channels} channels; choose three of them with `bands`"
+        return [] if channels in (1, 3) else [mean]
+    if len(chosen) == 1:
+        return [f"shown: channel {chosen[0]} of {channels}"]
+    return [f"red, green, blue: channels {', '.join(map(str, chosen))} of {channels}"]
+
+
+def known_colours(preprocess: Preprocess, like: torch.Tensor | Image.Image, axes: int = 2) -> Colours | None:
     """Return what `colours_of` finds, or None where that cannot be told."""
     try:
-        return colours_of(preprocess, like)
+        return colours_of(preprocess, like, axes)
     except InvalidArgumentError:
         return None
 
 
 def _of_plain(
-    preprocess: Preprocess, like: torch.Tensor | Image.Image | None, colour: tuple[int, int, int]
-) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Return what becomes of one colour, (C,), and the height and width that it comes in."""
+    preprocess: Preprocess, like: torch.Tensor | Image.Image | None, colour: tuple[int, int, int], axes: int
+) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Return what becomes of one colour, (C,), and the size that it comes in."""
     if isinstance(like, torch.Tensor):
-        given: Any = _plain_tensor(like, colour)
+        given: Any = _plain_tensor(like, colour, axes)
     else:
         size = (256, 256) if like is None else like.size
         given = Image.new("RGB", size, colour)
@@ -168,22 +246,28 @@ def _of_plain(
             given = given.convert("L")
     try:
         with torch.random.fork_rng(devices=[]):
-            batch = model_input(given, preprocess).detach().cpu().float()
+            batch = model_input(given, preprocess, axes=axes).detach().cpu().float()
     except Exception as error:
         raise InvalidArgumentError(
             f"the preprocessing fails for a picture of one colour ({one_line(error)})"
         ) from error
     # The median, because a border may have been added.
-    return batch.flatten(2).median(dim=2).values[0], (batch.shape[2], batch.shape[3])
+    return batch.flatten(2).median(dim=2).values[0], tuple(batch.shape[2:])
 
 
-def _plain_tensor(like: torch.Tensor, colour: tuple[int, int, int]) -> torch.Tensor:
+def _plain_tensor(like: torch.Tensor, colour: tuple[int, int, int], axes: int) -> torch.Tensor:
     if like.is_floating_point() and (like.min() < 0 or like.max() > 1):
         raise InvalidArgumentError("values beyond [0, 1] have no known white")
-    channels = like.shape[-3]
+    axes = min(axes, like.ndim - 1)  # a clip may be made of an image
+    channels = like.shape[-axes - 1]
     values = torch.tensor(colour if channels == 3 else [sum(colour) / 3] * channels, device="cpu")
     values = values / 255 if like.is_floating_point() else values
-    return values.to(like.device, like.dtype)[:, None, None].expand(like.shape).clone()
+    return values.to(like.device, like.dtype).view(-1, *[1] * axes).expand(like.shape).clone()
+
+
+def _column(values: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    """Return a value for each channel, (C,), as it stands before the spatial axes of a batch (N, C, ...)."""
+    return values.view(-1, *[1] * (batch.ndim - 2))
 
 
 def _shown(values: torch.Tensor) -> str:

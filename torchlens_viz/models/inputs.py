@@ -21,6 +21,10 @@ InputOf: TypeAlias = str | int | Callable[[Any], Any] | None
 ModelInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any] | Callable[[torch.Tensor], Any] | None
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # by position and by name
 
+# What an input is called and shaped like, by how many spatial axes it has.
+_NOUNS: Final = {1: "signal", 2: "image", 3: "volume or clip"}
+AXES: Final = {1: "C, L", 2: "C, H, W", 3: "C, D, H, W"}
+
 _MOST_SIDES: Final = 250  # at 256 pixels for the shorter side, 16 million pixels
 _USUAL_KEYS: Final = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
 
@@ -223,8 +227,12 @@ def _told(batch: Any) -> str:
     return f"{type(batch).__name__}"
 
 
-def as_batch(image: object) -> torch.Tensor:
+def as_batch(image: object, axes: int = 2) -> torch.Tensor:
     """Return a tensor (1, C, H, W) or (C, H, W) as (1, C, H, W).
+
+    Args:
+        image: The tensor.
+        axes: How many spatial axes it has: 1 is (1, C, L) or (C, L), 3 is (1, C, D, H, W) or (C, D, H, W).
 
     Raises:
         InvalidArgumentError: The tensor is no image, or more than one.
@@ -238,32 +246,41 @@ def as_batch(image: object) -> torch.Tensor:
         raise InvalidTypeError(
             f"`image` must hold plain values, got {image.dtype} on {image.device}; {remedy}"
         )
-    batch = image[None] if image.ndim == 3 else image
-    if batch.ndim != 4 or len(batch) != 1 or batch.numel() == 0:
+    batch = image[None] if image.ndim == axes + 1 else image
+    if batch.ndim != axes + 2 or len(batch) != 1 or batch.numel() == 0:
         raise InvalidArgumentError(
-            f"`image` must be one image (1, C, H, W) or (C, H, W), got shape {tuple(image.shape)}"
+            f"`image` must be one {_NOUNS[axes]} (1, {AXES[axes]}) or ({AXES[axes]}), got shape "
+            f"{tuple(image.shape)}"
         )
     return batch
 
 
-def image_batch(image: torch.Tensor | Image.Image, channels: int | None = None) -> torch.Tensor:
+def image_batch(
+    image: torch.Tensor | Image.Image, channels: int | None = None, axes: int = 2
+) -> torch.Tensor:
     """Return one image as (1, C, H, W), pixels in [0, 1].
 
     Args:
         image: A picture of any mode, which is read as `torchlens_viz.files.pictures.read_image` says; or a
-            tensor (1, C, H, W) or (C, H, W), of which uint8 counts from 0 to 255 and all else is taken as it
-            is.
+            tensor as `as_batch` takes it, of which uint8 counts from 0 to 255 and all else is taken as it is.
         channels: How many the model takes: of a picture, 1 makes gray, and anything else is RGB.
+        axes: How many spatial axes the model takes.
 
     Raises:
-        InvalidArgumentError: The tensor is no image, or more than one.
+        InvalidArgumentError: The tensor is no image, or more than one; or a picture is not what such a model
+            takes.
         InvalidTypeError: It is neither a tensor nor a picture.
     """
     if isinstance(image, Image.Image):
+        if axes != 2:
+            raise InvalidArgumentError(
+                f"`image` must be a tensor (1, {AXES[axes]}) or ({AXES[axes]}) for this network, got a "
+                "picture; pass `preprocess`, which makes one of it"
+            )
         picture = as_rgb(image)
         pixels = torch.from_numpy(np.array(picture.convert("L") if channels == 1 else picture))
         return (pixels[None, None] if channels == 1 else pixels.movedim(2, 0)[None]).float() / 255
-    batch = as_batch(image)
+    batch = as_batch(image, axes)
     return batch.float() / 255 if batch.dtype == torch.uint8 else batch
 
 
@@ -313,30 +330,32 @@ def model_input(
     image: torch.Tensor | Image.Image,
     preprocess: Callable[[Any], torch.Tensor] | None,
     channels: int | None = None,
+    axes: int = 2,
 ) -> torch.Tensor:
-    """Return what a model takes of one image, (1, C, H, W).
+    """Return what a model takes of one image, (1, C, H, W), or of a signal or volume: see `as_batch`.
 
     Args:
         image: A picture or a tensor.
         preprocess: What makes it of the image, or where it does not take pictures, of the image as a tensor
             in [0, 1]; None is `image_batch`.
         channels: How many the model takes.
+        axes: How many spatial axes it takes.
 
     Raises:
         InvalidArgumentError: The preprocessing fails, or does not make one image.
         InvalidTypeError: The image is neither a tensor nor a picture.
     """
     if function(preprocess, "preprocess") is None:
-        return image_batch(image, channels)
+        return image_batch(image, channels, axes)
     assert preprocess is not None
     if not isinstance(image, Image.Image):
-        return as_batch(preprocess(image))
+        return as_batch(preprocess(image), axes)
     require_usual_shape(image, "image")
     try:
-        return as_batch(preprocess(image))
+        return as_batch(preprocess(image), axes)
     except Exception as error:  # it may be made for tensors
         try:
-            return as_batch(preprocess(image_batch(image, channels)))
+            return as_batch(preprocess(image_batch(image, channels)), axes)
         except Exception as other:
             raise InvalidArgumentError(
                 f"`preprocess` must make of a picture, or of images in [0, 1], what the model takes, and "

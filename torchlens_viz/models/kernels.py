@@ -16,6 +16,7 @@ from torchlens_viz.models.layers import Layer, Selector, called_alike, named_lay
 from torchlens_viz.models.state import inference
 
 _RGB: Final = 3
+_AXES: Final = 2
 _FEW: Final = range(1, 5)  # as many channels as images have
 _SIDES: Final = (64, 224, 32)  # of images that are tried
 
@@ -94,30 +95,37 @@ class Entry(NamedTuple):
     Attributes:
         layer: The first convolution to run.
         channels: How many channels the images have.
+        axes: How many spatial axes they have: 1 of signals (N, C, L), 2 of images, 3 of volumes.
     """
 
     layer: Layer
     channels: int
+    axes: int
 
 
 def entry_of(model: nn.Module) -> Entry:
     """Return where images enter a network.
 
     That is mostly its first convolution in the order of definition. Where that does not look like one that
-    images enter, as where a decoder is defined before its encoder or pixels are unshuffled first, a copy of
-    the model runs on the meta device, where nothing is computed.
+    images enter, as where a decoder is defined before its encoder, pixels are unshuffled first, or it is one
+    over signals or volumes, which a network may make of images, a copy of the model runs on the meta device,
+    where nothing is computed.
 
     Raises:
         LayerNotFoundError: It has no convolution.
     """
     found = convolutions(model)
-    defined = Entry(found[0], _inputs_of(found[0].module))
+    defined = Entry(found[0], _inputs_of(found[0].module), _axes_of(found[0].module))
     if found[0].module is unwrap(model):
         return defined
     sizes = [_inputs_of(layer.module) for layer in found]
-    if defined.channels == _RGB or (defined.channels in _FEW and _RGB not in sizes):
+    likely = defined.channels == _RGB or (defined.channels in _FEW and _RGB not in sizes)
+    if likely and defined.axes == _AXES:
         return defined
-    return next(_tried(model, found, dict.fromkeys((_RGB, 1, *sizes, 2, 4))), defined)
+    tries = [(number, _AXES) for number in (_RGB, 1, *sizes, 2, 4)]
+    if defined.axes != _AXES:
+        tries = [*((number, defined.axes) for number in (defined.channels, *sizes)), *tries]
+    return next(_tried(model, found, dict.fromkeys(tries)), defined)
 
 
 def image_channels(model: nn.Module) -> int:
@@ -128,12 +136,28 @@ def image_channels(model: nn.Module) -> int:
         return _RGB
 
 
+def image_axes(model: nn.Module) -> int:
+    """Return how many spatial axes the images of a network have, 1 to 3; 2 where it has no convolution."""
+    try:
+        return entry_of(model).axes
+    except LayerNotFoundError:
+        return _AXES
+
+
 def _inputs_of(module: nn.Module) -> int:
     return int(getattr(module, "in_channels", _RGB))
 
 
-def _tried(model: nn.Module, found: list[Layer], numbers: Iterable[int]) -> Iterator[Entry]:
-    """Yield what convolution takes images of so many channels first, for the numbers of which one does."""
+def _axes_of(module: nn.Module) -> int:
+    sizes = getattr(module, "kernel_size", None)
+    if isinstance(sizes, tuple):
+        return len(sizes)
+    weight = _stored_weight(module)
+    return _AXES if weight is None or isinstance(weight, UninitializedParameter) else weight.ndim - 2
+
+
+def _tried(model: nn.Module, found: list[Layer], tries: Iterable[tuple[int, int]]) -> Iterator[Entry]:
+    """Yield what convolution takes images of so many channels and axes first, for those of which one does."""
     try:
         twin = private_copy(unwrap(model), lambda tensor: tensor.detach().to("meta"), warn=False)
         called = called_alike(model, twin)
@@ -144,16 +168,17 @@ def _tried(model: nn.Module, found: list[Layer], numbers: Iterable[int]) -> Iter
     for module in twin.modules():
         if id(module) in names:
             module.forward = _noting(module.forward, names[id(module)], ran)
-    for number in numbers:
+    for number, axes in tries:
         for side in _SIDES:
             ran.clear()
             try:
                 with torch.no_grad():
-                    called(torch.zeros(1, number, side, side, device="meta"))
+                    called(torch.zeros(1, number, *[side] * axes, device="meta"))
             except Exception:  # what comes after the first convolution may well want another size
                 pass
-            if ran:
-                yield Entry(ran[0], number)
+            # Convolutions over more axes take a batch of signals for a single image.
+            if ran and (axes == _AXES or _axes_of(ran[0].module) == axes):
+                yield Entry(ran[0], number, axes)
                 break
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from torchlens_viz.errors import LayerNotFoundError
 from torchlens_viz.models.inputs import image_batch
-from torchlens_viz.models.kernels import convolutions, image_channels
+from torchlens_viz.models.kernels import entry_of, image_channels
 from torchlens_viz.models.layers import unwrap
 from torchlens_viz.models.state import like_parameters
 from torchlens_viz.nested import map_tensors
@@ -64,9 +64,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     elif isinstance(side, tuple | list) and len(side) == 2:
         yield (1, getattr(config, "num_channels", channels), *side)
     try:
-        module = convolutions(model)[0].module
-        kernel = getattr(module, "kernel_size", (1, 1))
-        axes = len(kernel) if isinstance(kernel, tuple) else 2
+        axes = entry_of(model).axes
     except LayerNotFoundError:
         first = next((each for each in model.modules() if isinstance(each, nn.Linear)), None)
         if first is not None:
