@@ -72,7 +72,7 @@ def neuron(
 
     Args:
         index: The channel; None is the one that is being maximised.
-        position: Row and column in the map, or as many numbers as the map has dimensions; None is the middle.
+        position: Row and column in the map, or as many numbers as the map has axes; None is the middle.
         layer: The layer; None is the one that was asked for.
     """
     index, place = None if index is None else integer(index, "index"), _place(position)
@@ -162,9 +162,9 @@ def total_variation() -> Objective:
     """Score how rough an image is: the mean difference between neighbours. Give it a negative weight."""
 
     def function(scene: Scene) -> torch.Tensor:
-        rows = scene.images.diff(dim=2).abs().flatten(1).sum(1)
-        columns = scene.images.diff(dim=3).abs().flatten(1).sum(1)
-        return (rows + columns) / scene.images[0].numel()
+        axes = range(2, scene.images.ndim)
+        along = [scene.images.diff(dim=axis).abs().flatten(1).sum(1) for axis in axes]
+        return torch.stack(along).sum(0) / scene.images[0].numel()
 
     return Objective(function=function, text="total_variation()")
 

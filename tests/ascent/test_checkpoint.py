@@ -167,12 +167,14 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path):
         run(tmp_path / "file")
 
 
-@pytest.mark.parametrize("frames", [None, torch.arange(120, dtype=torch.uint8).view(2, 3, 4, 5)])
-def test_what_is_kept_is_read_bit_for_bit(tmp_path, frames):
+@pytest.mark.parametrize("shape", [(3, 20), (3, 4, 5), (3, 2, 2, 5)])
+@pytest.mark.parametrize("filmed", [False, True])
+def test_what_is_kept_is_read_bit_for_bit(tmp_path, filmed, shape):
+    frames = torch.arange(120, dtype=torch.uint8).view(2, *shape) if filmed else None
     request = Request(place=3, channel=5, copy=1)
     climb = Climb(
         request=request,
-        image=torch.rand(3, 4, 5),
+        image=torch.rand(shape),
         score=0.1 + 0.2,
         means=torch.randn(6),
         history=torch.tensor([1.0, torch.nan]),
@@ -183,11 +185,14 @@ def test_what_is_kept_is_read_bit_for_bit(tmp_path, frames):
     store = Resumption(tmp_path / "new", {"a": 1})
     store.keep(climb)
     elsewhere = request._replace(place=0)  # in another list of channels
-    (again,) = Resumption(tmp_path / "new", {"a": 1}).finished([elsewhere, Request(1, 7, 0)])
+    (again,) = Resumption(tmp_path / "new", {"a": 1}).finished([elsewhere, Request(1, 7, 0)], shape)
     assert again.request == elsewhere
     assert (again.score, again.status, again.evidence) == (climb.score, climb.status, climb.evidence)
     for name in ("image", "means", "history"):
         torch.testing.assert_close(getattr(again, name), getattr(climb, name), rtol=0, atol=0, equal_nan=True)
+    other = (*shape[:-1], shape[-1] + 1)
+    assert not store.finished([elsewhere], other)
+    assert not store.finished([elsewhere], (3, 20) if len(shape) == 3 else (3, 4, 5))
     assert (again.frames is None) if frames is None else torch.equal(again.frames, frames)
 
 

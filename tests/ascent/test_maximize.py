@@ -64,7 +64,8 @@ LINEAR = {
 def test_the_best_image_of_a_linear_layer_is_reached(kind, precision):
     model = LINEAR[kind]().eval()
     name = "layer" if hasattr(model, "layer") else ""
-    result = ascend(model, name, steps=40, precision=precision)
+    result = ascend(model, name, size=(12, 12), steps=40, precision=precision)
+    assert result.images.shape[1:] == (3, 12, 12)
 
     exact = copy.deepcopy(model).double()
     image = torch.full((1, 3, 12, 12), 0.5, dtype=torch.float64, requires_grad=True)

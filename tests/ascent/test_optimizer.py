@@ -92,7 +92,23 @@ def test_smoothing_touches_only_what_moves_and_blurs_only_when_due():
     np.testing.assert_allclose(pixels[2].numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (2, 3)])
+@pytest.mark.parametrize("shape", [(9,), (5, 12), (4, 9, 12)])
+def test_a_blur_goes_along_every_axis_as_far_as_the_image_does(shape):
+    pixels = torch.rand(2, 3, *shape)
+    expected = pixels.double().numpy()
+    Smoothing(decay=0, blur=1.5, every=1, middle=0.5).apply_(pixels, torch.zeros(2), torch.ones(2).bool())
+    for axis, size in enumerate(shape, start=2):
+        reach = min(5, size - 1)
+        taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / 1.5) ** 2)
+        widths = [(0, 0)] * expected.ndim
+        widths[axis] = (reach, reach)
+        padded = np.pad(expected, widths, mode="reflect")
+        shifted = [np.take(padded, range(n, n + size), axis) for n in range(len(taps))]
+        expected = sum(tap * part for tap, part in zip(taps / taps.sum(), shifted, strict=True))
+    np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (2, 3), (1,), (1, 2, 3)])
 def test_images_smaller_than_the_blur_are_blurred_as_far_as_they_go(shape):
     pixels = torch.full((1, 1, *shape), 0.3)
     Smoothing(decay=0, blur=50.0, every=1, middle=0.5).apply_(pixels, torch.tensor([0]), torch.tensor([True]))

@@ -47,6 +47,14 @@ def test_uniform_pixels_are_those_of_numpy():
     np.testing.assert_allclose(start.permute(1, 2, 0).numpy(), expected[0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(7,), (3, 4, 5)])
+def test_uniform_pixels_of_signals_and_volumes_are_those_of_numpy(size):
+    start = Pixels(low=None, high=None, uniform=(-1, 1)).start(2, size, generator(42), None)
+    np.random.seed(42)
+    expected = np.moveaxis(np.random.random((*size, 2)) * 2 - 1, -1, 0)
+    np.testing.assert_allclose(start.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("by", [Pixels(), Fourier(), FixedSpectrum()], ids=lambda by: type(by).__name__)
 def test_noise_hangs_on_the_stream_of_random_numbers_alone(by):
     first, again, other = (by.start(3, (6, 6), generator(seed), None) for seed in (1, 1, 2))
@@ -72,17 +80,63 @@ def test_black_and_white_come_back_to_a_thousandth():
     torch.testing.assert_close(again, image, rtol=0, atol=1.1e-3)
 
 
+ALL_SIZES = [(8,), (9,), (8, 8), (7, 9), (6, 11), (4, 6, 8), (5, 4, 7)]
+
+
+def frequencies(size):
+    """The frequency of every coefficient that numpy has for real numbers of that size."""
+    along = [np.fft.fftfreq(length) for length in size[:-1]] + [np.fft.rfftfreq(size[-1])]
+    return np.sqrt(sum(part**2 for part in np.meshgrid(*along, indexing="ij")))
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("size", [(8, 8), (7, 9), (6, 11)])
-def test_fourier_coefficients_stand_for_what_numpy_makes_of_them(channels, size):
-    by = Fourier(decorrelate=False)
-    coefficients = 5 * torch.randn(2, channels, size[0], size[1] // 2 + 1, 2)
-    rows, columns = np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None]
-    scale = 1 / np.maximum(np.hypot(rows, columns), 1 / max(size)) / 4
+@pytest.mark.parametrize("size", ALL_SIZES)
+@pytest.mark.parametrize("decay", [None, 0.7])
+def test_fourier_coefficients_stand_for_what_numpy_makes_of_them(channels, size, decay):
+    by = Fourier(decorrelate=False, decay=decay)
+    coefficients = 5 * torch.randn(2, channels, *size[:-1], size[-1] // 2 + 1, 2)
+    power = len(size) / 2 if decay is None else decay
+    scale = np.maximum(frequencies(size), 1 / max(size)) ** -power / 4
     spectrum = (coefficients[..., 0] + 1j * coefficients[..., 1]).numpy().astype(np.complex128) * scale
-    waves = np.fft.irfft2(spectrum, s=size, norm="ortho")
+    waves = np.fft.irfftn(spectrum, s=size, axes=range(2, 2 + len(size)), norm="ortho")
     expected = 1 / (1 + np.exp(-waves))
     np.testing.assert_allclose(by.decode(coefficients, size).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8,), (9,), (4, 6, 8), (5, 4, 7), (1, 1, 5)])
+@pytest.mark.parametrize("channels", [1, 3, 12])
+def test_signals_and_volumes_come_back_from_their_coefficients(size, channels):
+    image = 0.02 + 0.96 * torch.rand(channels, *size)
+    again = Fourier().decode(Fourier().start(channels, size, generator(), image)[None], size)[0]
+    torch.testing.assert_close(again, image, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("size", [(4096,), (256, 256), (64, 64, 64)])
+@pytest.mark.parametrize("kind", [Fourier, FixedSpectrum])
+def test_every_octave_of_frequencies_has_the_same_energy(size, kind):
+    by = kind(low=None, high=None)
+    waves = by.decode(by.start(1, size, generator(), None)[None], size)[0, 0].double().numpy()
+    energy = np.abs(np.fft.rfftn(waves)) ** 2
+    energy[..., 1:-1] *= 2  # the other half of the spectrum is their mirror image
+    octaves = np.floor(np.log2(np.maximum(frequencies(size), 1e-9) / 0.5)).astype(int)
+    per_octave = [energy[octaves == octave].sum() for octave in (-3, -2, -1)]
+    assert max(per_octave) / min(per_octave) < 1.4  # 2 and 4 if all went by 1/f
+
+    if kind is Fourier and len(size) != 2:
+        other = Fourier(low=None, high=None, decay=1.0)
+        waves = other.decode(other.start(1, size, generator(), None)[None], size)[0, 0].double().numpy()
+        energy = np.abs(np.fft.rfftn(waves)) ** 2
+        per_octave = [energy[octaves == octave].sum() for octave in (-3, -1)]
+        assert max(per_octave) / min(per_octave) > 3
+
+
+def test_noise_is_as_strong_in_signals_and_volumes_as_in_images():
+    by = Fourier(low=None, high=None, decorrelate=False)
+    deviations = [
+        by.decode(by.start(1, size, generator(), None)[None], size).std().item()
+        for size in ((4096,), (64, 64), (16, 16, 16))
+    ]
+    assert max(deviations) / min(deviations) < 2.5
 
 
 def test_colours_are_mixed_as_in_natural_images():
@@ -107,6 +161,24 @@ def test_colours_are_mixed_for_three_channels_only(kind):
 
 
 @pytest.mark.parametrize("kind", [Fourier, FixedSpectrum])
+def test_colours_are_mixed_in_every_frame_of_a_clip_and_never_in_signals(kind):
+    by = kind(low=None, high=None)
+    clip = by.start(3, (4, 6, 6), generator(), None)[None]
+    mixed, plain = (
+        each.decode(clip, (4, 6, 6)) for each in (by, kind(low=None, high=None, decorrelate=False))
+    )
+    root = np.array([[0.26, 0.09, 0.02], [0.27, 0.00, -0.05], [0.27, -0.09, 0.03]])
+    root /= np.linalg.norm(root, axis=0).max()
+    np.testing.assert_allclose(mixed[0], np.einsum("ij,jdhw->idhw", root, plain[0].double()), atol=1e-5)
+    signal = by.start(3, (9,), generator(), None)[None]
+    assert torch.equal(
+        by.decode(signal, (9,)), kind(low=None, high=None, decorrelate=False).decode(signal, (9,))
+    )
+    with pytest.raises(InvalidArgumentError, match="`decorrelate` must be False for signals"):
+        kind(decorrelate=True).decode(signal, (9,))
+
+
+@pytest.mark.parametrize("kind", [Fourier, FixedSpectrum])
 @pytest.mark.parametrize("limits", [(0.0, 1.0), (-1.0, 4.0)])
 def test_spectra_stand_for_images_within_the_limits_whatever_they_are(kind, limits):
     by = kind(low=limits[0], high=limits[1])
@@ -115,16 +187,15 @@ def test_spectra_stand_for_images_within_the_limits_whatever_they_are(kind, limi
     assert images.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [(8, 8), (9, 7), (6, 11)])
+@pytest.mark.parametrize("size", [(8,), (11,), (8, 8), (9, 7), (6, 11), (4, 6, 8), (5, 3, 7)])
 def test_a_fixed_spectrum_keeps_its_magnitudes_one_over_the_frequency_whatever_the_phases(size):
     by = FixedSpectrum(low=None, high=None, decorrelate=False)
     for seed in (1, 2):
         waves = by.decode(by.start(1, size, generator(seed), None)[None], size)[0, 0].double().numpy()
         assert waves.std(ddof=1) == pytest.approx(by.contrast, rel=1e-4)
         assert waves.mean() == pytest.approx(0.0, abs=1e-5)
-        spectrum = np.abs(np.fft.rfft2(waves))
-        rows, columns = np.fft.fftfreq(size[0])[:, None], np.fft.rfftfreq(size[1])[None]
-        ratio = (spectrum * np.hypot(rows, columns)).flatten()[1:]  # all but the mean
+        spectrum = np.abs(np.fft.rfftn(waves))
+        ratio = (spectrum * frequencies(size) ** (len(size) / 2)).flatten()[1:]  # all but the mean
         np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-4)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchlens_viz.ascent.transforms import NUMBERS, Transforms, transforms_of
+from torchlens_viz.ascent.transforms import Transforms, transforms_of
 from torchlens_viz.errors import InvalidArgumentError
 
 STILL = [0.5, 0.5, 0.5, 0.5, 0.5]  # the middle of every range
@@ -119,7 +119,7 @@ def test_padding_shows_the_whole_image_in_a_frame_of_gray(images):
 
 def test_all_of_them_together_are_one_map_of_places(images):
     everything = Transforms(jitter=0.1, scale=(0.8, 1.2), rotate=40, pad=0.1, crop=(0.6, 1.0))
-    numbers = torch.rand(3, NUMBERS)
+    numbers = torch.rand(3, 5)
     result = everything.place(images, numbers, 0.5)
     for image, made, (turn, size, cut, right, down) in zip(
         images, result, numbers.double().tolist(), strict=True
@@ -136,8 +136,66 @@ def test_all_of_them_together_are_one_map_of_places(images):
         np.testing.assert_allclose(made.numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("samples", [0, 3, -5])
+def test_a_signal_is_shifted_by_a_slice_of_its_mirror_image(samples):
+    signals = torch.rand(2, 4, 20)
+    result = placed(Transforms(jitter=0.5), signals, [[*STILL[:3], 0.5 + samples / 20]] * 2)
+    mirrored = np.pad(signals.numpy(), ((0, 0), (0, 0), (5, 5)), mode="symmetric")
+    np.testing.assert_allclose(result.numpy(), mirrored[:, :, 5 + samples : 25 + samples], atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [0.0, 0.3])
+def test_a_signal_is_stretched_about_its_middle(pad):
+    signals = torch.rand(1, 1, 21)
+    transforms = Transforms(scale=(0.8, 1.6), pad=pad)
+    result = placed(transforms, signals, [[0.5, 0.5, 0.5, 0.5]], gray=0.25)[0, 0].numpy()
+    places = (np.arange(21) - 10) * (1 + 2 * pad) / 1.2 + 10
+    expected = np.interp(places, np.arange(21), signals[0, 0].numpy())
+    inside = (places >= 0) & (places <= 20)
+    np.testing.assert_allclose(result[inside], expected[inside], atol=1e-5)
+    assert inside.all() == (pad == 0)
+    np.testing.assert_allclose(result[(places < -1) | (places > 21)], 0.25, atol=1e-6)
+
+
+@pytest.mark.parametrize("shifts", [(0, 0, 0), (2, 0, -1), (-3, 1, 2)])
+def test_a_volume_is_shifted_along_all_axes(shifts):
+    volumes, sizes = torch.rand(2, 2, 6, 8, 10), (6, 8, 10)
+    numbers = [0.5 + shift / size for shift, size in zip(shifts, sizes, strict=True)]
+    result = placed(Transforms(jitter=0.5), volumes, [[*STILL[:3], *numbers[::-1]]] * 2)
+    mirrored = np.pad(volumes.numpy(), ((0, 0), (0, 0), (3, 3), (3, 3), (3, 3)), mode="symmetric")
+    cut = [slice(3 + shift, 3 + shift + size) for shift, size in zip(shifts, sizes, strict=True)]
+    np.testing.assert_allclose(result.numpy(), mirrored[:, :, *cut], atol=1e-5)
+
+
+def test_a_volume_is_turned_slice_by_slice_and_scaled_along_all_axes():
+    volumes = torch.rand(2, 3, 5, 9, 12)
+    numbers = torch.rand(2, 6)
+    turned = Transforms(rotate=60).place(volumes, numbers, 0.5)
+    for depth in range(5):
+        plane = Transforms(rotate=60).place(volumes[:, :, depth], numbers[:, :5], 0.5)
+        torch.testing.assert_close(turned[:, :, depth], plane, rtol=0, atol=1e-5)
+    scaled = Transforms(scale=(0.5, 2.0)).place(volumes, numbers, 0.5)
+    for axis, size in ((2, 5), (3, 9), (4, 12)):  # what changes along one axis alone
+        wave = torch.sin(torch.arange(size) * 0.7).view([-1 if each == axis else 1 for each in range(5)])
+        made = Transforms(scale=(0.5, 2.0)).place(wave.expand(2, 1, 5, 9, 12), numbers, 0.5)
+        line = made.movedim(axis, 2).flatten(3)[..., 0][:, 0].double().numpy()
+        for row, number in zip(line, numbers[:, 1].double().tolist(), strict=True):
+            places = (np.arange(size) - (size - 1) / 2) / (0.5 + 1.5 * number) + (size - 1) / 2
+            mirror = [reflected(place, size) for place in places]
+            expected = np.interp(mirror, np.arange(size), wave.flatten().double().numpy())
+            np.testing.assert_allclose(row, expected, atol=1e-4)
+    assert scaled.shape == volumes.shape
+
+
+def test_named_transforms_do_not_turn_signals():
+    for name in ("gentle", "robust"):
+        assert transforms_of(name, 1).rotate == 0
+        assert transforms_of(name, 1).jitter == transforms_of(name).jitter
+        assert transforms_of(name, 3) == transforms_of(name)
+
+
 def test_each_image_is_placed_by_its_own_numbers_alone(images):
-    numbers = torch.rand(3, NUMBERS)
+    numbers = torch.rand(3, 5)
     robust = transforms_of("robust")
     together = robust.place(images, numbers, 0.5)
     for place in range(3):
@@ -148,7 +206,9 @@ def test_each_image_is_placed_by_its_own_numbers_alone(images):
 def test_numbers_are_uniform_and_those_of_their_stream():
     first, again = (Transforms(jitter=0.1).numbers(2000, torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(first, again)
-    assert first.shape == (2000, NUMBERS)
+    assert first.shape == (2000, 5)
+    shapes = [tuple(Transforms().numbers(7, torch.Generator(), axes).shape) for axes in (1, 3)]
+    assert shapes == [(7, 4), (7, 6)]
     assert 0 <= first.min() < 0.001
     assert 0.999 < first.max() < 1
     assert first.mean().item() == pytest.approx(0.5, abs=0.01)

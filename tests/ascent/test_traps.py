@@ -406,7 +406,7 @@ def test_models_that_cannot_be_maximised_are_refused_with_the_reason():
     [
         (
             {"image": torch.rand(3, 12, 12), "size": 20},
-            r"`size` must be left out.*12 x 12.*got 20",
+            r"`size` must be left out.*12 x 12.*got \(20, 20\)",
         ),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, Final, final, get_args
 
 import torch
 
-from torchlens_viz.ascent.plan import Climb, Request, Status
+from torchlens_viz.ascent.plan import Climb, Request, Status, axes_letters
 from torchlens_viz.errors import ArchiveError, reason_of
 from torchlens_viz.files.paths import is_there, require_regular, write_whole
 from torchlens_viz.files.tensors import (
@@ -22,7 +22,6 @@ from torchlens_viz.files.tensors import (
 
 _SETTINGS: Final = "settings.json"
 _SHAPES: Final = {
-    "image": (torch.float32, "CHW"),
     "means": (torch.float32, "M"),
     "history": (torch.float32, "T"),
 }
@@ -55,15 +54,18 @@ class Resumption:
             ) from error
         require_same_settings(before, settings, folder)
 
-    def finished(self, requests: Sequence[Request], **sizes: int) -> list[Climb]:
+    def finished(self, requests: Sequence[Request], shape: Sequence[int], **sizes: int) -> list[Climb]:
         """Read those of the requested images that are finished; a damaged file counts as not finished.
 
         Args:
             requests: The images.
-            sizes: What their tensors must be: C, H and W of an image, M channels of the layer, T steps; what
-                is left out may be anything.
+            shape: (C, H, W), or of a signal (C, L) or a volume (C, D, H, W).
+            sizes: What their other tensors must be: M channels of the layer, T steps; what is left out may be
+                anything.
         """
-        found = (self._read(request, sizes) for request in requests)
+        letters = "C" + axes_letters(len(shape) - 1)
+        known = {**dict(zip(letters, shape, strict=True)), **sizes}
+        found = (self._read(request, letters, known) for request in requests)
         return [climb for climb in found if climb is not None]
 
     def keep(self, climb: Climb) -> None:
@@ -78,12 +80,12 @@ class Resumption:
         present = {name: values for name, values in arrays.items() if values is not None}
         write_npz(self._path(climb.request), present, told)
 
-    def _read(self, request: Request, sizes: Mapping[str, int]) -> Climb | None:
+    def _read(self, request: Request, letters: str, sizes: Mapping[str, int]) -> Climb | None:
         try:
             tensors, told = read_npz(self._path(request), remedy="delete it")
-            known = require_tensors(tensors, _SHAPES, sizes)
+            known = require_tensors(tensors, {"image": (torch.float32, letters), **_SHAPES}, sizes)
             if "frames" in tensors:
-                require_tensors(tensors, {"frames": (torch.uint8, "FCHW")}, known)
+                require_tensors(tensors, {"frames": (torch.uint8, f"F{letters}")}, known)
             require_values(told, {"score": float, "status": str, "evidence": str})
             if told["status"] not in get_args(Status) or not bool(tensors["image"].isfinite().all()):
                 return None

@@ -163,7 +163,7 @@ class _Slots:
                 row.normal_(generator=run.noise)
             images = images + plan.transforms.noise * plan.parametrization.width * noise
         if any(plan.is_still(run.attempt) for run in self.runs):
-            images = torch.where(rows.still.view(-1, 1, 1, 1), as_they_are, images)
+            images = torch.where(rows.still.view(-1, *[1] * (images.ndim - 1)), as_they_are, images)
         return images
 
     def _move(

@@ -28,6 +28,7 @@ from torchlens_viz.ascent.options import (
     requests_for,
     require_room,
     settings_of,
+    shape_of,
     size_of,
     start_of,
 )
@@ -42,7 +43,7 @@ from torchlens_viz.distributed import gathered, world
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.inputs import ModelInputs, called_with
-from torchlens_viz.models.kernels import image_channels
+from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import device_of
 from torchlens_viz.objectives import ObjectiveName, objective_of
@@ -54,7 +55,7 @@ def maximize(
     layer: Selector,
     channels: int | Sequence[int] | None = None,
     *,
-    size: int | tuple[int, int] = 224,
+    size: int | Sequence[int] | None = None,
     objective: ObjectiveName | Objective | Callable[[Scene], torch.Tensor] = "mean",
     image: torch.Tensor | Image.Image | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
@@ -82,18 +83,23 @@ def maximize(
     Under torchrun, with `torch.distributed` initialised, the channels are shared among the processes, and
     each gets the whole result. Ctrl-C returns the images that are finished, if there are any.
 
+    Networks of 1-D and 3-D convolutions, over signals (N, C, L) and volumes or clips (N, C, D, H, W), are
+    climbed alike: "image" stands for what they take.
+
     Args:
         model: The network.
         layer: The layer, by a selector that finds exactly one. A convolution's own name means before its
             ReLU, the ReLU's name after it.
         channels: Which channels; a channel named several times gets several images. None is all of them, or
             a single image where the objective looks at no channel.
-        size: Height and width of the images, or one number for both. An `image` brings its own.
+        size: Height and width of the images, or one number for both; `(length,)` of signals and `(depth,
+            height, width)` of volumes. An `image` brings its own. None is 224 x 224 pixels, or where the
+            first convolution is one over signals or volumes, 4096 or 16 x 112 x 112.
         objective: `"mean"`, `"max"` or `"center"` of the channel's map, a term of
             `torchlens_viz.objectives`, or a function `Scene -> (N,)`.
-        image: (C, H, W), (1, C, H, W) or a picture, to begin from. None begins from noise, with as many
+        image: (C, ...), (1, C, ...) or a picture, to begin from. None begins from noise, with as many
             channels as the first convolution takes.
-        preprocess: Makes of images (N, C, H, W) what the model takes, differentiably, for example
+        preprocess: Makes of images (N, C, ...) what the model takes, differentiably, for example
             `torchvision.transforms.Normalize`. Of one that takes pictures only, as for `overlay_grid`, what
             it does to colours stands for it, and what it does to sizes is left out.
         inputs: What the model takes beside the image, or how it takes it: see "Models that take more than an
@@ -101,6 +107,7 @@ def maximize(
             of the image batch, as in `(None, vector)`; or a function of the image batch that returns either,
             or the only argument: `list` for a list of images. None calls the model with the batch alone.
         transforms: `"robust"`, `"gentle"`, `"none"` or `Transforms(...)`: what the images must survive.
+            Signals are not turned, and volumes in the plane of height and width.
         parametrization: What is optimised: `"pixels"`, `"fourier"` coefficients or, with the magnitudes
             of natural images, their phases (`"maco"`); or `Pixels`, `Fourier` or `FixedSpectrum` with
             options.
@@ -115,7 +122,7 @@ def maximize(
         method: `"normalized"` scales the gradient of each image to unit root mean square, so that one
             learning rate serves all layers; `Normalized(...)` has its options. `"classic"` is the plain
             recipe of Keras, see `Classic`.
-        references: (R, C, H, W), images to compare with: `z_means` and `z_ranks` of the result are relative
+        references: (R, C, ...), images to compare with: `z_means` and `z_ranks` of the result are relative
             to them, and a channel without a gradient is tried on the one that drives it hardest.
         channel_dim: The dimension that counts channels in what the layers of the objective put out: 1 in
             (N, C, H, W), -1 in tokens (N, L, C). None finds it for each by itself, as in
@@ -155,15 +162,17 @@ def maximize(
     if not (isinstance(batch_size, str) and batch_size == "auto"):
         batch_size = integer(batch_size, "batch_size", least=1)
     check_independence(model, batch_size)
-    how, must_survive = method_of(method), transforms_of(transforms)
+    sides = size_of(size, image_axes(model))
+    axes = image_axes(model) if sides is None else len(sides)
+    how, must_survive = method_of(method), transforms_of(transforms, axes)
     by = how.parametrization(parametrization_of(parametrization), must_survive, seed)
     rate = how.learning_rate(by) if lr is None else number(lr, "lr", above=0)
     goal = objective_of(objective)
     function(preprocess, "preprocess")
     folder = None if checkpoint is None else as_path(checkpoint, "checkpoint")
     taken = image_channels(model)
-    start = None if image is None else start_of(image, by, how, taken)
-    shape = (taken if start is None else len(start), *size_of(size, start))
+    start = None if image is None else start_of(image, by, how, taken, axes)
+    shape = shape_of(sides, start, taken, axes)
     require_room(shape, device := device_of(model))
     with isolated(device):
         example = torch.full((1, *shape), by.middle, device=device)
@@ -223,11 +232,10 @@ def _share(
     ]
     climbs = []
     if store is not None:
-        height, width = plan.size
-        sizes = {"C": plan.image_channels, "H": height, "W": width, "M": scorer.channels, "T": plan.steps}
+        shape = (plan.image_channels, *plan.size)
         climbs = [
             one
-            for one in store.finished(mine, **sizes)
+            for one in store.finished(mine, shape, M=scorer.channels, T=plan.steps)
             if (one.frames is None) == (plan.method.frames is None)
         ]
     done = {one.request.place for one in climbs}

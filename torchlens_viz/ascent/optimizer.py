@@ -106,7 +106,7 @@ class Smoothing:
     middle: float
 
     def apply_(self, pixels: torch.Tensor, step: torch.Tensor, moving: torch.Tensor) -> None:
-        """Smooth those images (N, C, H, W) in place that are `moving` (N,), after their `step`-th step."""
+        """Smooth those images (N, C, ...) in place that are `moving` (N,), after their `step`-th step."""
         if self.decay:
             share = _per_image(self.decay * moving.float(), pixels)
             pixels.add_(share * (self.middle - pixels))
@@ -116,12 +116,19 @@ class Smoothing:
 
 
 def _blurred(pixels: torch.Tensor, sd: float) -> torch.Tensor:
-    reach = min(int(3 * sd + 0.5), min(pixels.shape[2:]) - 1)
-    places = torch.arange(-reach, reach + 1, device=pixels.device, dtype=torch.float32)
-    weights = torch.softmax(-0.5 * (places / sd).square(), dim=0)
-    planes = F.pad(pixels.flatten(0, 1)[:, None], (reach,) * 4, mode="reflect")
-    planes = F.conv2d(F.conv2d(planes, weights[None, None, None]), weights[None, None, :, None])
-    return planes.view_as(pixels)
+    """Blur signals, images or volumes along one axis after the other, reflected at the border."""
+    axes = pixels.ndim - 2
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+    blurred = pixels.flatten(0, 1)[:, None]
+    for axis, size in enumerate(pixels.shape[2:]):
+        reach = min(int(3 * sd + 0.5), size - 1)
+        places = torch.arange(-reach, reach + 1, device=pixels.device, dtype=torch.float32)
+        weights = torch.softmax(-0.5 * (places / sd).square(), dim=0)
+        widths = [0] * (2 * axes)
+        widths[2 * (axes - axis) - 2 : 2 * (axes - axis)] = reach, reach
+        along = [-1 if each == axis else 1 for each in range(axes)]
+        blurred = convolve(F.pad(blurred, widths, mode="reflect"), weights.view(1, 1, *along))
+    return blurred.view_as(pixels)
 
 
 def _peaks(gradient: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, prod
 from typing import Any, Final
 
@@ -23,11 +23,11 @@ from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.errors import InvalidArgumentError, one_line
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.colours import Preprocess, colours_of
-from torchlens_viz.models.inputs import image_batch
+from torchlens_viz.models.inputs import AXES, image_batch
 from torchlens_viz.models.layers import OnImages, unwrap
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
-_SIZE: Final = 224
+_SIZES: Final[dict[int, Size]] = {1: (4096,), 2: (224, 224), 3: (16, 112, 112)}
 MOST_STEPS: Final = 1_000_000  # of each, the score is kept
 _KEPT_AT_ONCE: Final = 160 * 2**20
 _MEMORY_SHARE: Final = 0.6
@@ -81,10 +81,18 @@ def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
 
 
 def start_of(
-    image: torch.Tensor | Image.Image, by: Parametrization, method: Method, channels: int
+    image: torch.Tensor | Image.Image, by: Parametrization, method: Method, channels: int, axes: int
 ) -> torch.Tensor:
-    """Return the image to begin from, (C, H, W) float32 on the CPU; a picture, over the range of pixels."""
-    start = image_batch(image, channels)[0].detach().to("cpu", torch.float32)
+    """Return the image to begin from, float32 on the CPU; a picture, over the range of pixels.
+
+    Args:
+        image: A picture; a tensor (C, H, W) or (1, C, H, W), or with as many other axes as there are.
+        by: What it is to be made of.
+        method: How it is to climb.
+        channels: How many channels the network takes.
+        axes: How many spatial axes an image has.
+    """
+    start = image_batch(image, channels, axes)[0].detach().to("cpu", torch.float32)
     if isinstance(image, Image.Image) or image.dtype == torch.uint8:
         start = method.pixels_of(start, by)
     _check_values(start, by, "image")
@@ -96,35 +104,50 @@ def preprocess_of(preprocess: Preprocess | None, example: torch.Tensor) -> Prepr
 
     Args:
         preprocess: What the caller gave. Where it takes pictures only, what it does to colours stands for it.
-        example: (1, C, H, W), an image.
+        example: (1, C, H, W), an image, or (1, C, L) or (1, C, D, H, W).
 
     Raises:
         InvalidArgumentError: It takes neither images nor pictures of one colour.
     """
     if preprocess is None:
         return None
+    axes = example.ndim - 2
     try:
         preprocess(example.clone())
+        if axes == 3 and example.shape[2] in (1, example.shape[1]):
+            preprocess(example.repeat(1, 1, 2, 1, 1))  # one for images would take frames for colours
         return preprocess
     except Exception as error:
         try:
-            return colours_of(preprocess).apply
+            return _of_colours(preprocess, axes)
         except InvalidArgumentError as other:
             raise InvalidArgumentError(
-                f"`preprocess` must make of images (N, C, H, W) what the model takes, and fails for them "
-                f"({one_line(error)}); nor does what it does to pictures stand for it: {other}"
+                f"`preprocess` must make of images (N, {AXES[axes]}) what the model takes, and fails for "
+                f"them ({one_line(error)}); nor does what it does to pictures stand for it: {other}"
             ) from error
 
 
+def _of_colours(preprocess: Preprocess, axes: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what preprocessing does to the colours of pictures, for images or volumes made of them."""
+    if axes == 1:
+        raise InvalidArgumentError("signals have no colours")
+    try:
+        return colours_of(preprocess, axes=axes).apply
+    except InvalidArgumentError:
+        if axes == 2:
+            raise
+        return colours_of(preprocess).apply  # what is done to one picture is done to every frame
+
+
 def references_of(
-    given: torch.Tensor, shape: tuple[int, int, int], by: Parametrization, device: torch.device
+    given: torch.Tensor, shape: tuple[int, ...], by: Parametrization, device: torch.device
 ) -> torch.Tensor:
     """Return the reference images, checked, on the device."""
     if (
         not isinstance(given, torch.Tensor)
         or given.is_nested
         or given.is_meta
-        or given.ndim != 4
+        or given.ndim != len(shape) + 1
         or not len(given)
         or tuple(given.shape[1:]) != shape
     ):
@@ -154,30 +177,43 @@ def channel_means(scorer: Scorer, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([scorer.evaluate(image[None], unused).means for image in images]).cpu()
 
 
-def size_of(size: int | tuple[int, int], start: torch.Tensor | None) -> Size:
-    """Return height and width, which an image to begin from brings along."""
-    both = (
-        (size, size)
-        if isinstance(size, int)
-        else tuple(size)
-        if isinstance(size, Sequence) and len(size) == 2
-        else ()
-    )
-    if len(both) != 2 or not all(isinstance(side, int) and 1 <= side < 2**31 for side in both):
-        raise InvalidArgumentError(f"`size` must be a number of pixels or (height, width), got {shown(size)}")
-    if start is None:
-        return both[0], both[1]
-    own = (start.shape[1], start.shape[2])
-    if size != _SIZE and both != own:
+def size_of(size: int | Sequence[int] | None, axes: int) -> Size | None:
+    """Return the size of an image along its spatial axes, or None where none was given.
+
+    Args:
+        size: What the caller gave: as many numbers as there are axes, or one for all of them.
+        axes: How many axes the network takes; as many numbers as the caller gave stand for as many axes.
+    """
+    if size is None:
+        return None
+    sides = tuple(size) if isinstance(size, Sequence) else (size,) * axes
+    if len(sides) not in _SIZES or not all(_is_side(side) for side in sides):
         raise InvalidArgumentError(
-            f"`size` must be left out with `image`, which has {own[0]} x {own[1]} pixels, got {size!r}; "
-            "resize the image"
+            "`size` must be a number of pixels or (height, width), for signals (length,) and for volumes "
+            f"(depth, height, width), got {shown(size)}"
+        )
+    return sides
+
+
+def _is_side(side: object) -> bool:
+    return isinstance(side, int) and not isinstance(side, bool) and 1 <= side < 2**31
+
+
+def shape_of(size: Size | None, start: torch.Tensor | None, channels: int, axes: int) -> tuple[int, ...]:
+    """Return the shape (C, ...) of the images: that of the one to begin from, where there is one."""
+    if start is None:
+        return (channels, *(size or _SIZES[axes]))
+    own = tuple(start.shape)
+    if size not in (None, own[1:]):
+        raise InvalidArgumentError(
+            f"`size` must be left out with `image`, which has {' x '.join(map(str, own[1:]))} pixels, got "
+            f"{size!r}; resize the image"
         )
     return own
 
 
 def require_room(shape: Sequence[int], device: torch.device) -> None:
-    """Refuse an image (C, H, W) for which there is no room, before any is taken.
+    """Refuse an image (C, ...) for which there is no room, before any is taken.
 
     Raises:
         InvalidArgumentError: It needs more memory than is free, without what the network needs.
@@ -186,8 +222,9 @@ def require_room(shape: Sequence[int], device: torch.device) -> None:
     needed, free = 8 * 4 * prod(shape), free_bytes(device)
     if needed > free:
         raise InvalidArgumentError(
-            f"`size` of {shape[1]:,} x {shape[2]:,} pixels needs {needed / 2**30:.1f} GiB for an image "
-            f"alone, and {free / 2**30:.1f} GiB are free; choose a smaller one"
+            f"`size` of {' x '.join(f'{side:,}' for side in shape[1:])} pixels needs "
+            f"{needed / 2**30:.1f} GiB for an image alone, and {free / 2**30:.1f} GiB are free; choose a "
+            "smaller one"
         )
 
 

@@ -13,7 +13,7 @@ from torchlens_viz.arguments import integer, number, pair, real
 from torchlens_viz.ascent.optimizer import Smoothing
 from torchlens_viz.errors import InvalidArgumentError
 
-Size: TypeAlias = tuple[int, int]
+Size: TypeAlias = tuple[int, ...]  # (L,), (H, W) or (D, H, W)
 ParametrizationName: TypeAlias = Literal["pixels", "fourier", "maco"]
 
 _BLUR_EVERY: Final = 4
@@ -63,9 +63,9 @@ class Parametrization(ABC):
 
         Args:
             channels: C.
-            size: (H, W).
+            size: (L,), (H, W) or (D, H, W).
             generator: The stream of random numbers, on the CPU.
-            image: (C, H, W) to begin from; None begins from noise.
+            image: (C, *size) to begin from; None begins from noise.
             attempt: How many starts were in vain: the noise is another one, and louder after the first two.
 
         Returns:
@@ -74,7 +74,7 @@ class Parametrization(ABC):
 
     @abstractmethod
     def decode(self, parameters: torch.Tensor, size: Size) -> torch.Tensor:
-        """Return the images (N, C, H, W) that N sets of parameters stand for."""
+        """Return the images (N, C, *size) that N sets of parameters stand for."""
 
     def confine_(self, parameters: torch.Tensor) -> None:  # noqa: B027  (most have nothing to do)
         """Bring parameters back, in place, to where they stand for images within the limits."""
@@ -108,7 +108,7 @@ class Pixels(Parametrization):
         sd: Standard deviation of the noise to begin from, about the middle, as a share of the width. The
             first step takes 0.05; noise above that would leave its own pattern in the image.
         uniform: Begin from noise that is uniform between these two, the same for every channel, as
-            `numpy.random.seed(seed); numpy.random.random((1, H, W, C))` gives it.
+            `numpy.random.seed(seed); numpy.random.random((1, *size, C))` gives it.
         decay: The share of the distance to mid-gray that is taken back at every step, from 0 to below 1.
         blur: Standard deviation in pixels of a Gaussian blur after every `blur_every` steps; 0 is none.
         blur_every: See `blur`; None is 4.
@@ -163,7 +163,7 @@ class Pixels(Parametrization):
         if self.uniform is not None:
             low, high = self.uniform
             uniform = np.random.RandomState(generator.initial_seed() % 2**32).random_sample((*size, channels))
-            return torch.from_numpy(uniform * (high - low) + low).float().permute(2, 0, 1).contiguous()
+            return torch.from_numpy(uniform * (high - low) + low).float().movedim(-1, 0).contiguous()
         noise = torch.randn(channels, *size, generator=generator, dtype=torch.float32, device="cpu")
         pixels = self.middle + min(self.sd * bolder(attempt), 1.0) * self.width * noise
         self.confine_(pixels)

@@ -34,13 +34,13 @@ class Climb(NamedTuple):
 
     Attributes:
         request: What it was made for.
-        image: (C, H, W) float32.
+        image: (C, H, W) float32, or (C, L) or (C, D, H, W).
         score: The objective, in true float32.
         means: (C_layer,) the mean of every channel of the layer.
         history: (steps,) the objective before each step, as the optimiser saw it; NaN after the last.
         status: Why it ended.
         evidence: What the status rests on, in words.
-        frames: (F, C, H, W) uint8, the image on its way, over the range of its values; None if not asked for.
+        frames: (F, C, ...) uint8, the image on its way, over the range of its values; None if not asked for.
     """
 
     request: Request
@@ -141,8 +141,13 @@ def _end(plan: Plan, numbers: torch.Tensor, *, over: bool, stopped: bool) -> tup
     return "steps", f"{steps} steps"
 
 
+def axes_letters(axes: int) -> str:
+    """Return a letter for each spatial axis of an image, as shapes of tensors are checked by."""
+    return {1: "L", 2: "HW", 3: "DHW"}[axes]
+
+
 def as_frame(image: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Return an image as (C, H, W) uint8 on the CPU, over the range that its pixels can have, or have."""
+    """Return an image as uint8 on the CPU, over the range that its pixels can have, or have."""
     low, high = plan.method.limits(plan.parametrization) or range_of(image)
     return ((image.detach() - low) * (255 / (high - low))).clamp(0, 255).round().to("cpu", torch.uint8)
 

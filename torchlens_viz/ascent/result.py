@@ -16,19 +16,20 @@ import torch
 from PIL import Image
 
 from torchlens_viz.arguments import integer, pair, shown
-from torchlens_viz.ascent.plan import Status
+from torchlens_viz.ascent.plan import Status, axes_letters
 from torchlens_viz.draw.canvas import draw
+from torchlens_viz.draw.rows import pictures_of, slices_note
 from torchlens_viz.draw.style import Style, StyleOptions, lists_options
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError, one_line
 from torchlens_viz.files.paths import as_path, write_whole
 from torchlens_viz.files.pictures import save_animation, save_picture
 from torchlens_viz.files.tensors import read_npz, require_tensors, require_values, write_npz
+from torchlens_viz.models.colours import Bands, bands_note, checked_bands, in_bands
 from torchlens_viz.notebook import Page, number, profile
 
 _TENSORS: Final = ("channels", "images", "scores", "history", "means", "reference_means")
 _SHAPES: Final = {
     "channels": (torch.int64, "K"),
-    "images": (torch.float32, "KCHW"),
     "scores": (torch.float32, "K"),
     "history": (torch.float32, "KT"),
     "means": (torch.float32, "KM"),
@@ -49,7 +50,8 @@ class Maximization:
         layer: The layer's name.
         objective: What was maximised, as it is written.
         channels: (K,) int64, the channel of each image; every other field is aligned with it.
-        images: (K, C, H, W) float32, before `preprocess`, in [0, 1] unless other limits were asked for.
+        images: (K, C, H, W) float32, before `preprocess`, in [0, 1] unless other limits were asked for;
+            (K, C, L) of a network that takes signals, (K, C, D, H, W) of one that takes volumes.
         scores: (K,) float32, the objective in true float32 on the untransformed image.
         history: (K, steps) float32, the objective before each step, as the optimiser saw it (transformed, in
             the precision of the ascent); NaN after an image stopped.
@@ -66,7 +68,7 @@ class Maximization:
         names_channels: Whether the objective looks at the channel at all; else `channels` numbers the images.
         reference_means: (R, C_layer) float32, the means of every channel on the reference images; None
             without them.
-        frames: For each image (F, C, H, W) uint8, the image on its way, the last one included; or None.
+        frames: For each image (F, C, ...) uint8, the image on its way, the last one included; or None.
     """
 
     layer: str
@@ -113,17 +115,26 @@ class Maximization:
         return self._ranks_in(self.z_means)
 
     @lists_options
-    def grid(self, **options: Unpack[StyleOptions]) -> Image.Image:
+    def grid(self, *, bands: Bands = None, **options: Unpack[StyleOptions]) -> Image.Image:
         """Draw the images as one sheet, each with its channel and score as a title.
 
+        Volumes are drawn as up to nine slices, from left to right and from top to bottom, and signals as
+        curves over `limits`, one channel below the other. The title says what is left out.
+
         Args:
+            bands: The channels to show as red, green and blue, or the one to show in gray; of signals, one or
+                three. None is all channels of signals, and of images all of 3, else their mean in gray.
             options: What `torchlens_viz.kernel_grid` takes for drawing; `labels` are on by default.
 
         Returns:
-            An image of mode "RGB"; of images with other than 3 channels, their mean in gray.
+            An image of mode "RGB".
+
+        Raises:
+            InvalidArgumentError: A band is out of range, or an option does not fit.
         """
-        own: dict[str, Any] = {"value_range": self.limits, "labels": True, "title": self.layer, **options}
-        tiles = self.images if self.images.shape[1] == 3 else self.images.mean(1, keepdim=True)
+        title = ", ".join([self.layer, *self._notes(bands)])
+        own: dict[str, Any] = {"value_range": self.limits, "labels": True, "title": title, **options}
+        tiles = self._pictures(self.images, bands)
         if tiles.shape[1] == 1:
             own = {"cmap": "gray", **own}
         style = Style.of(own)
@@ -136,23 +147,25 @@ class Maximization:
             tiles.clamp(*self.limits), style, labels=labels, notes=[f"{self.objective} at {self.layer}"]
         )
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str], *, bands: Bands = None) -> Path:
         """Write everything to a folder: a picture per channel, the sheet, a table, and what `load` reads.
 
         Args:
             directory: The folder; it is made where it is missing, and files of other names stay.
+            bands: The channels that are shown, as in `grid`.
 
         Returns:
-            The folder. In it are `CHANNEL.png` (a second image of the same channel is `CHANNEL-2.png`),
-            `grid.png`, `scores.csv` and `maximization.npz`.
+            The folder. In it are `CHANNEL.png` (a second image of the same channel is `CHANNEL-2.png`), which
+            shows what `grid` shows of it, `grid.png`, `scores.csv` and, with all values, `maximization.npz`.
 
         Raises:
+            InvalidArgumentError: A band is out of range.
             PictureError: The folder cannot be written.
         """
         folder = as_path(directory, "directory")
-        grid = self.grid()
+        grid = self.grid(bands=bands)
         for image, name in zip(self.images, self._names(), strict=True):
-            save_picture(self._picture(image), folder / f"{name}.png")
+            save_picture(self._picture(image, bands), folder / f"{name}.png")
         save_picture(grid, folder / "grid.png")
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
@@ -205,9 +218,12 @@ class Maximization:
             ValueError: A field is of another type or shape, or has values that it cannot have.
         """
         optional = {} if self.reference_means is None else {"reference_means": (torch.float32, "RM")}
-        sizes = require_tensors(vars(self), {**_SHAPES, **optional})
+        axes = min(max(getattr(self.images, "ndim", 4) - 2, 1), 3)
+        image = "C" + axes_letters(axes)
+        images = {"images": (torch.float32, f"K{image}")}
+        sizes = require_tensors(vars(self), {**_SHAPES, **images, **optional})
         count = sizes["K"]
-        if not all(sizes[letter] for letter in "KCHW") or not bool(self.images.isfinite().all()):
+        if not all(sizes[letter] for letter in f"K{image}") or not bool(self.images.isfinite().all()):
             raise ValueError("`images` must be one or more, of finite values")
         beyond = sizes["M"] if self.names_channels else 2**31
         if not bool(((self.channels >= 0) & (self.channels < beyond)).all()):
@@ -221,7 +237,7 @@ class Maximization:
             raise ValueError("`limits` must be (low, high) with low < high, in float32")
         for frames in self.frames or ():
             require_tensors(
-                {"frames": frames}, {"frames": (torch.uint8, "FCHW")}, {n: sizes[n] for n in "CHW"}
+                {"frames": frames}, {"frames": (torch.uint8, f"F{image}")}, {n: sizes[n] for n in image}
             )
 
     def save_animation(self, path: str | os.PathLike[str], place: int = 0, *, fps: float = 10.0) -> Path:
@@ -243,7 +259,9 @@ class Maximization:
             )
         if not -len(self.frames) <= integer(place, "place") < len(self.frames):
             raise InvalidArgumentError(f"`place` must be below {len(self.frames)}, got {shown(place)}")
-        return save_animation([_as_picture(frame) for frame in self.frames[place]], path, fps=fps)
+        low, high = self.limits
+        frames = [low + frame * ((high - low) / 255) for frame in self.frames[place]]
+        return save_animation([self._picture(frame) for frame in frames], path, fps=fps)
 
     def __repr__(self) -> str:
         rows = zip(
@@ -293,13 +311,23 @@ class Maximization:
             names.append(str(channel) if seen[channel] == 1 else f"{channel}-{seen[channel]}")
         return names
 
-    def _picture(self, image: torch.Tensor) -> Image.Image:
+    def _picture(self, image: torch.Tensor, bands: Bands = None) -> Image.Image:
         low, high = self.limits
-        return _as_picture(((image - low) * (255 / (high - low))).clamp(0, 255).round().to(torch.uint8))
+        plane = self._pictures(image[None], bands)[0]
+        pixels = ((plane - low) * (255 / (high - low))).clamp(0, 255).round().to(torch.uint8)
+        if len(pixels) == 3:
+            return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+        return Image.fromarray(pixels[0].numpy())
 
+    def _pictures(self, images: torch.Tensor, bands: Bands) -> torch.Tensor:
+        """Return what is shown of images: pictures (N, 3, H, W), or (N, 1, H, W) in gray."""
+        if images.ndim == 3:
+            chosen = checked_bands(bands, images.shape[1])
+            return pictures_of(images if chosen is None else images[:, chosen], self.limits)
+        return pictures_of(in_bands(images, bands), self.limits)
 
-def _as_picture(image: torch.Tensor) -> Image.Image:
-    """Return (C, H, W) uint8 as a picture: colour for 3 channels, else the mean of the channels in gray."""
-    if len(image) == 3:
-        return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
-    return Image.fromarray(image.float().mean(0).round().to(torch.uint8).numpy())
+    def _notes(self, bands: Bands) -> list[str]:
+        """Say what is shown, where that is not all."""
+        if self.images.ndim == 3 and bands is None:
+            return []
+        return [*bands_note(self.images.shape[1], bands), *slices_note(self.images.shape)]

@@ -138,8 +138,7 @@ class Starts:
             offset, slope = self._sensitivity(plan.parametrization.decode(parameters, plan.size), channels)
         numbers = none
         if plan.transforms.moves:
-            drawn = [plan.transforms.numbers(plan.steps, self._generator(run, "place")) for run in runs]
-            numbers = torch.stack(drawn).to(self._device)
+            numbers = torch.stack([self._numbers(run) for run in runs]).to(self._device)
         return Rows(
             channels=channels,
             parameters=parameters,
@@ -157,6 +156,11 @@ class Starts:
             offset=offset,
             slope=slope,
         )
+
+    def _numbers(self, run: Run) -> torch.Tensor:
+        """Return what places its image at every step."""
+        generator = self._generator(run, "place")
+        return self._plan.transforms.numbers(self._plan.steps, generator, len(self._plan.size))
 
     def _image(self, run: Run) -> torch.Tensor:
         """Return the parameters of the first image; the last start of all is the best reference image."""

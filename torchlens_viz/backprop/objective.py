@@ -24,7 +24,7 @@ class Scene:
     """What an objective sees of one step.
 
     Attributes:
-        images: (N, C, H, W) float32, the images as they are, before transforms and preprocessing.
+        images: (N, C, ...) float32, the images as they are, before transforms and preprocessing.
         channels: (N,) int64, the channel that each image is to maximise.
         target: The name of the layer that was asked for.
         activations: By layer name, what the layer put out, with channels in dimension 1.

@@ -55,8 +55,8 @@ class Scorer:
         model: The network.
         layer: Which of its layers, by a selector that finds exactly one.
         objective: What to score.
-        example: (1, C, H, W) float32, an image like those to come: the network runs once on it, to learn
-            what shapes it has.
+        example: (1, C, ...) float32, an image like those to come, of one to three spatial axes: the network
+            runs once on it, to learn what shapes it has.
         preprocess: Makes of images what the model takes; None takes them as they are.
         dtype: What the network computes gradients in.
         channel_dim: Which dimension of what its layers put out counts channels; None finds it.
@@ -189,8 +189,7 @@ class Scorer:
             output = self._by_channel(self._module(taken), self.layer)
             offset = self.objective(self._scene(images, channels, {self.layer: output}))
             (slope,) = torch.autograd.grad(offset.sum(), taken)
-        if slope.ndim == 4:
-            slope = slope.contiguous(memory_format=self._memory_format)
+        slope = self._laid_out(slope)
         return Sensitivity(offset.detach(), slope)
 
     def scores(
@@ -205,8 +204,8 @@ class Scorer:
         """Return the score of every image, (N,) float32, on the graph of `images`.
 
         Args:
-            images: (N, C, H, W), the images as they are.
-            seen: (N, C, H, W), the images as the network is to see them.
+            images: (N, C, ...), the images as they are.
+            seen: (N, C, ...), the images as the network is to see them.
             channels: (N,) int64, what each is to maximise.
             sensitivity: For an affine objective, that of these channels.
             eagerly: Run in plain Python even if it is compiled.
@@ -254,16 +253,21 @@ class Scorer:
 
     def _prepared(self, images: torch.Tensor) -> torch.Tensor:
         if self._preprocess is None:  # a copy in any case: the network may work in place on what it gets
-            return images.clone(memory_format=self._memory_format)
+            is_plane = images.ndim == 4
+            return images.clone(memory_format=self._memory_format if is_plane else torch.contiguous_format)
         prepared = self._preprocess(images.clone())
         if not isinstance(prepared, torch.Tensor) or len(prepared) != len(images):
             raise InvalidArgumentError(
-                f"`preprocess` must make a batch of a batch (N, C, H, W), got {_kind(prepared)} for "
+                f"`preprocess` must make a batch of a batch (N, C, ...), got {_kind(prepared)} for "
                 f"{tuple(images.shape)}"
             )
         if prepared.is_floating_point():
             prepared = prepared.float()  # the network is float32, whatever the model is
-        return prepared.contiguous(memory_format=self._memory_format) if prepared.ndim == 4 else prepared
+        return self._laid_out(prepared)
+
+    def _laid_out(self, values: torch.Tensor) -> torch.Tensor:
+        """Return images, or maps, as the network computes fastest with them."""
+        return values.contiguous(memory_format=self._memory_format) if values.ndim == 4 else values
 
     def _by_channel(self, values: torch.Tensor, layer: str) -> torch.Tensor:
         return values.movedim(self._layout.channel_dim(values, layer), 1).float()
