@@ -304,10 +304,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
         climbed,
         {"model": NET, "layer": "3"},
         "channels size objective image preprocess transforms parametrization steps lr threshold batch_size "
-        "seed precision method references channel_dim checkpoint progress",
+        "seed precision method channel_dim checkpoint progress",
     ),
-    "Normalized": (of_options("method", tv.Normalized), {}, "frames restarts"),
-    "Classic": (of_options("method", tv.Classic), {}, "frames"),
+    "Normalized": (of_options("method", tv.Normalized), {}, "frames restarts references"),
+    "Classic": (of_options("method", tv.Classic), {}, "frames references"),
     "Transforms": (of_options("transforms", tv.Transforms), {}, "jitter scale rotate pad crop noise"),
     "Pixels": (of_options("parametrization", tv.Pixels), {}, _PIXELS),
     "Fourier": (of_options("parametrization", tv.Fourier), {}, "low high decorrelate sd decay"),

@@ -144,7 +144,7 @@ def test_references_a_start_a_threshold_and_a_checkpoint_work_alike(kind, tmp_pa
     model = build()
     shape = (model[0].in_channels, *size)
     real = torch.rand(4, *shape)
-    options = {"size": size, "references": real, "method": Normalized(frames=4), "checkpoint": tmp_path}
+    options = {"size": size, "method": Normalized(frames=4, references=real), "checkpoint": tmp_path}
     result = ascend(model, "2", [1, 4], **options)
     usual = model[:3](real).detach().flatten(2).mean(2)
     torch.testing.assert_close(result.reference_means, usual)
@@ -309,7 +309,10 @@ def test_what_images_get_is_done_to_every_frame_of_a_volume():
         ({"transforms": Transforms(rotate=5.0)}, "`rotate` must be 0 for signals"),
         ({"image": torch.rand(3, 4, 5)}, r"`image` must be one signal \(1, C, L\) or \(C, L\)"),
         ({"image": Image.new("RGB", (4, 4))}, r"`image` must be a tensor \(1, C, L\) or \(C, L\)"),
-        ({"references": torch.rand(2, 3, 9, 9)}, r"`references` must be images \(R, 2, 12\)"),
+        (
+            {"method": Normalized(references=torch.rand(2, 3, 9, 9))},
+            r"`references` must be images \(R, 2, 12\)",
+        ),
         ({"size": (9, 9)}, r"cannot take images of shape \(2, 9, 9\)"),
     ],
 )

@@ -108,7 +108,7 @@ def test_a_damaged_file_counts_as_not_finished(tmp_path, damage):
         ({"objective": 2 * objectives.channel()}, "objective"),
         ({"precision": "bfloat16"}, "precision"),
         ({"image": torch.full((3, 12, 12), 0.3)}, "start"),
-        ({"references": torch.full((2, 3, 12, 12), 0.3)}, "references"),
+        ({"method": Normalized(references=torch.full((2, 3, 12, 12), 0.3))}, "references"),
         ({"method": "classic"}, "parametrization"),
         ({"parametrization": Pixels(decay=0.1)}, "parametrization"),
         ({"method": Normalized(frames=2)}, "method"),

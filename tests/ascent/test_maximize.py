@@ -372,7 +372,7 @@ def test_preprocessing_stands_between_the_image_and_the_network():
 def test_references_give_what_is_usual():
     torch.manual_seed(1)
     real = torch.rand(5, 3, 12, 12)
-    result = ascend(references=real)
+    result = ascend(method=Normalized(references=real))
     torch.testing.assert_close(result.reference_means, small_net()[:3](real).mean((2, 3)).detach())
     usual = result.reference_means.double().numpy()
     scores = (result.means.double().numpy() - usual.mean(0)) / usual.std(0, ddof=1)

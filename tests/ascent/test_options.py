@@ -14,6 +14,7 @@ from tests.nets import ascend, same_ascent, small_net
 from torchlens_viz import objectives
 from torchlens_viz.ascent.fourier import Fourier
 from torchlens_viz.ascent.maximize import maximize
+from torchlens_viz.ascent.method import Normalized
 from torchlens_viz.errors import (
     CaptureError,
     CaptureMemoryError,
@@ -140,10 +141,10 @@ VALUE, TYPE = InvalidArgumentError, InvalidTypeError
         ({"image": torch.rand(12, 12)}, VALUE, "`image` must be one image"),
         ({"image": "cat.png"}, TYPE, "`image` must be a tensor or a picture"),
         ({"image": torch.rand(4, 12, 12)}, VALUE, r"cannot take images of shape \(4, 12, 12\)"),
-        ({"references": torch.rand(3, 12, 12)}, VALUE, r"`references` must be images \(R, 3, 12"),
-        ({"references": [1]}, VALUE, r"`references` must be images \(R, 3, 12, 12\), got \["),
+        ({"method": Normalized(references=torch.rand(3, 12, 12))}, VALUE, r"must be images \(R, 3, 12"),
+        ({"method": Normalized(references=[1])}, VALUE, r"`references` must be images .*, got \["),
         (
-            {"references": torch.randn(2, 3, 12, 12)},
+            {"method": Normalized(references=torch.randn(2, 3, 12, 12))},
             VALUE,
             "`references` must have values from 0 to 1, as before `preprocess`",
         ),

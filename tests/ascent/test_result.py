@@ -59,9 +59,9 @@ def test_z_scores_are_in_units_of_the_references():
 @pytest.mark.parametrize("references", [None, torch.rand(1, 6)])
 def test_z_scores_need_two_references(references):
     result = made(reference_means=references)
-    with pytest.raises(InvalidArgumentError, match="z-scores need two or more `references`"):
+    with pytest.raises(InvalidArgumentError, match="z-scores need two or more images"):
         _ = result.z_means
-    with pytest.raises(InvalidArgumentError, match="z-scores need two or more `references`"):
+    with pytest.raises(InvalidArgumentError, match="z-scores need two or more images"):
         _ = result.z_ranks
 
 

@@ -115,10 +115,10 @@ def test_the_dead_are_tried_on_the_reference_that_drives_them_hardest():
     references = torch.stack([torch.rand(3, 8, 8), picture, torch.rand(3, 8, 8)])
     without = run(Picky(picture), "out", size=8, lr=1e-4)
     assert without.status == ("dead",)
-    found = run(Picky(picture), "out", size=8, lr=1e-4, references=references)
+    found = run(Picky(picture), "out", size=8, lr=1e-4, method=Normalized(references=references))
     assert found.status != ("dead",)
     torch.testing.assert_close(found.images[0], picture, rtol=0, atol=2e-3)
-    hopeless = run(Picky(picture - 5), "out", size=8, references=references, method=Normalized(restarts=0))
+    hopeless = run(Picky(picture - 5), "out", size=8, method=Normalized(restarts=0, references=references))
     assert hopeless.evidence == (
         "no gradient from 2 starts, one of them the reference image that drives it hardest, "
         "with and after redirected ReLUs",

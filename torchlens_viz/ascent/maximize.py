@@ -69,7 +69,6 @@ def maximize(
     seed: int = 0,
     precision: Precision = "auto",
     method: MethodName | Method = "normalized",
-    references: torch.Tensor | None = None,
     channel_dim: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
@@ -122,8 +121,6 @@ def maximize(
         method: `"normalized"` scales the gradient of each image to unit root mean square, so that one
             learning rate serves all layers; `Normalized(...)` has its options. `"classic"` is the plain
             recipe of Keras, see `Classic`.
-        references: (R, C, ...), images to compare with: `z_means` and `z_ranks` of the result are relative
-            to them, and a channel without a gradient is tried on the one that drives it hardest.
         channel_dim: The dimension that counts channels in what the layers of the objective put out: 1 in
             (N, C, H, W), -1 in tokens (N, L, C). None finds it for each by itself, as in
             `torchlens_viz.capture`.
@@ -187,7 +184,7 @@ def maximize(
             is_compiled=how.compile,
         )
         chosen = chosen_channels(channels, goal, scorer.channels)
-        real = None if references is None else references_of(references, shape, by, device)
+        real = None if how.references is None else references_of(how.references, shape, by, device)
         plan = Plan(
             parametrization=by,
             transforms=must_survive,

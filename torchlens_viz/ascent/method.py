@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Final, Literal, TypeAlias, final
 
 import torch
@@ -30,10 +30,13 @@ class Method(ABC):
         compile: Run the network's share of each step through `torch.compile`, which takes its time at the
             first step. On a CPU this has been slower than without wherever it was measured.
         frames: Keep the image at every so many steps, for `Maximization.save_animation`; None keeps none.
+        references: (R, C, ...), images to compare with: `z_means` and `z_ranks` of the result are relative to
+            them, and a channel without a gradient is tried on the one that drives it hardest.
     """
 
     compile: bool = False
     frames: int | None = None
+    references: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     wakes: ClassVar[bool]  # whether an image without a gradient gets redirected ReLUs and further starts
     shares_start: ClassVar[bool]  # whether every channel begins from the same image

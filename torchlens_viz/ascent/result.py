@@ -101,10 +101,12 @@ class Maximization:
         Channels that do not vary over those have 0 where the mean is the same, else an infinity.
 
         Raises:
-            InvalidArgumentError: `maximize` was not given at least two `references`.
+            InvalidArgumentError: The method of `maximize` had no two `references`.
         """
         if self.reference_means is None or len(self.reference_means) < 2:
-            raise InvalidArgumentError("z-scores need two or more `references`; give them to `maximize`")
+            raise InvalidArgumentError(
+                "z-scores need two or more images to compare with: `method=Normalized(references=images)`"
+            )
         usual = self.reference_means.double()
         distance = self.means.double() - usual.mean(0)
         return (distance / usual.std(0)).nan_to_num(0.0, torch.inf, -torch.inf).float()
