@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias, final
 
 import torch
@@ -110,7 +110,9 @@ class Goal:
 
 
 def _logits(output: Any, rows: int) -> torch.Tensor:
-    """Return (rows, classes)."""
+    """Return (rows, classes); of a mapping, such as transformers' models put out, that is `logits`."""
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), torch.Tensor):
+        output = output["logits"]
     if not isinstance(output, torch.Tensor):
         raise InvalidArgumentError(
             f"`target` must be a function where the model puts out {_kind(output)}: pass one such as "

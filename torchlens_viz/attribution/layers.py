@@ -16,6 +16,7 @@ from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import named_layers
+from torchlens_viz.models.state import refuse_quantized
 
 # What these put out are the maps that they took: pooled to a fixed size, or not changed in eval mode.
 _NO_MAPS_OF_THEIR_OWN: Final = (
@@ -62,6 +63,7 @@ def maps_to_explain(twin: Twin, batch: torch.Tensor, *, of_each_resolution: bool
             best[size] = min(best.get(size, (depth, -place, seen.name)), (depth, -place, seen.name))
     chosen = [name for _, place, name in sorted(best.values(), key=lambda each: -each[1])]
     if not chosen:
+        refuse_quantized(twin.model)
         raise InvalidArgumentError(
             "`layer` must be named, since none of this model puts out maps (N, C, H, W) of more than one "
             "position; give `grid=(rows, columns)` for the tokens of a transformer, or choose a method such "

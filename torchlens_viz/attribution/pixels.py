@@ -13,6 +13,7 @@ from torchlens_viz.attribution.twin import Twin
 from torchlens_viz.backprop.relu import gradient_within
 from torchlens_viz.backprop.rules import Rectified
 from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.models.state import refuse_quantized
 from torchlens_viz.nested import tensors
 
 _ROWS: Final = 16  # of a batch, where an image is shown several times
@@ -34,12 +35,13 @@ def gradient(twin: Twin, batch: torch.Tensor, goal: Goal) -> torch.Tensor:
         Models and Saliency Maps", ICLR workshop 2014.
     """
     image = batch.detach().clone().requires_grad_()
-    return _taken(twin.scores(image, goal), image)
+    return _taken(twin, twin.scores(image, goal), image)
 
 
-def _taken(scores: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+def _taken(twin: Twin, scores: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     taken = gradient_within(scores.sum(), image)[0] if scores.requires_grad else None
     if taken is None:
+        refuse_quantized(twin.model)
         raise InvalidArgumentError(
             "no gradient leads from the score to the image: the model runs under `torch.no_grad`, or "
             'detaches, or `target` does; choose `method="ablationcam"`, which needs no gradient'
@@ -64,7 +66,7 @@ def guided(twin: Twin, batch: torch.Tensor, goal: Goal) -> torch.Tensor:
         )
     scores = goal.scores(output, len(batch))  # outside of the rule: a softmax of it is no part of the network
     with rule:  # because checkpointing runs parts of the network again
-        return _taken(scores, image)
+        return _taken(twin, scores, image)
 
 
 def smoothgrad(

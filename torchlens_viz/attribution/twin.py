@@ -27,7 +27,7 @@ from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.state import device_of, same_random_numbers
+from torchlens_viz.models.state import device_of, refuse_quantized, same_random_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,8 @@ class Twin:
             scores = self.scores(batch, goal)
             dims = {}
             for name in layers:
+                if any(getattr(each, "is_quantized", False) for each in leaves.calls.get(name, [])):
+                    refuse_quantized(self.model)
                 tensor = _only(name, leaves.calls.get(name, []), len(batch))
                 dims[name] = layout.channel_dim(tensor, name) if self._must_ask(tensor) else 1
         tensors = [leaves.calls[name][0] for name in layers]

@@ -23,6 +23,7 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
+from torchlens_viz.models.state import refuse_quantized
 from torchlens_viz.receptive.crops import Crop, crops_for
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
@@ -178,6 +179,7 @@ class Units:
                 isinstance(output, torch.Tensor) and 2 <= output.ndim <= 4 and output.is_floating_point()
             )
             if not is_fine or len(output) != len(images):
+                refuse_quantized(self._network)
                 raise InvalidArgumentError(
                     "`layer` must put out one tensor (N, C, H, W), (N, L, C) or (N, C), a row per image, "
                     f"got {_kind(output)} from `{self.layer}` for {tuple(images.shape)}; choose another layer"

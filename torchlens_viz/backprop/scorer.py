@@ -16,7 +16,7 @@ from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.state import device_of
+from torchlens_viz.models.state import device_of, refuse_quantized
 
 _LINEAR: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -156,6 +156,8 @@ class Scorer:
             )
         for name in self._layers:
             output = acts.calls(name)[0].output
+            if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+                refuse_quantized(self._exact)
             _check_output(name, output)
             self._layout.channel_dim(output, name)  # while it is known how it was made
         return acts

@@ -16,8 +16,10 @@ from torch.nn.utils import parametrize
 
 from torchlens_viz.arguments import named_device
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
+from torchlens_viz.models.layers import unwrap
 
 _CPU: Final = torch.device("cpu")
+_QUANTIZED: Final = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
 
 
 @contextmanager
@@ -133,6 +135,27 @@ def complete_call() -> Iterator[None]:
             f"`inputs` must hold what the model takes beside images ({one_line(error)}); where that is in "
             "the batches, let a function as `input_of` return a tuple or a dict"
         ) from error
+
+
+def quantizes(model: nn.Module) -> bool:
+    """Tell whether layers of a model put out quantised values, by static quantisation of either kind."""
+    return any(
+        type(module).__module__.startswith(_QUANTIZED) and "Embedding" not in type(module).__name__
+        for module in model.modules()
+    )
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Say why there is no gradient, or no such output, where a model is quantised.
+
+    Raises:
+        InvalidArgumentError: It is.
+    """
+    if quantizes(model):
+        raise InvalidArgumentError(
+            f"the model is quantised ({type(unwrap(model)).__name__}), and no gradient passes through "
+            "quantised values; take the float network that it was made from, which has the same layers"
+        )
 
 
 def like_parameters(batch: torch.Tensor, model: nn.Module) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.models.inputs import ModelInputs, called_with, shown_to
 from torchlens_viz.models.layers import Selector, select
-from torchlens_viz.models.state import inference, like_parameters
+from torchlens_viz.models.state import inference, like_parameters, refuse_quantized
 from torchlens_viz.nested import tensors
 from torchlens_viz.receptive.dependence import Dependence
 from torchlens_viz.receptive.extents import Extents, thin
@@ -252,6 +252,7 @@ def _measured(model: nn.Module, name: str, shape: tuple[int, ...], layout: Layou
         if output.ndim == len(shape):
             output = output.movedim(layout.channel_dim(output, name), 1)
         if not output.requires_grad:
+            refuse_quantized(model)
             raise InvalidArgumentError(
                 f"`{name}` has no gradient with respect to the image, so that what it sees cannot be "
                 "measured; choose a layer that depends on the image differentiably"
