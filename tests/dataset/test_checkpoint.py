@@ -190,10 +190,13 @@ def replaced(name, make):
         (replaced("0.top.samples", lambda values: values - 99), "must have indices from 0 and no NaN"),
         (replaced("0.top.values", lambda values: values * torch.nan), "must have indices from 0 and no NaN"),
         (replaced("0.top.positions", lambda values: values[:1]), r"must be values and samples \(C, k\)"),
-        (replaced("0.alike.sums", lambda values: values[:1]), r"the co-moments must be \(C, C\) of float64"),
+        (
+            replaced("0.alike.sums", lambda values: values[:1]),
+            "the sums of `alike` must be float64 of the 5 channels",
+        ),
         (
             replaced("0.alike.sums", lambda values: values.float()),
-            r"the co-moments must be \(C, C\) of float64",
+            "the sums of `alike` must be float64 of the 5 channels",
         ),
     ],
 )

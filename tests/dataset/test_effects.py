@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from tests.nets import Repeats, assert_as_before, snapshot
 from torchlens_viz import Survey, ablate, survey
-from torchlens_viz.dataset.effects import rank_correlation
 from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.stats.comoments import rank_correlation
 
 
 def net() -> nn.Sequential:
@@ -208,13 +208,62 @@ def test_a_loss_that_depends_on_nothing_is_refused():
 
 
 def test_a_layer_that_the_loss_does_not_see_has_no_effect():
-    model = Repeats()
-    model.late = nn.Conv2d(2, 2, 1)
-    forward = model.forward
-    model.forward = lambda value: (forward(value), model.late(value))[0]
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.late = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, value):
+            return (self.seen(value), self.late(value))[0]
+
+    def loss(out, batch):
+        return out.sum((1, 2, 3))
+
     data = [(torch.randn(3, 2, 4, 4), torch.zeros(3))]
-    found = survey(model, data, "late", loss=lambda out, batch: out.sum((1, 2, 3)), progress=False)
+    found = survey(Beside(), data, ["seen", "late"], loss=loss, progress=False)
     assert found.effects["late"].tolist() == [0, 0]
+    assert (found.effects["seen"] != 0).all()
+    with pytest.raises(InvalidArgumentError, match=r"`loss` must depend on .* no gradient leads .* `late`"):
+        survey(Beside(), data, "late", loss=loss, progress=False)
+
+
+@pytest.mark.parametrize("how", ["forward", "layers"])
+def test_layers_that_do_not_run_in_the_copy_are_named(how):
+    model = net()
+    if how == "forward":
+        model.forward = lambda value, forward=model.forward: forward(value)  # the original's, in the copy too
+    else:
+        model.idle = nn.Conv2d(1, 1, 1)
+        model.forward = lambda value: nn.Sequential.forward(model[:8], value)
+    with pytest.raises(InvalidArgumentError, match=r"none of them did in the copy of the model"):
+        found_in(model, batches(), "0" if how == "forward" else "idle")
+
+
+def test_a_graph_that_begins_before_the_layers_is_gone_back_through():
+    model, data = net(), batches()
+    expected = found_in(model, data).effects
+    given = [(images.clone().requires_grad_(), labels) for images, labels in data]
+    found = found_in(model, given).effects
+    for layer in expected:
+        assert torch.equal(found[layer], expected[layer])
+    assert all(images.grad is None for images, _ in given)
+
+
+def test_target_and_loss_go_together_and_give_what_each_does_alone():
+    def target(output, batch):
+        return output.gather(1, batch[1][:, None])[:, 0]
+
+    model, data = net(), batches()
+    both = survey(model, data, "*", loss="cross_entropy", target=target, progress=False)
+    effects = survey(model, data, "*", loss="cross_entropy", progress=False).effects
+    relevant = survey(model, data, "*", target=target, progress=False).top_by_relevance
+    assert list(both.effects) == list(effects) == list(relevant)
+    for layer in effects:
+        for ours, theirs in zip(both.effects.of(layer, "mean"), effects.of(layer, "mean"), strict=True):
+            assert torch.equal(ours, theirs)
+        for part in ("values", "samples", "positions"):
+            ours, theirs = (getattr(each[layer], part) for each in (both.top_by_relevance, relevant))
+            assert torch.equal(ours, theirs)
 
 
 def planted(seed: int) -> tuple[nn.Module, list, int, int, tuple[int, int]]:

@@ -59,7 +59,7 @@ def test_correlations_of_a_part_are_not_taken_for_those_of_the_whole(net):
     images = torch.rand(8, 3, 8, 8)
     one = survey(net, [images[:4]], "*", correlations=True, progress=False)
     other = survey(net, [images[4:]], "*", indices=[4, 5, 6, 7], progress=False)
-    with pytest.raises(InvalidArgumentError, match="both must have `correlations`"):
+    with pytest.raises(InvalidArgumentError, match="surveyed with `correlations`, or neither"):
         one.merge(other)
 
 

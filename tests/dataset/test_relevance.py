@@ -238,7 +238,7 @@ def test_it_is_saved_loaded_and_merged(tmp_path):
             for part in ("values", "samples", "positions"):
                 assert torch.equal(getattr(other.top_by_relevance[name], part), getattr(top, part)), name
     plain = survey(model, images[:6].split(3), "*", top_k=4, **quiet)
-    with pytest.raises(InvalidArgumentError, match="both must have top inputs by relevance, or neither"):
+    with pytest.raises(InvalidArgumentError, match="both must have been surveyed with a `target`, or"):
         halves[0].merge(plain)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.nets import Given, quiet
 from torchlens_viz import survey
-from torchlens_viz.dataset.tally import Observation, empty_tally
+from torchlens_viz.dataset.observation import Observation
+from torchlens_viz.dataset.tally import empty_tally
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.stats.peaks import find_peaks
 from torchlens_viz.stats.topk import RunningTop
@@ -102,7 +103,9 @@ def test_batches_out_of_order_may_follow_those_in_order():
 def test_peaks_wait_where_they_take_little_memory(channels, do_wait):
     tally, waited = empty_tally(top_k=2, channel_dim=1, bins=None), 0
     for place in range(12):
-        seen = Observation("layer", tally, torch.arange(8) + 8 * place, in_order=True, alike=False)
+        seen = Observation(
+            "layer", tally, torch.arange(8) + 8 * place, in_order=True, alike=False, by_input=False
+        )
         seen.see(torch.rand(8, channels, 2), 1)
         tally = seen.finish()
         waited = max(waited, len(tally.pending))

@@ -1,30 +1,41 @@
-"""How a score or a loss changes with what layers put out, in one backward pass for each batch."""
+"""How numbers of each input change with what layers put out: a backward pass a batch for each of them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torchlens_viz.arguments import has_float64, shown, wide
+from torchlens_viz.ablation.losses import Loss, losses_of
+from torchlens_viz.arguments import shown
 from torchlens_viz.dataset.loader import Batch
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.copying import private_copy
+from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import Layer, called_alike, named_layers, unwrap
 from torchlens_viz.nested import map_tensors
-from torchlens_viz.stats.slopes import Slopes
 
 Target: TypeAlias = Callable[[Any, Any], torch.Tensor]
-# Of an output, a batch and how many inputs it has.
-LossOf: TypeAlias = Callable[[Any, Any, int], torch.Tensor]
-Tell: TypeAlias = Callable[[str, torch.Tensor, torch.Tensor | None, bool], None]
+Name: TypeAlias = Literal["target", "loss"]
+
+
+class Question(NamedTuple):
+    """What is asked of a network.
+
+    Attributes:
+        name: As an option of `survey`.
+        numbers: Makes of what the network puts out, and of the batch, a number for each input, (N,).
+    """
+
+    name: Name
+    numbers: Callable[[Any, Batch], torch.Tensor]
 
 
 class Taken(NamedTuple):
@@ -45,8 +56,12 @@ class Taken(NamedTuple):
     leaf: torch.Tensor | None
 
 
+# Is told the question, the call of a layer, the gradient there (None for zero), and if it was the only call.
+Tell: TypeAlias = Callable[[Name, Taken, torch.Tensor | None, bool], None]
+
+
 @final
-class Relevance:
+class Gradients:
     """A copy of a model that shares its weights, and what its layers put out in the batch that is under way.
 
     No parameter of the copy requires a gradient, so that a graph begins at the first of the layers, and the
@@ -55,7 +70,7 @@ class Relevance:
 
     Args:
         model: The network; it stays as it is.
-        target: Makes of what the network puts out, and of the batch, a score for each input.
+        questions: What gradients are taken of, with a backward pass for each.
 
     Raises:
         CaptureError: The model is TorchScript.
@@ -63,9 +78,9 @@ class Relevance:
         InvalidTypeError: It cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, target: Target) -> None:
+    def __init__(self, model: nn.Module, questions: Sequence[Question]) -> None:
         refuse_torchscript(model)
-        self._target = target
+        self._questions = tuple(questions)
         self._calls: list[Taken] = []
         self._written: set[str] = set()  # layers whose output the network writes to
         with torch.inference_mode(False):  # what is made in that mode takes no part in a graph
@@ -99,8 +114,9 @@ class Relevance:
         if tensor.is_floating_point():
             if not torch.is_grad_enabled():
                 raise InvalidArgumentError(
-                    f"`layers` must run with gradients where there is a `target`, but `{layer}` runs within "
-                    "`torch.no_grad` or reentrant checkpointing; leave it out, or switch that off"
+                    f"`layers` must run with gradients where there is a `{self._questions[0].name}`, but "
+                    f"`{layer}` runs within `torch.no_grad` or reentrant checkpointing; leave it out, or "
+                    "switch that off"
                 )
             leaf = None if tensor.requires_grad else values.detach().requires_grad_()
             at = get_gradient_edge(tensor if leaf is None else leaf)
@@ -114,76 +130,67 @@ class Relevance:
         return bool(written)
 
     def weigh(self, output: Any, batch: Batch, tell: Tell) -> None:
-        """Take the gradients of the scores.
+        """Take the gradients of every question.
 
         Args:
             output: What the network makes of the batch.
             batch: The batch.
-            tell: Is told of each call of a layer, in any order: its name, what it put out, the gradient of
-                the scores there (None for zero), and whether it was the only one.
+            tell: Is told of each call of a layer, in any order.
 
         Raises:
-            InvalidArgumentError: `target` makes no score for each input, or none that depends on a layer.
+            InvalidArgumentError: There is no number for each input, or none that depends on a layer.
         """
-        scores = self._scores(output, batch)
+        numbers = [question.numbers(output, batch) for question in self._questions]
+        for place, (question, each) in enumerate(zip(self._questions, numbers, strict=True), 1):
+            with torch.enable_grad():
+                total = each.sum()
+            self._go_back(question.name, total, tell, is_last=place == len(numbers))
+
+    def _go_back(self, name: Name, total: torch.Tensor, tell: Tell, *, is_last: bool) -> None:
         counts = Counter(each.layer for each in self._calls)
         left = dict(enumerate(self._calls))
-        connected: list[int] = []
+        is_connected = False
 
         def told(number: int, gradient: torch.Tensor | None) -> None:
+            nonlocal is_connected
             each = left.pop(number)
-            if gradient is not None:
-                connected.append(number)
+            is_connected |= gradient is not None
             with torch.no_grad():
-                tell(each.layer, each.values, gradient, counts[each.layer] == 1)
+                tell(name, each, gradient, counts[each.layer] == 1)
 
-        leaves = [number for number, each in enumerate(self._calls) if each.leaf is not None]
-        inner = [(number, each.at) for number, each in left.items() if each.leaf is None]
+        edges = {number: each.at for number, each in left.items() if each.at is not None}
+        roots: dict[int, Any] = {number: each.leaf for number, each in left.items() if each.leaf is not None}
+        if next(iter(edges), None) not in roots:  # a graph leads from before the layers to all that follows
+            roots = dict(edges)
         hooks = [
-            at.node.register_prehook(partial(_seen_by_hook, told, number, at.output_nr))
-            for number, at in inner
-            if at is not None
+            edge.node.register_prehook(partial(_seen_by_hook, told, number, edge.output_nr))
+            for number, edge in edges.items()
+            if number not in roots
         ]
         try:
-            if scores.requires_grad and leaves:
-                roots = [self._calls[number].leaf for number in leaves]
+            if total.requires_grad and roots:
                 found = torch.autograd.grad(
-                    scores.sum(), [leaf for leaf in roots if leaf is not None], allow_unused=True
+                    total, list(roots.values()), allow_unused=True, retain_graph=not is_last
                 )
-                for number, gradient in zip(leaves, found, strict=True):
+                for number, gradient in zip(roots, found, strict=True):
                     told(number, gradient)
         finally:
             for hook in hooks:
                 hook.remove()
         for number in list(left):
             told(number, None)
-        if not connected:
+        if not counts:
             raise InvalidArgumentError(
-                "`target` must depend on what the layers put out, but no gradient leads from it to "
+                f"`layers` must run where there is a `{name}`, but none of them did in the copy of the model "
+                "that gradients are taken with: choose others, or put what `model.forward` was replaced by "
+                "into a class"
+            )
+        if not is_connected:
+            raise InvalidArgumentError(
+                f"`{name}` must depend on what the layers put out, but no gradient leads from it to "
                 f"{', '.join(f'`{each}`' for each in list(counts)[:4])}: it detaches, or they lie beside the "
-                "way to it; choose another target or other layers"
+                f"way to it; choose another {name} or other layers"
             )
-
-    def _scores(self, output: Any, batch: Batch) -> torch.Tensor:
-        rows = len(batch.samples)
-        rule = f"a floating-point tensor ({rows},), a number per input, of the model's output and the batch"
-        try:
-            scores = self._target(output, batch.whole)
-        except TorchlensVizError:
-            raise
-        except Exception as error:
-            raise InvalidArgumentError(
-                f"`target` must make {rule}, but it fails ({one_line(error)}); it is called as "
-                "`target(output, batch)`, with the batch as the loader yields it"
-            ) from error
-        if not isinstance(scores, torch.Tensor) or not scores.is_floating_point() or scores.shape != (rows,):
-            is_tensor = isinstance(scores, torch.Tensor)
-            what = f"{scores.dtype} of shape {tuple(scores.shape)}" if is_tensor else shown(scores)
-            raise InvalidArgumentError(
-                f"`target` must make {rule}, got {what}; reduce each input to one number, by `.sum`, `.mean` "
-                "or an index"
-            )
-        return scores
 
 
 def _seen_by_hook(
@@ -206,97 +213,48 @@ def _shared(tensor: torch.Tensor) -> torch.Tensor:
     return made.clone() if made.is_inference() else made
 
 
-@final
-class Gradients:
-    """What the layers of one batch put out, on the graph that leads to the loss.
+def questions_of(
+    target: Target | None, loss: Loss | None, label_of: InputOf, device: torch.device | None
+) -> list[Question]:
+    """Return what a survey asks of a network.
 
     Args:
-        loss: The loss of every input.
+        target: Makes a score for each input.
+        loss: Makes a loss for each input, or names one.
+        label_of: Where the labels are, for a loss that is named.
+        device: Where the loss is given the batch.
     """
-
-    def __init__(self, loss: LossOf) -> None:
-        self._loss = loss
-        self._seen: list[tuple[str, torch.Tensor, int]] = []
-
-    def keep(self, tensor: torch.Tensor, layer: str, channel_dim: int) -> torch.Tensor:
-        """Take in what a layer puts out; return it, on a graph.
-
-        Raises:
-            InvalidArgumentError: It holds no numbers with a gradient.
-        """
-        if not tensor.is_floating_point() or tensor.is_quantized:
-            raise InvalidArgumentError(
-                f"`{layer}` puts out {tensor.dtype}, which has no gradient; choose other layers, or leave "
-                "out `loss`"
-            )
-        # Where nothing before it is trained, the graph begins here.
-        root = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-        self._seen.append((layer, root, channel_dim))
-        return root
-
-    def clear(self) -> None:
-        """Forget what a batch that was broken off has left."""
-        self._seen.clear()
-
-    def slopes(self, output: Any, batch: Any, inputs: int) -> dict[str, Slopes]:
-        """Return the sums of one batch for each layer that the loss depends on, or not.
-
-        Args:
-            output: What the network put out.
-            batch: What the loss is given besides.
-            inputs: How many inputs there are.
-
-        Raises:
-            InvalidArgumentError: The loss depends on none of the layers, or a layer has no row per input.
-        """
-        seen, self._seen = self._seen, []
-        losses = self._loss(output, batch, inputs)
-        if not losses.requires_grad:
-            raise InvalidArgumentError(
-                "`loss` must depend on what the layers put out, got numbers without a gradient; is the "
-                "output detached, or does no selected layer run?"
-            )
-        gradients = torch.autograd.grad(losses.sum(), [root for _, root, _ in seen], allow_unused=True)
-        figures: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for (layer, root, dim), gradient in zip(seen, gradients, strict=True):
-            if len(root) != inputs or dim == 0:
-                raise InvalidArgumentError(
-                    f"`{layer}` must put out one row per input for effects, got shape {tuple(root.shape)} "
-                    f"for {inputs} inputs; choose another layer"
-                )
-            found = _figures(root.detach(), gradient, dim)
-            before = figures.get(layer)
-            if before is not None:  # of several calls, each is replaced
-                found = (found[0] + before[0], found[1] + before[1])
-            figures[layer] = found
-        return {layer: _summed(*found) for layer, found in figures.items()}
+    found: list[Question] = []
+    if target is not None:
+        found.append(Question("target", partial(_scores, target)))
+    if loss is not None:
+        found.append(Question("loss", partial(_losses, loss, label_of, device)))
+    return found
 
 
-def _figures(
-    values: torch.Tensor, gradient: torch.Tensor | None, dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return G and P of every input and channel, (N, C) float64 each."""
-    if gradient is None:  # nothing that it puts out reaches the loss
-        nothing = wide(torch.zeros(values.shape[0], values.shape[dim], device=values.device))
-        return nothing, nothing
-    rows, slope = (
-        (side if side.dtype.itemsize > 2 else side.float()).movedim(dim, 1).flatten(2)
-        if side.ndim > 2
-        else wide(side)[..., None]
-        for side in (values, gradient.detach())
-    )
-    if has_float64(values.device):  # products are made where they are, and summed wide
-        return slope.sum(2, dtype=torch.float64), (slope * rows).sum(2, dtype=torch.float64)
-    return wide(slope).sum(2), (wide(slope) * wide(rows)).sum(2)
+def _losses(
+    loss: Loss, label_of: InputOf, device: torch.device | None, output: Any, batch: Batch
+) -> torch.Tensor:
+    return losses_of(loss, output, batch.all_on(device), len(batch.samples), label_of)
 
 
-def _summed(gradients: torch.Tensor, products: torch.Tensor) -> Slopes:
-    """Sum over the inputs (N, C) of a batch."""
-    return Slopes(
-        gradients.new_tensor(float(len(gradients))),
-        gradients.sum(0),
-        products.sum(0),
-        gradients.square().sum(0),
-        products.square().sum(0),
-        (gradients * products).sum(0),
-    )
+def _scores(target: Target, output: Any, batch: Batch) -> torch.Tensor:
+    rows = len(batch.samples)
+    rule = f"a floating-point tensor ({rows},), a number per input, of the model's output and the batch"
+    try:
+        scores = target(output, batch.whole)
+    except TorchlensVizError:
+        raise
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"`target` must make {rule}, but it fails ({one_line(error)}); it is called as "
+            "`target(output, batch)`, with the batch as the loader yields it"
+        ) from error
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point() or scores.shape != (rows,):
+        is_tensor = isinstance(scores, torch.Tensor)
+        what = f"{scores.dtype} of shape {tuple(scores.shape)}" if is_tensor else shown(scores)
+        raise InvalidArgumentError(
+            f"`target` must make {rule}, got {what}; reduce each input to one number, by `.sum`, `.mean` "
+            "or an index"
+        )
+    return scores

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, final
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 
 from torchlens_viz.arguments import integer, number
 from torchlens_viz.dataset import findings
-from torchlens_viz.dataset.effects import Effects
 from torchlens_viz.dataset.findings import Duplicate, Finding
 from torchlens_viz.dataset.patches import Gallery, Patch, Source, View, view_of
 from torchlens_viz.dataset.record import By, Record
@@ -34,11 +32,6 @@ class Survey(Record):
         is_complete: False where the survey was broken off by Ctrl-C; figures are of the inputs before.
         input_shape: (C, H, W) of the inputs; None where they differed.
     """
-
-    @cached_property
-    def effects(self) -> Effects:
-        """The change of the mean loss where a channel is zero, estimated, (C,); if a `loss` was given."""
-        return Effects(self._seen())
 
     def dead(self, layer: str, eps: float = 0.0) -> torch.Tensor:
         """Return the channels that never fired on the inputs seen: (D,) int64, increasing.

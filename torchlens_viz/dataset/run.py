@@ -13,19 +13,18 @@ import torch
 from torch import nn
 
 from torchlens_viz.dataset.checkpoint import Logbook, Progress, fingerprint
-from torchlens_viz.dataset.gradients import Gradients, LossOf, Relevance, Taken, for_gradients
+from torchlens_viz.dataset.gradients import Gradients, Name, Taken, for_gradients
 from torchlens_viz.dataset.loader import Batch, Numbering
-from torchlens_viz.dataset.tally import Observation, Tally
+from torchlens_viz.dataset.observation import NOTHING_TOLD, Observation, Told
+from torchlens_viz.dataset.tally import Tally
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.followers import Followers
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink, real_tensor
-from torchlens_viz.models.layers import Layer, called_alike, unwrap
+from torchlens_viz.models.layers import Layer, unwrap
 from torchlens_viz.models.state import complete_call, inference
-from torchlens_viz.nested import map_tensors
-from torchlens_viz.stats.slopes import Slopes
 
 _FOLLOWED: Final = 2  # batches in which it is found out where the channels are
 
@@ -42,9 +41,10 @@ class Pass:
         device: Where batches are moved to; None leaves them where they are.
         empty: What is known of every layer before the first batch.
         alike: Whether to find out how alike the channels respond.
-        relevance: What takes gradients of a score, where one was given; the pass is then made with its copy.
+        gradients: What takes gradients, where any are asked for; the pass is then made with its copy.
         channel_dim: The dimension that counts channels, where the caller says it.
-        loss: The loss of every input, where effects on it are asked for.
+        tell: Makes of what the network puts out and of a batch what is known of its inputs besides; None for
+            nothing.
     """
 
     def __init__(
@@ -57,18 +57,17 @@ class Pass:
         empty: Tally,
         *,
         alike: bool,
-        relevance: Relevance | None,
+        gradients: Gradients | None,
         channel_dim: int | None,
-        loss: LossOf | None = None,
+        tell: Callable[[Any, Batch], Told] | None,
     ) -> None:
         self._numbering, self._book, self._device = numbering, book, device
-        self._alike = alike
-        self._relevance = relevance
-        self._model = model if relevance is None else relevance.model
-        self._layers = tuple(layers) if relevance is None else relevance.within(tuple(layers))
+        self._alike, self._tell = alike, tell
+        self._gradients = gradients
+        self._model = model if gradients is None else gradients.model
+        self._layers = tuple(layers) if gradients is None else gradients.within(tuple(layers))
         self._layout = Layout(self._layers, channel_dim)
-        self._gradients = None if loss is None else Gradients(loss)
-        self._watch = _Watch(self._layout, self._gradients, relevance)
+        self._watch = _Watch(self._layout, gradients)
         self.progress = Progress(tallies=dict.fromkeys((layer.name for layer in layers), empty))
 
     def go(self, loader: Iterable[Any], count: Callable[[int], object]) -> None:
@@ -160,21 +159,29 @@ class Pass:
         """Let the observations of a batch see what the layers put out; return what the network does."""
         self._watch.begin(
             {
-                name: Observation(name, tally, batch.samples, in_order=in_order, alike=self._alike)
+                name: Observation(
+                    name,
+                    tally,
+                    batch.samples,
+                    in_order=in_order,
+                    alike=self._alike,
+                    by_input=self._tell is not None,
+                )
                 for name, tally in self.progress.tallies.items()
             }
         )
         with self._followed() if must_follow else nullcontext():
-            return self._output_of(batch)
+            return self._model(*batch.args, **batch.kwargs)
 
-    def _weighed(self, relevance: Relevance, batch: Batch, *, in_order: bool, must_follow: bool) -> bool:
-        """Run a batch and take gradients; False where the network wrote to what was to be weighed."""
-        with relevance.running():
-            output = self._run(batch, in_order=in_order, must_follow=must_follow)
-            if relevance.is_spoilt():
-                return False
-            relevance.weigh(output, batch, self._watch.weigh)
-            return True
+    def _weighed(self, gradients: Gradients, batch: Batch, *, in_order: bool, must_follow: bool) -> Any:
+        """Run a batch and take gradients; return what the network puts out."""
+        batch = batch._replace(args=for_gradients(batch.args), kwargs=for_gradients(batch.kwargs))
+        while True:  # each time more of what the network writes to is copied
+            with gradients.running():
+                output = self._run(batch, in_order=in_order, must_follow=must_follow)
+                if not gradients.is_spoilt():
+                    gradients.weigh(output, batch, self._watch.weigh)
+                    return output
 
     def _survey(self, batch: Batch) -> None:
         now, shape = self.progress, batch.shape
@@ -186,14 +193,12 @@ class Pass:
         there = batch.to(self._device)
         # A layer that has not run in two batches may never run.
         must_follow = now.batches == 0 or (now.batches < _FOLLOWED and self._layout.must_follow)
-        if self._relevance is None:
-            self._run(there, in_order=in_order, must_follow=must_follow)
+        if self._gradients is None:
+            output = self._run(there, in_order=in_order, must_follow=must_follow)
         else:
-            there = there._replace(args=for_gradients(there.args), kwargs=for_gradients(there.kwargs))
-            while not self._weighed(self._relevance, there, in_order=in_order, must_follow=must_follow):
-                pass  # each time more of what the network writes to is copied
+            output = self._weighed(self._gradients, there, in_order=in_order, must_follow=must_follow)
         with torch.inference_mode(False), torch.no_grad():
-            tallies = self._watch.end()
+            tallies = self._watch.end(NOTHING_TOLD if self._tell is None else self._tell(output, there))
         if must_follow:
             tallies = {
                 name: replace(tally, follower=tally.follower or self._watch.followers.found.get(name, ""))
@@ -210,34 +215,16 @@ class Pass:
         if self._book is not None:
             self._book.write_in_time(self.progress)
 
-    def _output_of(self, batch: Batch) -> Any:
-        """Run the model on a batch, and where there is a loss, find out what it says of the layers."""
-        if self._gradients is None:
-            return self._model(*batch.args, **batch.kwargs)
-        # Outside inference mode, whose tensors take no part in a graph, and without DistributedDataParallel,
-        # which would wait for the gradients of the weights.
-        with torch.inference_mode(False), torch.enable_grad():
-            args, kwargs = (map_tensors(_trainable, given) for given in (batch.args, batch.kwargs))
-            output = called_alike(self._model, unwrap(self._model))(*args, **kwargs)
-            slopes = self._gradients.slopes(output, batch.all_on(self._device), len(batch.samples))
-        self._watch.learn(slopes)
-        return output
-
-
-def _trainable(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
-
 
 @final
 class _Watch(Sink[None]):
     """Hands what every layer puts out to its observation of the batch that is under way."""
 
-    __slots__ = ("_aliases", "_calls", "_dims", "_gradients", "_layout", "_relevance", "_seen", "followers")
+    __slots__ = ("_aliases", "_calls", "_dims", "_gradients", "_layout", "_seen", "followers")
 
-    def __init__(self, layout: Layout, gradients: Gradients | None, relevance: Relevance | None) -> None:
+    def __init__(self, layout: Layout, gradients: Gradients | None) -> None:
         self._layout = layout
         self._gradients = gradients
-        self._relevance = relevance
         self.followers = Followers()
         self._seen: dict[str, Observation] = {}
         self._calls = Counter[str]()
@@ -248,12 +235,10 @@ class _Watch(Sink[None]):
         """Begin a batch; what a pass that was broken off left of the one before is forgotten."""
         self._seen = batch
         self._calls.clear()
-        if self._gradients is not None:
-            self._gradients.clear()
         self.followers = Followers()
 
-    def end(self) -> dict[str, Tally]:
-        """Return what is known of each layer with this batch.
+    def end(self, told: Told) -> dict[str, Tally]:
+        """Return what is known of each layer with this batch, and with what is told of its inputs.
 
         Raises:
             InvalidArgumentError: A layer put out something other than one tensor per call.
@@ -264,18 +249,13 @@ class _Watch(Sink[None]):
                     f"`{name}` cannot be surveyed: it must put out one tensor, got "
                     f"{self._seen[name].calls} in {calls} calls; choose a layer inside it"
                 )
-        found = {name: seen.finish() for name, seen in self._seen.items() if name not in self._aliases}
+        found = {name: seen.finish(told) for name, seen in self._seen.items() if name not in self._aliases}
         return {name: found[self._aliases.get(name, name)] for name in self._seen}
 
     @property
     def is_on_graph(self) -> bool:
         """Whether gradients of what layers put out are taken."""
-        return self._gradients is not None or self._relevance is not None
-
-    def learn(self, slopes: Mapping[str, Slopes]) -> None:
-        """Take note of what the loss says of the layers of this batch."""
-        for layer, found in slopes.items():
-            self._seen[layer].slopes = found
+        return self._gradients is not None
 
     def open(self, layers: Sequence[str]) -> None:
         """Begin; what comes before the first batch is not looked at."""
@@ -288,31 +268,28 @@ class _Watch(Sink[None]):
         if dim is None:
             dim = self._layout.channel_dim(values, layer) if seen.channel_dim is None else seen.channel_dim
         self._dims[layer] = dim
-        if self._relevance is not None:
+        if self._gradients is not None:
             with self.followers.unseen():
                 seen.see(values, dim)
-                return self._relevance.take(given, layer)
+                return self._gradients.take(given, layer)
         with self.followers.put_out(values, layer):
             seen.see(values, dim)
-        if self._gradients is None:
-            return None
-        with torch.enable_grad():
-            return self._gradients.keep(given, layer, dim)
+        return None
 
     def successor(self, tensor: torch.Tensor, kept: Any, layer: str) -> torch.Tensor:
         """Return what the network goes on from: the tensor, or one in memory of its own, on the graph."""
-        if self._gradients is not None:
-            with torch.enable_grad():
-                going_on: torch.Tensor = kept.clone()
-            return going_on
         with self.followers.unseen():
             given = tensor if kept is None or kept.leaf is None else kept.leaf.clone()
         with self.followers.put_out(given, layer):
             return given
 
-    def weigh(self, layer: str, values: torch.Tensor, gradient: torch.Tensor | None, is_only: bool) -> None:
+    def weigh(self, name: Name, call: Taken, gradient: torch.Tensor | None, is_only: bool) -> None:
         """Take in how much what one call of a layer put out mattered."""
-        self._seen[layer].weigh(values, gradient, self._dims[layer], is_only=is_only)
+        seen, dim = self._seen[call.layer], self._dims[call.layer]
+        if name == "loss":
+            seen.learn(call.values, gradient, dim)
+        else:
+            seen.weigh(call.values, gradient, dim, is_only=is_only)
 
     def record(self, names: Sequence[str], kept: Any) -> None:
         """Count a call, and note that what is known of one name is known of all."""

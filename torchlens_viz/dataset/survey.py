@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import nn
 
-from torchlens_viz.ablation.losses import Loss, losses_of
+from torchlens_viz.ablation.losses import Loss, labels_of
 from torchlens_viz.arguments import flag, function, integer, shown
 from torchlens_viz.dataset.checkpoint import Logbook, Progress
-from torchlens_viz.dataset.gradients import Relevance, Target
-from torchlens_viz.dataset.loader import Indices, Numbering
+from torchlens_viz.dataset.gradients import Gradients, Target, questions_of
+from torchlens_viz.dataset.loader import Batch, Indices, Numbering
+from torchlens_viz.dataset.observation import Told
 from torchlens_viz.dataset.order import inputs_in
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.dataset.run import Pass
@@ -31,9 +33,11 @@ from torchlens_viz.files.paths import as_path
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.inputs import InputOf, ModelInputs, called_with
 from torchlens_viz.models.layers import Selector, select, unwrap
-from torchlens_viz.models.state import usable_device
+from torchlens_viz.models.state import inference, usable_device
 from torchlens_viz.progress import counter, is_shown
 from torchlens_viz.stats.running import Bins, edges_of
+
+Encoder: TypeAlias = Callable[..., torch.Tensor] | Literal["output"]
 
 _SHOWN: Final = 5  # layers that a warning names
 _NOTHING: Final = "`loader` must yield at least one batch, got none; was it used up before?"
@@ -55,6 +59,8 @@ def survey(
     target: Target | None = None,
     loss: Loss | None = None,
     label_of: InputOf = None,
+    by_class: bool = False,
+    encoder: Encoder | None = None,
     progress: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 60.0,
@@ -96,8 +102,14 @@ def survey(
         loss: Estimate the effect of every channel on it too, for `Survey.effects`: `f(output, batch) ->
             (N,)`, a number per input, where the tensors of the batch are on the model's device; or
             `"cross_entropy"`, of logits (N, classes) and the labels in the batch. One backward pass more for
-            each batch.
-        label_of: Which part of a batch has the classes, as in `ablate`, for `"cross_entropy"`.
+            each batch. The model runs as a private copy, as with `target`.
+        label_of: Which part of a batch has the classes, as in `ablate`, for `"cross_entropy"` and `by_class`.
+        by_class: Sum up by the labels of the batches too, for `Survey.selectivity`, and with a `loss` for
+            `Survey.effects.by_class`. At most 1,024 classes: for each of them 8 bytes a channel, and 48 with
+            a `loss`.
+        encoder: Gather how alike the inputs are that drive a channel, for `Survey.monosemanticity`: a
+            function or module that is called as the model is and makes of each input an embedding, (N, D), or
+            `"output"`, what the network itself puts out. It takes 8 D bytes a channel.
         target: Makes of what the model puts out, and of the batch as the loader yields it, a score for each
             input, (N,): `lambda output, batch: output[:, 3]`. With it, the inputs for whose score each
             channel mattered most are gathered in the same pass, `Survey.top_by_relevance`: by activation
@@ -139,10 +151,13 @@ def survey(
     model = called_with(model, inputs)
     selected = select(model, layers)
     surveyed = model
-    if label_of is not None and loss != "cross_entropy":
-        raise InvalidArgumentError('`label_of` has no effect without `loss="cross_entropy"`; leave it out')
-    if target is not None and loss is not None:
-        raise InvalidArgumentError("`target` and `loss` each need the gradients of a pass; make two surveys")
+    by_class = flag(by_class, "by_class")
+    if label_of is not None and loss != "cross_entropy" and not by_class:
+        raise InvalidArgumentError(
+            '`label_of` has no effect without `loss="cross_entropy"` or `by_class`; leave it out'
+        )
+    if encoder != "output":
+        function(encoder, "encoder")
     top_k = integer(top_k, "top_k", least=0)
     if not isinstance(checkpoint_seconds, int | float) or not checkpoint_seconds >= 0:
         # Infinity writes at the end alone.
@@ -165,9 +180,9 @@ def survey(
         "correlations": correlations,
         "target": target is not None,
         "processes": processes,
-        "loss": loss
-        if loss is None or isinstance(loss, str)
-        else getattr(loss, "__qualname__", "a function"),
+        "loss": _name_of(loss),
+        "by_class": by_class,
+        "encoder": _name_of(encoder),
     }
     if checkpoint is not None or processes > 1:
         settings["weights"] = checksum(unwrap(model))
@@ -180,11 +195,12 @@ def survey(
         path = None if file is None else f"{file}{f'.{rank}' if processes > 1 else ''}"
         book = None if path is None else Logbook(path, own, seconds=checkpoint_seconds)
         empty = empty_tally(top_k=top_k, channel_dim=channel_dim, bins=bins, by_relevance=target is not None)
-        relevance = None if target is None else Relevance(model, target)
+        questions = questions_of(target, loss, label_of, place)
         run = Pass(
             model, selected, numbering, book, place, empty,
-            alike=correlations, relevance=relevance, channel_dim=channel_dim,
-            loss=None if loss is None else partial(_losses, loss, label_of),
+            alike=correlations, channel_dim=channel_dim,
+            gradients=Gradients(model, questions) if questions else None,
+            tell=partial(_told, label_of, encoder, by_class=by_class) if by_class or encoder else None,
         )  # fmt: skip
         with counter(shown=rank == 0 and is_shown(progress), total=inputs_in(loader), unit="images") as count:
             run.go(loader, count)
@@ -205,8 +221,42 @@ def survey(
     return _survey_of(found[0], top_k, surveyed)
 
 
-def _losses(loss: Loss, rule: InputOf, output: Any, batch: Any, inputs: int) -> torch.Tensor:
-    return losses_of(loss, output, batch, inputs, rule)
+def _name_of(given: object) -> str | None:
+    """Return what a checkpoint tells one function from others by."""
+    if given is None or isinstance(given, str):
+        return given
+    return str(getattr(given, "__qualname__", type(given).__qualname__))
+
+
+def _told(label_of: InputOf, encoder: Encoder | None, output: Any, batch: Batch, *, by_class: bool) -> Told:
+    """Return what a batch tells of its inputs besides.
+
+    Raises:
+        InvalidArgumentError: It holds no labels, or the encoder makes no embedding of each input.
+    """
+    labels = labels_of(batch.whole, label_of) if by_class else None
+    inputs = len(batch.samples)
+    if by_class and (labels is None or len(labels) != inputs):
+        what = "none" if labels is None else f"{len(labels)} for {inputs} inputs"
+        raise InvalidArgumentError(
+            f"`by_class` needs the class of each input, got {what}; let the loader yield (inputs, labels), "
+            "or say with `label_of` where they are"
+        )
+    if encoder is None:
+        return Told(labels)
+    if isinstance(encoder, str):
+        found = output
+    else:
+        with inference(encoder) if isinstance(encoder, nn.Module) else nullcontext():
+            found = encoder(*batch.args, **batch.kwargs)
+    is_tensor = isinstance(found, torch.Tensor)
+    if not is_tensor or found.shape[:1] != (inputs,) or found.ndim < 2 or not found.is_floating_point():
+        what = f"{found.dtype} of shape {tuple(found.shape)}" if is_tensor else type(found).__name__
+        raise InvalidArgumentError(
+            f"`encoder` must make a floating-point tensor with a row per input, ({inputs}, ...), got {what}; "
+            "pass a function of what the model is called with that makes one"
+        )
+    return Told(labels, found.detach().flatten(1))
 
 
 def _survey_of(found: Progress, top_k: int, model: nn.Module) -> Survey:

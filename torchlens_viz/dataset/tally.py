@@ -4,29 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar, final, get_args
+from typing import Any, Final, NamedTuple, TypeVar, final, get_args
 
-import numpy.typing as npt
 import torch
 
-from torchlens_viz.arguments import a_name, integer, one_of, plain
-from torchlens_viz.errors import InvalidArgumentError, LayerNotCapturedError, TorchlensVizError
+from torchlens_viz.arguments import a_name, integer, one_of
+from torchlens_viz.errors import InvalidArgumentError, LayerNotCapturedError
 from torchlens_viz.hooks.followers import Follower
 from torchlens_viz.models.layers import nearest
-from torchlens_viz.stats.comoments import Comoments, comoments, together
-from torchlens_viz.stats.peaks import Peaks, added, find_peaks, find_totals, united
+from torchlens_viz.stats.classes import ClassSums
+from torchlens_viz.stats.comoments import Comoments
+from torchlens_viz.stats.meaning import Meaning
+from torchlens_viz.stats.peaks import Peaks
 from torchlens_viz.stats.running import Bins, RunningStats
 from torchlens_viz.stats.slopes import Slopes
 from torchlens_viz.stats.topk import RunningTop
 
 V = TypeVar("V")
 
-_PARTS: Final = ("stats", "top", "relevant", "alike", "slopes")
-# How many inputs and bytes may be pending: more would take memory, or let much pass that is below the newest
-# bar.
-_MOST_PENDING: Final = 256
-_PENDING_SHARE: Final = 1 / 4
-_PENDING_BYTES: Final = 2**22
+
+class _Part(NamedTuple):
+    """A field of `Tally` that may be None, beside the statistics: what it is, and what brings it."""
+
+    kind: type[Any]
+    what: str
+
+
+_TOPS: Final = ("top", "relevant")
+_PARTS: Final = {
+    "top": _Part(RunningTop, "top inputs"),
+    "relevant": _Part(RunningTop, "a `target`"),
+    "alike": _Part(Comoments, "`correlations`"),
+    "slopes": _Part(Slopes, "a `loss`"),
+    "classes": _Part(ClassSums, "`by_class`"),
+    "meaning": _Part(Meaning, "an `encoder`"),
+}
 
 
 class ByLayer(dict[str, V]):
@@ -53,6 +65,8 @@ class Tally:
         relevant: The inputs for whose score it mattered most; None where none was asked for.
         alike: How alike its channels respond; None where that was not asked for, or nothing was seen.
         slopes: What the loss says of its channels; None where no loss was given, or nothing was seen.
+        classes: What is known of them class by class; None where that was not asked for, or nothing was seen.
+        meaning: How alike the inputs are that drive each; None where no encoder was given, or nothing seen.
         inputs: How many inputs went through the layer.
         most_calls: The most calls that one batch took.
         follower: What comes after the layer, which tells whether a channel that never exceeds zero is off.
@@ -65,6 +79,8 @@ class Tally:
     relevant: RunningTop | None = None
     alike: Comoments | None = None
     slopes: Slopes | None = None
+    classes: ClassSums | None = None
+    meaning: Meaning | None = None
     inputs: int = 0
     most_calls: int = 0
     follower: Follower = ""
@@ -89,28 +105,21 @@ class Tally:
         """
         if self.pending or other.pending:
             return self.settled().union(other.settled())
-        if self.inputs and other.inputs and (self.alike is None) != (other.alike is None):
-            raise InvalidArgumentError("both must have `correlations`, or neither")
-        alike = self.alike or other.alike
-        if self.alike is not None and other.alike is not None:
-            alike = together(self.alike, other.alike)
-        if self.inputs and other.inputs and (self.slopes is None) != (other.slopes is None):
-            raise InvalidArgumentError("both must have been surveyed with a `loss`, or neither")
-        if (self.top is None) != (other.top is None):
-            raise InvalidArgumentError("both must have top inputs, or neither")
-        if (self.relevant is None) != (other.relevant is None):
-            raise InvalidArgumentError("both must have top inputs by relevance, or neither; give `target`")
+        parts: dict[str, Any] = {}
+        for name, (_, what) in _PARTS.items():
+            ours, theirs = getattr(self, name), getattr(other, name)
+            # A top is there before the first input.
+            is_told = name in _TOPS or (self.inputs and other.inputs)
+            if is_told and (ours is None) != (theirs is None):
+                raise InvalidArgumentError(f"both must have been surveyed with {what}, or neither")
+            add = RunningTop.union if name in _TOPS else _plus
+            parts[name] = add(ours, theirs) if ours is not None and theirs is not None else ours or theirs
         return Tally(
             stats=self.stats.fresh(channel_dim=other.stats.channel_dim).merge(self.stats).merge(other.stats),
-            top=None if self.top is None or other.top is None else self.top.union(other.top),
-            relevant=None
-            if self.relevant is None or other.relevant is None
-            else self.relevant.union(other.relevant),
-            alike=alike,
-            slopes=other.slopes if self.slopes is None else self.slopes.plus(other.slopes),
             inputs=self.inputs + other.inputs,
             most_calls=max(self.most_calls, other.most_calls),
             follower=self.follower or other.follower,
+            **parts,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,40 +127,36 @@ class Tally:
         if self.pending:
             return self.settled().to_dict()
         found: dict[str, Any] = {name: getattr(self, name) for name in ("inputs", "most_calls", "follower")}
-        parts: dict[str, dict[str, Any]] = {"stats": self.stats.to_dict()}
-        if self.top is not None:
-            parts["top"] = self.top.to_dict()
-        if self.relevant is not None:
-            parts["relevant"] = self.relevant.to_dict()
-        if self.alike is not None:
-            parts["alike"] = self.alike._asdict()
-        if self.slopes is not None:
-            parts["slopes"] = self.slopes._asdict()
-        for part, content in parts.items():
-            for name, value in content.items():
-                found[f"{part}.{name}"] = value.cpu() if isinstance(value, torch.Tensor) else value
+        parts = {"stats": self.stats.to_dict()}
+        for name in _PARTS:
+            part = getattr(self, name)
+            if part is not None:
+                parts[name] = part.to_dict() if name in _TOPS else part._asdict()
+        for name, content in parts.items():
+            for key, value in content.items():
+                found[f"{name}.{key}"] = value.cpu() if isinstance(value, torch.Tensor) else value
         return found
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Tally:
         """Return what `to_dict` described."""
-        stats, top, relevant, alike, slopes = (
-            {
-                name.removeprefix(f"{part}."): value
-                for name, value in state.items()
-                if name.startswith(f"{part}.")
-            }
-            for part in _PARTS
-        )
+        contents: dict[str, dict[str, Any]] = {name: {} for name in ("stats", *_PARTS)}
+        for key, value in state.items():
+            name, _, field = key.partition(".")
+            if field:
+                contents[name][field] = value
+        stats = contents.pop("stats")
+        parts: dict[str, Any] = {
+            name: RunningTop.from_dict(content) if name in _TOPS else _PARTS[name].kind(**content)
+            for name, content in contents.items()
+            if content
+        }
         found = cls(
             stats=RunningStats.from_dict(stats),
-            top=RunningTop.from_dict(top) if top else None,
-            relevant=RunningTop.from_dict(relevant) if relevant else None,
-            alike=Comoments(**alike) if alike else None,
-            slopes=Slopes(**slopes) if slopes else None,
             inputs=integer(state["inputs"], "inputs", least=0, most=2**62),
             most_calls=integer(state["most_calls"], "most_calls", least=0, most=2**62),
             follower=one_of(state.get("follower", ""), "follower", get_args(Follower)),
+            **{"top": None, **parts},
         )
         found._check()
         return found
@@ -159,22 +164,24 @@ class Tally:
     def _check(self) -> None:
         """Refuse parts that are not of the same channels, such as an edited file may hold."""
         channels = self.stats.channels
-        tops = [top for top in (self.top, self.relevant) if top is not None]
-        of_tops = [top.channels for top in tops]
-        of_alike = None
-        if self.alike is not None:
-            shapes = {getattr(part, "shape", None) for part in self.alike}
-            kinds = {getattr(part, "dtype", None) for part in self.alike}
-            of_alike = len(self.alike.inputs) if kinds == {torch.float64} else -1
-            if shapes != {(of_alike, of_alike)}:
-                raise InvalidArgumentError("the co-moments must be (C, C) of float64")
-        of_parts = [*of_tops, *([] if self.alike is None else [of_alike])]
-        if any(count != channels for count in of_parts) or (channels is None) != (self.inputs == 0):
+        known = {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
+        tops = [known.pop(name) for name in _TOPS if name in known]
+        if any(top.channels != channels for top in tops) or (channels is None) != (self.inputs == 0):
             raise InvalidArgumentError(
-                f"all parts must be of the same channels, got {channels}, {of_tops} and {of_alike}"
+                f"all parts must be of the same channels, got {channels} in the statistics and "
+                f"{[top.channels for top in tops]} in the top inputs"
+            )
+        wrong = [name for name, part in known.items() if channels is None or not part.fits(channels)]
+        if wrong:
+            raise InvalidArgumentError(
+                f"the sums of `{wrong[0]}` must be float64 of the {channels} channels of the statistics"
             )
         if len({top.k for top in tops}) > 1:
             raise InvalidArgumentError(f"all tops must keep as many inputs, got {[top.k for top in tops]}")
+
+
+def _plus(ours: Any, theirs: Any) -> Any:
+    return ours.plus(theirs)
 
 
 def empty_tally(*, top_k: int, channel_dim: int | None, bins: Bins, by_relevance: bool = False) -> Tally:
@@ -182,147 +189,3 @@ def empty_tally(*, top_k: int, channel_dim: int | None, bins: Bins, by_relevance
     stats = RunningStats(channel_dim=channel_dim, bins=bins)
     top = RunningTop(top_k) if top_k else None
     return Tally(stats=stats, top=top, relevant=top if by_relevance else None)
-
-
-@final
-class Observation:
-    """What one batch shows of a layer, taken in call by call while the model runs.
-
-    Args:
-        name: The layer's name, for messages.
-        tally: What is known of it so far.
-        samples: (N,) int64 on the CPU, the index of each input.
-        in_order: Whether they increase, and are larger than all before.
-        alike: Whether to find out how alike the channels respond.
-    """
-
-    def __init__(
-        self, name: str, tally: Tally, samples: torch.Tensor, *, in_order: bool, alike: bool
-    ) -> None:
-        self._name = name
-        self._tally = tally
-        self._samples = samples
-        self._inputs = len(samples)
-        self._in_order = in_order
-        self._stats = tally.stats.fresh()
-        self._peaks: Peaks | None = None
-        self._relevance: Peaks | None = None
-        self._alike = alike
-        self.calls = 0
-        self.slopes: Slopes | None = None  # what the loss says of it, where there is one
-
-    @property
-    def channel_dim(self) -> int | None:
-        """Which dimension counted channels in the batches before; None where there was none."""
-        return self._stats.channel_dim
-
-    def see(self, values: torch.Tensor, channel_dim: int) -> None:
-        """Take in what one call of the layer put out; nothing of it is kept.
-
-        Args:
-            values: (N, ...).
-            channel_dim: Which of its dimensions counts channels.
-
-        Raises:
-            InvalidArgumentError: It does not have one row per input.
-            InvalidTypeError: It has no real numbers.
-        """
-        self.calls += 1
-        if self._stats.channel_dim is None:
-            self._stats = self._stats.fresh(channel_dim=channel_dim)
-        try:
-            highest = self._stats._update_with_peaks(values)
-            if self._tally.top is not None or self._alike:
-                self._find_peaks(values, highest, channel_dim)
-        except TorchlensVizError as error:
-            raise type(error)(f"`{self._name}` cannot be surveyed: {error}") from error
-
-    def weigh(
-        self, values: torch.Tensor, gradient: torch.Tensor | None, channel_dim: int, *, is_only: bool
-    ) -> None:
-        """Take in how much what one call of the layer put out mattered.
-
-        Args:
-            values: What it put out, (N, ...).
-            gradient: That of the score there; None for zero.
-            channel_dim: Which of its dimensions counts channels.
-            is_only: Whether it was the only call. Of several the sum counts, so that none tells alone what is
-                too little.
-        """
-        top = self._tally.relevant
-        assert top is not None
-        found = find_totals(
-            plain(values),
-            None if gradient is None else plain(gradient),
-            channel_dim,
-            k=top.k if is_only else self._inputs,
-            bar=top.bar() if is_only else None,
-            in_order=self._in_order,
-        )
-        self._relevance = found if self._relevance is None else added(self._relevance, found)
-
-    def finish(self) -> Tally:
-        """Return what is known with this batch.
-
-        Raises:
-            InvalidArgumentError: The layer had other channels or axes in the batches before.
-        """
-        before = self._tally
-        if self.calls == 0:
-            return before
-        try:
-            after = replace(
-                before,
-                stats=before.stats._followed_by(self._stats),
-                inputs=before.inputs + self._inputs,
-                most_calls=max(before.most_calls, self.calls),
-                slopes=self.slopes if before.slopes is None else before.slopes.plus(self.slopes),
-            )
-            if self._relevance is not None and before.relevant is not None:
-                samples = self._samples.to(self._relevance.values.device, non_blocking=True)
-                relevant = before.relevant.with_peaks(self._relevance, samples, in_order=self._in_order)
-                after = replace(after, relevant=relevant)
-            if self._peaks is None:
-                return after
-            if before.top is not None:
-                after = self._with_peaks(after, self._peaks)
-            if self._alike:
-                alike = comoments(self._peaks.values)
-                after = replace(after, alike=alike if before.alike is None else together(before.alike, alike))
-        except TorchlensVizError as error:
-            raise type(error)(
-                f"`{self._name}` cannot be surveyed, because its shape changed from batch to batch: {error}"
-            ) from error
-        return after
-
-    def _with_peaks(self, tally: Tally, peaks: Peaks) -> Tally:
-        samples = self._samples.to(peaks.values.device, non_blocking=True)
-        assert tally.top is not None
-        if self._in_order and tally.top.bar() is not None and tally.top.fits(peaks):
-            tally = replace(tally, pending=(*tally.pending, (peaks, samples)))
-            waiting = sum(len(numbers) for _, numbers in tally.pending)
-            size = sum(part.nbytes for found, _ in tally.pending for part in found)
-            is_due = waiting > min(_MOST_PENDING, _PENDING_SHARE * tally.inputs)
-            return tally.settled() if is_due or size > _PENDING_BYTES else tally
-        tally = tally.settled()
-        assert tally.top is not None
-        return replace(tally, top=tally.top.with_peaks(peaks, samples, in_order=self._in_order))
-
-    def _find_peaks(self, values: torch.Tensor, highest: npt.NDArray[Any] | None, channel_dim: int) -> None:
-        rows = plain(values)
-        if rows.ndim < 2 or len(rows) != self._inputs or channel_dim % rows.ndim == 0:
-            raise InvalidArgumentError(
-                f"it must put out one row per input, got shape {tuple(values.shape)} for {self._inputs} "
-                f"inputs with `channel_dim` {channel_dim}; choose another layer, or pass "
-                "`top_k=0` for statistics alone"
-            )
-        top = self._tally.top or RunningTop(1)
-        peaks = find_peaks(
-            rows,
-            channel_dim,
-            k=top.k,
-            bar=top.bar(),
-            in_order=self._in_order,
-            highest=highest,
-        )
-        self._peaks = peaks if self._peaks is None else united(self._peaks, peaks)

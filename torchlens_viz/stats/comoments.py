@@ -24,6 +24,15 @@ class Comoments(NamedTuple):
     squares: torch.Tensor
     products: torch.Tensor
 
+    def plus(self, other: Comoments) -> Comoments:
+        """Return the sums over the inputs of both, on the device of this one."""
+        return Comoments(*(ours + theirs.to(ours.device) for ours, theirs in zip(self, other, strict=True)))
+
+    def fits(self, channels: int) -> bool:
+        """Tell whether these can be sums of so many channels."""
+        shapes = {tuple(part.shape) for part in self}
+        return shapes == {(channels, channels)} and {part.dtype for part in self} == {torch.float64}
+
 
 def comoments(figures: torch.Tensor) -> Comoments:
     """Measure one batch.
@@ -35,11 +44,6 @@ def comoments(figures: torch.Tensor) -> Comoments:
     is_known = values.isfinite()
     known, values = is_known.double(), values.masked_fill(~is_known, 0)
     return Comoments(known.T @ known, values.T @ known, values.square().T @ known, values.T @ values)
-
-
-def together(ours: Comoments, theirs: Comoments) -> Comoments:
-    """Return the sums over the inputs of both."""
-    return Comoments(*(mine + other.to(mine.device) for mine, other in zip(ours, theirs, strict=True)))
 
 
 def correlation(sums: Comoments) -> torch.Tensor:
@@ -56,3 +60,21 @@ def correlation(sums: Comoments) -> torch.Tensor:
     shared = sums.products / count - mean * mean.T
     is_unknown = (spread * spread.T == 0) | (sums.inputs < 3)
     return (shared / (spread * spread.T).sqrt()).masked_fill(is_unknown, torch.nan).clamp(-1, 1)
+
+
+def rank_correlation(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return Spearman's correlation of two rows of numbers, -1 to 1; NaN where one is constant.
+
+    That of their ranks; equal numbers share the mean of theirs.
+    """
+    ranks = torch.stack([_ranks(ours), _ranks(theirs)])
+    ranks = ranks - ranks.mean(1, keepdim=True)
+    spread = ranks.square().sum(1).prod().sqrt()
+    return (ranks.prod(0).sum() / spread).item() if spread > 0 else float("nan")
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    _, group, sizes = torch.unique(wide(values).cpu(), return_inverse=True, return_counts=True)
+    last: torch.Tensor = sizes.cumsum(0).double()
+    ranks: torch.Tensor = last - (sizes - 1) / 2
+    return ranks[group]
