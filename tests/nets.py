@@ -67,6 +67,53 @@ class Catches(nn.Module):
         return value
 
 
+class Residual1d(nn.Module):
+    """Two convolutions along a signal, and a way around them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv1d(inputs, outputs, 7, stride, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm1d(outputs)
+        self.conv2 = nn.Conv1d(outputs, outputs, 7, padding=3, bias=False)
+        self.bn2 = nn.BatchNorm1d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Conv1d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet1d(nn.Sequential):
+    """A classifier of signals (N, leads, L), as for electrocardiograms."""
+
+    def __init__(self, leads: int = 12, classes: int = 5):
+        super().__init__()
+        self.stem = nn.Conv1d(leads, 8, 15, 2, padding=7, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool1d(3, 2, padding=1)
+        self.layer1 = Residual1d(8, 8, 1)
+        self.layer2 = Residual1d(8, 16, 2)
+        self.mean = nn.AdaptiveAvgPool1d(1)
+        self.flat = nn.Flatten()
+        self.fc = nn.Linear(16, classes)
+
+
+class UNet3d(nn.Module):
+    """Labels every voxel of a volume (N, channels, D, H, W): down, up, and a way around."""
+
+    def __init__(self, channels: int = 1, classes: int = 2):
+        super().__init__()
+        self.entry = nn.Sequential(nn.Conv3d(channels, 4, 3, padding=1), nn.ReLU(inplace=True))
+        self.down = nn.Sequential(nn.Conv3d(4, 8, 3, 2, padding=1), nn.ReLU(inplace=True))
+        self.up = nn.ConvTranspose3d(8, 4, 2, 2)
+        self.head = nn.Conv3d(8, classes, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fine = self.entry(x)
+        return self.head(torch.cat([fine, self.up(self.down(fine))], dim=1))
+
+
 class Noisy(nn.Module):
     """Draws a random number on every run, in eval mode too."""
 

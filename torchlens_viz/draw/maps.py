@@ -1,4 +1,4 @@
-"""Which maps of a batch are drawn: (C, H, W) of one input, wherever its channels stand."""
+"""Which maps of a batch are drawn: (C, ...) of one input, wherever its channels stand."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def maps_of(
     grid: tuple[int, int] | None = None,
     what: str = "`activation`",
 ) -> torch.Tensor:
-    """Return the maps (C, H, W) of one input of a batch, checked to be drawable.
+    """Return the maps (C, H, W), (C, L) or (C, D, H, W) of one input of a batch, checked to be drawable.
 
     Args:
-        activation: (N, C, H, W) or (C, H, W), (N, C, L) where `channel_dim` says so; with `grid`, tokens
-            (N, L, C) or (L, C).
+        activation: (N, C, H, W), (C, H, W) or (N, C, D, H, W); where `channel_dim` says so, (N, C, L), (C, L)
+            or (C, D, H, W); with `grid`, tokens (N, L, C) or (L, C).
         sample: Which input of the batch.
         channel_dim: The dimension that counts channels; None is that of these shapes.
         grid: Rows and columns in which the last rows * columns of the tokens lie; those before them, such as
@@ -35,18 +35,19 @@ def maps_of(
             "that puts out several tensors, choose one"
         )
     batch = real_numbers(activation, what)
+    shape, is_batch = batch.shape, batch.ndim > 3
     if channel_dim is not None:
-        batch = _channels_second(batch, channel_dim, grid, what)
+        batch, is_batch = _channels_first(batch, channel_dim, grid, what)
     elif grid is not None:
         batch = _folded(batch, grid, what)
-    if batch.ndim not in (3, 4) or batch.numel() == 0:
+        is_batch = batch.ndim > 3
+    if batch.numel() == 0 or (channel_dim is None and batch.ndim not in (3, 4, 5)):
         raise InvalidArgumentError(
             f"{what} must be (N, C, H, W) or (C, H, W) with at least one pixel, got shape "
             f"{tuple(batch.shape)}"
             + ("; tokens (N, L, C) need `grid=(rows, columns)`" if batch.ndim in (2, 3) else "")
         )
-    shape = batch.shape
-    if batch.ndim == 3:
+    if not is_batch:
         batch = batch[None]
     index = integer(sample, "sample")
     if not 0 <= index < len(batch):
@@ -56,10 +57,10 @@ def maps_of(
     return batch[index]
 
 
-def _channels_second(
+def _channels_first(
     batch: torch.Tensor, channel_dim: int, grid: tuple[int, int] | None, what: str
-) -> torch.Tensor:
-    """Return (N, C, H, W) of values that count channels in the given dimension."""
+) -> tuple[torch.Tensor, bool]:
+    """Return values that count channels in the given dimension as (N, C, ...) or (C, ...), and which."""
     rank, channel_dim = batch.ndim, integer(channel_dim, "channel_dim")
     if not -rank <= channel_dim < rank:
         raise InvalidArgumentError(
@@ -70,13 +71,11 @@ def _channels_second(
     if grid is not None:
         if rank not in (2, 3) or (rank == 3 and dim == 0):
             raise InvalidArgumentError(f"`grid` needs tokens (N, L, C), got shape {tuple(batch.shape)}")
-        return _folded(batch.movedim(dim, -1), grid, what)
-    if rank == 4 and dim > 0:
-        return batch.movedim(dim, 1)
-    if rank == 3 and dim == 1:  # (N, C, L): maps of one row
-        return batch[:, :, None]
-    if rank == 3 and dim == 0:
-        return batch
+        return _folded(batch.movedim(dim, -1), grid, what), rank == 3
+    if dim == 0 and 2 <= rank <= 4:  # (C, L), (C, H, W), (C, D, H, W)
+        return batch, False
+    if (rank in (4, 5) and dim > 0) or (rank, dim) == (3, 1):
+        return batch.movedim(dim, 1), True
     raise InvalidArgumentError(
         f"{what} must be maps with rows and columns, got shape {tuple(batch.shape)} with channels in "
         f"dimension {dim}" + ("; tokens (N, L, C) need `grid=(rows, columns)`" if rank in (2, 3) else "")

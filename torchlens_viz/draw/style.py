@@ -199,20 +199,30 @@ def ranking(values: torch.Tensor, sort_by: SortBy | None) -> list[int] | None:
     return order
 
 
-def in_rows(style: Style, each: int) -> Style:
-    """Return a style for a row of `each` tiles per filter, whose pages hold whole rows."""
+def in_rows(style: Style, each: int, *, row: str = "filter", several: str = "channels") -> Style:
+    """Return a style for a row of `each` tiles per filter, whose pages hold whole rows.
+
+    Args:
+        style: The style.
+        each: How many.
+        row: What has a row.
+        several: What the tiles in it are.
+
+    Raises:
+        InvalidArgumentError: `nrow` is given, or no row fits on a page.
+    """
     if each == 1:
         return style
     if style.nrow is not None:
         raise InvalidArgumentError(
-            "`nrow` has no effect where several channels are drawn: each filter has a row; leave it out"
+            f"`nrow` has no effect where several {several} are drawn: each {row} has a row; leave it out"
         )
     if style.max_tiles is None:
         return replace(style, nrow=each)
     if style.max_tiles < each:
         raise InvalidArgumentError(
-            f"`max_tiles` must be at least {each}, the tiles in the row of a filter, got {style.max_tiles}; "
-            "raise it, or choose fewer `channels`"
+            f"`max_tiles` must be at least {each}, the tiles in the row of a {row}, got {style.max_tiles}; "
+            f"raise it, or choose fewer `{several}`"
         )
     return replace(style, nrow=each, max_tiles=style.max_tiles // each * each)
 

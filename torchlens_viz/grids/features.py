@@ -13,7 +13,8 @@ from PIL import Image
 from torchlens_viz.arguments import indices_of
 from torchlens_viz.draw.canvas import draw
 from torchlens_viz.draw.maps import maps_of
-from torchlens_viz.draw.style import Style, StyleOptions, lists_options, ranking
+from torchlens_viz.draw.planes import Plane, Slices, planes_of
+from torchlens_viz.draw.style import Style, StyleOptions, in_rows, lists_options, ranking
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.layout import marked_dim
 
@@ -25,6 +26,8 @@ class FeatureOptions(StyleOptions, total=False):
     channels: int | Sequence[int] | None
     channel_dim: int | None
     grid: tuple[int, int] | None
+    plane: Plane | None
+    slices: Slices
 
 
 @lists_options
@@ -35,19 +38,32 @@ def feature_grid(
     channels: int | Sequence[int] | None = None,
     channel_dim: int | None = None,
     grid: tuple[int, int] | None = None,
+    plane: Plane | None = None,
+    slices: Slices = None,
     **options: Unpack[StyleOptions],
 ) -> Image.Image:
     """Draw the feature maps of one input, one tile per channel.
 
+    Of volumes and clips a slice is drawn, the middle one unless `slices` says otherwise; of several slices
+    of several channels, each channel has a row. Maps of signals are strips of colour, one below the other,
+    24 pixels high, or with `upscale` as high as a position is wide. Without it, of more than 2048 positions
+    each pixel is the value farthest from zero of those in its place.
+
     Args:
-        activation: (N, C, H, W), as `capture` records it, or (C, H, W); with `grid`, the tokens (N, L, C) or
-            (L, C) of a transformer.
+        activation: (N, C, H, W), (N, C, D, H, W) or (N, C, L), as `capture` records it, or (C, H, W); with
+            `grid`, the tokens (N, L, C) or (L, C) of a transformer. A tensor of another origin with three
+            dimensions is (C, H, W), and one with four is (N, C, H, W), unless `channel_dim` says otherwise.
         sample: Which input of the batch, by index from 0.
         channels: Show only these channels, by index from 0.
         channel_dim: The dimension that counts channels. None is what `capture` found where it handed the
-            tensor out, else 1 in (N, C, H, W) and 0 in (C, H, W).
+            tensor out, else 1 in (N, C, H, W) and 0 in (C, H, W). Given, 1 makes (N, C, L) of three
+            dimensions, and 0 makes (C, L) of two and (C, D, H, W) of four.
         grid: Rows and columns in which the last rows * columns tokens lie. Those before them, such as a class
             token, are left out.
+        plane: Of (N, C, D, H, W), the axis across which slices lie: `"depth"`, which is time in clips,
+            `"height"` or `"width"`. None is `"depth"`.
+        slices: Which slices, by index from 0: one or several, or `"all"`; or `"max"`, the maximum along the
+            axis. None is the middle one.
         options: How to draw them, as in `kernel_grid`; `cmap="auto"` is `"RdBu_r"` for a range with both
             signs, else `"gray"`.
 
@@ -65,7 +81,14 @@ def feature_grid(
         (128, 86)
     """
     drawn = feature_sheet(
-        activation, sample=sample, channels=channels, channel_dim=channel_dim, grid=grid, **options
+        activation,
+        sample=sample,
+        channels=channels,
+        channel_dim=channel_dim,
+        grid=grid,
+        plane=plane,
+        slices=slices,
+        **options,
     )
     return drawn.convert("RGB")
 
@@ -77,6 +100,8 @@ def feature_sheet(
     channels: int | Sequence[int] | None = None,
     channel_dim: int | None = None,
     grid: tuple[int, int] | None = None,
+    plane: Plane | None = None,
+    slices: Slices = None,
     **options: Unpack[StyleOptions],
 ) -> Image.Image:
     """Draw the same with a palette, as it is kept in files: of mode "L" for gray, else "P"."""
@@ -84,11 +109,19 @@ def feature_sheet(
     dim = marked_dim(activation) if channel_dim is None else channel_dim
     maps = maps_of(activation, sample, channel_dim=dim, grid=grid)
     chosen = indices_of(channels, len(maps), "channels")
-    tiles = maps if channels is None else maps[chosen]
+    shown = maps if channels is None else maps[chosen]
     some = "" if len(chosen) == len(maps) else f"{len(chosen)} of "
-    notes = [f"{some}{len(maps)} maps of {maps.shape[1]} x {maps.shape[2]}"]
+    tiles, suffixes, notes, style = planes_of(shown, style, plane, slices)
+    each = tiles.shape[1]
+    if len(chosen) > 1:  # slices of one channel have the whole sheet
+        style = in_rows(style, each, row="channel", several="slices")
     order = ranking(tiles, style.sort_by)
-    return draw(tiles[:, None], style, labels=[str(index) for index in chosen], notes=notes, order=order)
+    if order is not None:
+        order = [channel * each + place for channel in order for place in range(each)]
+    labels = [f"{channel}{suffix}" for channel in chosen for suffix in suffixes]
+    size = " x ".join(map(str, maps.shape[1:])) + (" positions" if maps.ndim == 2 else "")
+    notes = [f"{some}{len(maps)} maps of {size}", *notes]
+    return draw(tiles.flatten(0, 1)[:, None], style, labels=labels, notes=notes, order=order)
 
 
 def save_feature_grid(
@@ -97,7 +130,7 @@ def save_feature_grid(
     """Draw the feature maps of one input into a file.
 
     Args:
-        activation: (N, C, H, W) or (C, H, W).
+        activation: As in `feature_grid`.
         path: The file; its ending names the format. Missing folders are made, and a file of that name is
             replaced in one step.
         options: As in `feature_grid`.

@@ -18,6 +18,7 @@ from torchlens_viz.arguments import indices_of, shown, wide
 from torchlens_viz.draw.canvas import check_size_of_each, draw_each
 from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.draw.palette import Colormap, Table
+from torchlens_viz.draw.planes import Plane, Slices, planes_of
 from torchlens_viz.draw.scale import ValueRange, finite_range, is_robust, robust_range
 from torchlens_viz.draw.style import Interpolation, Style, StyleOptions, lists_options
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
@@ -104,6 +105,8 @@ def save_feature_maps(
     channels: int | Sequence[int] | None = None,
     channel_dim: int | None = None,
     grid: tuple[int, int] | None = None,
+    plane: Plane | None = None,
+    slices: Slices = None,
     progress: bool | None = None,
     **options: Unpack[FeatureMapOptions],
 ) -> list[Path]:
@@ -113,15 +116,17 @@ def save_feature_maps(
     threads; files that are in the folder already stay, unless they have the name of one that is written.
 
     Args:
-        acts: What `capture` recorded: maps (N, C, H, W) or (C, H, W) of each layer; with `grid`, maps
-            (N, C, H, W) or the tokens (N, L, C) of a transformer. A layer that ran several times gets a
-            folder per call, `<layer>-call0` and so on.
+        acts: What `capture` recorded: maps (N, C, H, W), (C, H, W), (N, C, D, H, W) or (N, C, L) of each
+            layer; with `grid`, maps or the tokens (N, L, C) of a transformer. A layer that ran several times
+            gets a folder per call, `<layer>-call0` and so on.
         directory: The folder; it is made where it is missing.
         sample: Which input of the batch, by index from 0.
         channels: Only these channels, by index from 0.
         channel_dim: The dimension that counts channels in every layer; None as in `feature_grid`.
         grid: Rows and columns in which the last rows * columns tokens lie, as in `feature_grid`. Layers that
             put out maps (N, C, H, W) are drawn as they are.
+        plane: As in `feature_grid`.
+        slices: As in `feature_grid`; several slices are `<channel>@<slice>.png` each.
         progress: Show a bar on stderr; None does where tqdm is installed and somebody can see it.
         options: `normalize`, `scale_each`, `value_range`, `cmap`, `upscale` and `interpolation` as in
             `feature_grid`.
@@ -153,21 +158,23 @@ def save_feature_maps(
     layers = []
     folders = safe_names([name or "model" for name, _ in recorded])
     for (name, value), folder in zip(recorded, folders, strict=True):
-        if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4):
+        if not isinstance(value, torch.Tensor) or value.ndim not in (3, 4, 5):
             wanted = "maps (N, C, H, W)" + ("" if grid is None else " and no tokens (N, L, C)")
             raise InvalidArgumentError(f"`{name}` put out no {wanted}; select other layers")
         what = f"`{name}`" if name else "the model's output"
         dim = marked_dim(value) if channel_dim is None else channel_dim
         maps = maps_of(value, sample, channel_dim=dim, grid=grid if _are_tokens(value) else None, what=what)
-        check_size_of_each(maps[:, None].shape, style)
-        layers.append((maps, indices_of(channels, len(maps), "channels"), folder))
+        chosen = indices_of(channels, len(maps), "channels")
+        tiles, suffixes, _, own = planes_of(maps, style, plane, slices)
+        check_size_of_each((1, 1, *tiles.shape[2:]), own)
+        if _shares_range(style):
+            own = replace(own, value_range=_range_of(tiles, style))
+        names = [f"{index}{suffix if len(suffixes) > 1 else ''}" for index in chosen for suffix in suffixes]
+        layers.append((tiles[chosen].flatten(0, 1), own, names, folder))
     jobs: list[_Job] = []
-    for maps, chosen, folder in layers:
-        own = replace(style, value_range=_range_of(maps, style)) if _shares_range(style) else style
-        pictures = _Shared(maps[chosen], own)
-        jobs += [
-            (pictures.taker(place), root / folder / f"{index}.png") for place, index in enumerate(chosen)
-        ]
+    for maps, own, names, folder in layers:
+        pictures = _Shared(maps, own)
+        jobs += [(pictures.taker(place), root / folder / f"{name}.png") for place, name in enumerate(names)]
     return _save_all(jobs, has_bar=has_bar)
 
 

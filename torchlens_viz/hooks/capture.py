@@ -21,7 +21,7 @@ from torchlens_viz.hooks.forward import (
     refuse_torchscript,
     refuse_unhookable,
 )
-from torchlens_viz.hooks.layout import Layout, mixes_layouts
+from torchlens_viz.hooks.layout import Layout, has_signals, mixes_layouts
 from torchlens_viz.hooks.retention import Reduction, Retention
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import Layer, Selector, select, unwrap
@@ -120,7 +120,8 @@ def capture(
     check()
     layout = Layout(selected, channel_dim)
     needs_channels = retention.channels is not None or retention.gathers
-    followed = layout if layout.must_follow and (needs_channels or mixes_layouts(model)) else None
+    must_know = needs_channels or mixes_layouts(model) or has_signals(model)
+    followed = layout if layout.must_follow and must_know else None
     sink = Recorder(retention, layout)
     return Capture(unwrap(model), selected, check, sink, io=io, stop=stop, layout=followed)
 

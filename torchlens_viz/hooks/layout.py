@@ -160,6 +160,11 @@ def mixes_layouts(model: nn.Module) -> bool:
     )
 
 
+def has_signals(model: nn.Module) -> bool:
+    """Tell whether a model has parts that put out (N, C, L), which looks like (C, H, W) and like tokens."""
+    return any(isinstance(module, nn.Conv1d | nn.ConvTranspose1d) for module in model.modules())
+
+
 def _by_kind(module: nn.Module, rank: int) -> int | None:
     """Return where a layer of torch's own, as torch made it, has the channels of `rank` dimensions."""
     forward = getattr(type(module), "forward", None)
