@@ -53,10 +53,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "callbacks": {"errors", "monitor"},
     "pytest_plugin": {"models", "hooks", "testing"},
+    "album": {"errors", "arguments", "files", "models", "draw"},
     "atlas": {
         *("errors", "arguments", "progress", "files", "stats", "models", "draw", "hooks", "receptive"),
-        *("testing", "backprop", "grids"),
-        *("attribution", "dataset", "ascent"),
+        *("testing", "backprop", "grids", "comparison"),
+        *("attribution", "dataset", "ascent", "album"),
     },
     "cli": {
         *("errors", "progress", "distributed", "files", "models", "hooks", "comparison", "overview"),

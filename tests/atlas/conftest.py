@@ -93,6 +93,19 @@ def hostile_page(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def split_page(tmp_path_factory):
+    """A page whose pictures lie beside it, with hostile names of layers, images, and of the folder itself."""
+    folder = tmp_path_factory.mktemp("split")
+    (folder / "reports").mkdir()
+    return tv.report(
+        pages.hostile(),
+        {pages.FILE: photograph(), "../up": photograph(3)},
+        folder / "reports" / "page.html",
+        assets=folder / "reports" / "it's (a) #folder? 100%",
+    )
+
+
+@pytest.fixture(scope="session")
 def signed_page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signed")
     red = np.zeros((16, 16, 3), np.uint8)

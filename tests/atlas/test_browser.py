@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.resources
 import io
 import re
+import shutil
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from tests.atlas import pages
 from tests.atlas.conftest import missing
 
-PAGES = ["hostile_page", "signed_page", "usual_page"]
+PAGES = ["hostile_page", "signed_page", "usual_page", "split_page"]
 
 LOADED = """
 async () => {
@@ -55,7 +57,11 @@ def test_a_page_says_nothing_and_asks_for_nothing(page_of, opened, name, scheme)
         page.tab.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
         page.tab.wait_for_timeout(200)
         assert page.said == []
-        assert page.asked_for == [path.as_uri()]
+        itself, *pictures = page.asked_for
+        assert itself == path.as_uri()
+        beside = {each.as_uri() for each in path.parent.glob("*/*")}
+        assert set(pictures) <= beside
+        assert (name == "split_page") == bool(beside)
 
 
 def test_the_guard_on_requests_and_messages_can_fail(tmp_path, opened):
@@ -69,10 +75,29 @@ def test_the_guard_on_requests_and_messages_can_fail(tmp_path, opened):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_picture_has_a_width(page_of, opened, name):
-    with opened(page_of(name)) as page:
+    path = page_of(name)
+    with opened(path) as page:
         widths = page.tab.evaluate(LOADED)
         assert len(widths) >= 3
         assert min(widths) > 0
+        if name == "split_page":
+            assert len(widths) == len(list(path.parent.glob("*/*")))
+            assert page.tab.evaluate("[...document.images].every(each => each.naturalWidth > 0)")
+            assert page.said == []
+
+
+def test_a_page_moves_with_its_pictures(split_page, tmp_path, opened):
+    moved = shutil.copytree(split_page.parent, tmp_path / "else where")
+    with opened(moved / "page.html") as page:
+        assert min(page.tab.evaluate(LOADED)) > 0
+        assert all(f"/{quote('else where')}/" in each for each in page.asked_for)
+
+
+def test_the_width_of_a_missing_picture_is_seen(split_page, tmp_path, opened):
+    moved = shutil.copytree(split_page.parent, tmp_path / "lost")
+    next(moved.glob("*/*maps*")).unlink()
+    with opened(moved / "page.html") as page, pytest.raises(Exception, match="cannot be decoded"):
+        page.tab.evaluate(LOADED)
 
 
 def test_every_tile_lies_within_its_sprite(usual_page, opened):

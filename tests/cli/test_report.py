@@ -90,6 +90,17 @@ def test_strong_channels_are_maximised(report):
     assert len(re.findall("Ascent at 0 ", page())) == 4
 
 
+def test_pictures_are_put_beside_the_page(folder, report):
+    code, out, _ = report(
+        "reported_net:net", "photo.png", "-o", "out/report.html", "--assets", "out/pictures"
+    )
+    assert (code, out) == (0, [str(folder / "out" / "report.html")])
+    files = {each.name for each in Path("out/pictures").iterdir()}
+    assert any(name.startswith("photo.png-") for name in files)
+    assert "data:image" not in page()
+    assert all(f"pictures/{name}" in page() for name in files)
+
+
 def test_two_files_of_one_name_are_told_apart(report):
     Image.open("photo.png").save("many/photo.png")
     code, _, _ = report("reported_net:net", "photo.png", "many/photo.png", "-o", "out/report.html")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchlens_viz.errors import PictureError
-from torchlens_viz.files.paths import safe_name, safe_names, write_whole
+from torchlens_viz.files.paths import safe_name, safe_names, write_together, write_whole
 
 
 @pytest.mark.parametrize(
@@ -86,3 +86,15 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one_and_no_more(tmp_pa
         other.write_bytes(b"under way")
     write_whole(tmp_path / "b.png", b"whole", PictureError)
     assert sorted(tmp_path.iterdir()) == sorted([alive, elsewhere, tmp_path / "b.png"])
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path):
+    (tmp_path / "old").write_bytes(b"old")
+    (tmp_path / "folder").mkdir()
+    files = {tmp_path / "old": b"new", tmp_path / "deep" / "er" / "a": b"a", tmp_path / "folder": b"no file"}
+    with pytest.raises(PictureError, match="must name a file, got the folder"):
+        write_together(files, PictureError)
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["folder", "old"]
+    del files[tmp_path / "folder"]
+    write_together(files, PictureError)
+    assert {path: path.read_bytes() for path in files} == files

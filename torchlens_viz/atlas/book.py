@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from torchlens_viz import __version__
+from torchlens_viz.album.album import Album
+from torchlens_viz.album.pictures import Picture
+from torchlens_viz.album.shelf import Shelf
+from torchlens_viz.album.sprite import as_bytes, photograph
 from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.atlas import chapters, evidence, page
 from torchlens_viz.atlas.chapters import Anchors, ImageChapter, Place
 from torchlens_viz.atlas.entries import Voice, entry_of
 from torchlens_viz.atlas.evidence import Evidence, LayerEvidence
 from torchlens_viz.atlas.health import health_of
-from torchlens_viz.atlas.layers import Atlas, LayerPictures, draw_layer
-from torchlens_viz.atlas.pictures import Picture
-from torchlens_viz.atlas.sprite import as_bytes, photograph
+from torchlens_viz.atlas.layers import LayerPictures, draw_layer
 from torchlens_viz.atlas.units import draw_units
 from torchlens_viz.attribution.projection import Projection
 from torchlens_viz.dataset.patches import Source
@@ -56,7 +58,9 @@ class Wishes:
     about: Mapping[str, str]
 
 
-def written(model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str], wishes: Wishes) -> str:
+def written(
+    model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str], wishes: Wishes, shelf: Shelf
+) -> str:
     """Return the page as text.
 
     Args:
@@ -64,6 +68,7 @@ def written(model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str]
         pictures: The images to show it.
         wanted: The names of the layers to show.
         wishes: Everything else.
+        shelf: Where the pictures of the page are kept.
 
     Raises:
         InvalidArgumentError: The model does not take an image, or no layer puts out maps.
@@ -80,7 +85,7 @@ def written(model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str]
         places[name] = Place(own, {channel: anchors.take(f"{own}:{channel}") for channel in order})
     side = _side(seen, places)
     voice = Voice([picture.name for picture in pictures], wishes.names, wishes.targets)
-    atlas, overlays = Atlas(), page.Overlays()
+    album, overlays = Album(shelf=shelf), page.Overlays()
     projected = wishes.projections
     if projected is None:
         projected = _PROJECTED if len(seen.layers) <= _MOST_LAYERS else 0
@@ -88,9 +93,9 @@ def written(model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str]
     for name, layer in seen.layers.items():
         place, survey = places[name], surveys[name]
         order = place.order
-        drawn = draw_layer(atlas, model, layer, order, side)
+        drawn = draw_layer(album, model, layer, order, side)
         units = draw_units(
-            atlas,
+            album,
             layer,
             model,
             order,
@@ -104,7 +109,8 @@ def written(model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str]
         kind = select_one(model, name).module
         layers.append(entry_of(layer, kind, place, drawn, units, survey, health, voice))
     images = [
-        _image(model, picture, output, wishes) for picture, output in zip(pictures, seen.outputs, strict=True)
+        _image(model, picture, output, wishes, shelf)
+        for picture, output in zip(pictures, seen.outputs, strict=True)
     ]
     return page.rendered(
         title=wishes.title,
@@ -114,7 +120,7 @@ def written(model: nn.Module, pictures: Sequence[Picture], wanted: Sequence[str]
         layers=layers,
         places=places,
         classes=[(target, voice.name_of(target)) for target in sorted(set(wishes.targets or ()))],
-        atlas=atlas,
+        album=album,
         overlays=overlays,
     )
 
@@ -213,21 +219,23 @@ def _head(
     return list(rows.items())
 
 
-def _image(model: nn.Module, picture: Picture, output: torch.Tensor | None, wishes: Wishes) -> ImageChapter:
+def _image(
+    model: nn.Module, picture: Picture, output: torch.Tensor | None, wishes: Wishes, shelf: Shelf
+) -> ImageChapter:
     answers, says = chapters.answers_of(output, wishes.names)
     heatmap, why = "", ""
     if wishes.explain:
         found, reason = evidence.explained(model, picture, wishes.preprocess, wishes.invert)
         why = f"No explanation: {reason}."
         if found is not None:
-            heatmap = page.data_uri(photograph(found.overlay(0, upscale=1)))
+            heatmap = shelf.address(photograph(found.overlay(0, upscale=1)), f"{picture.name}-evidence")
             what = answers[0].name if answers else found.label(0, wishes.names)
             why = f"Where the evidence for “{what}” lies: {'; '.join(found.legend())}."
     height, width = picture.pixels.shape[1:]
     return ImageChapter(
         name=picture.name,
         size=(width, height),
-        photograph=page.data_uri(photograph(as_bytes(picture.pixels))),
+        photograph=shelf.address(photograph(as_bytes(picture.pixels)), picture.name),
         heatmap=heatmap,
         answers=answers,
         says=says,

@@ -9,9 +9,10 @@ from urllib.parse import quote
 
 import torch
 
+from torchlens_viz.album.album import View
 from torchlens_viz.atlas.evidence import LayerEvidence
 from torchlens_viz.atlas.health import Trouble, figure, percent
-from torchlens_viz.atlas.layers import LayerPictures, View
+from torchlens_viz.atlas.layers import LayerPictures
 from torchlens_viz.stats.channels import ChannelStats
 
 AT_ONCE: Final = 64  # tiles of a sheet that stand open
@@ -42,7 +43,7 @@ class Anchors:
 
 def link(anchor: str) -> str:
     """Return the address of an id within the page."""
-    return "#" + quote(anchor, safe=":._-~()/")
+    return "#" + quote(anchor.encode("utf-8", "backslashreplace"), safe=":._-~()/")
 
 
 class Place(NamedTuple):

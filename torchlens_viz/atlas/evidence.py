@@ -9,8 +9,8 @@ from typing import Any, Final, final
 import torch
 from torch import nn
 
+from torchlens_viz.album.pictures import Picture
 from torchlens_viz.arguments import plain
-from torchlens_viz.atlas.pictures import Picture
 from torchlens_viz.attribution.explain import explain
 from torchlens_viz.attribution.explanation import Explanation
 from torchlens_viz.attribution.project import project

@@ -3,90 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil, isqrt
 from typing import Final, final
 
 import torch
 from torch import nn
 
-from torchlens_viz.atlas.evidence import LayerEvidence
-from torchlens_viz.atlas.sprite import (
-    Block,
+from torchlens_viz.album.album import Album, View
+from torchlens_viz.album.sprite import (
     Pixels,
     Range,
-    Sprite,
     coded,
     colours_for,
     robust_range,
     shrunk,
 )
-from torchlens_viz.draw.palette import LEVELS, PADDING
+from torchlens_viz.atlas.evidence import LayerEvidence
+from torchlens_viz.draw.palette import PADDING
 from torchlens_viz.errors import TorchlensVizError
 from torchlens_viz.models.kernels import has_kernels, kernels_of
 from torchlens_viz.models.layers import select_one
 
-_TILE: Final = 64  # CSS pixels, at least, to which a tile is enlarged by a whole factor
-_LARGE: Final = 168  # and where it stands by itself
 _MOSAIC: Final = 24  # about as many pixels as the kernels of a filter take together, each way
 _FEWEST: Final = 3  # kernels each way
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """A block of tiles, one per channel that is shown.
-
-    Attributes:
-        block: Where the tiles stand.
-        factor: By how much the page enlarges them.
-        limits: What the colours stand for; None where the tiles are in colour.
-        note: What a tile is.
-    """
-
-    block: Block
-    factor: int
-    limits: Range | None
-    note: str
-
-    @property
-    def large(self) -> int:
-        """The factor by which a tile is enlarged where its channel is shown by itself."""
-        return max(1, round(_LARGE / max(self.block.height, self.block.width)))
-
-    @classmethod
-    def of(cls, block: Block, limits: Range | None, note: str, *, least: int = _TILE) -> View:
-        """Return a view whose tiles are enlarged to at least so many pixels."""
-        return cls(block=block, factor=ceil(least / max(block.height, block.width)), limits=limits, note=note)
-
-
-@final
-@dataclass(kw_only=True)
-class Atlas:
-    """All sprites of a page: their encoded pictures, and the blocks in them."""
-
-    pictures: dict[int, bytes] = field(default_factory=dict)
-    sprites: dict[int, Sprite] = field(default_factory=dict)
-    views: list[View] = field(default_factory=list)
-
-    def sprite(self, *, gap: int = 1) -> Sprite:
-        """Begin a sprite."""
-        sprite = Sprite(len(self.sprites), gap=gap)
-        self.sprites[sprite.number] = sprite
-        return sprite
-
-    def add(
-        self, sprite: Sprite, tiles: Pixels, limits: Range | None, note: str, *, least: int = _TILE
-    ) -> View:
-        """Add tiles to a sprite."""
-        view = View.of(sprite.add(len(self.views), tiles), limits, note, least=least)
-        self.views.append(view)
-        return view
-
-    def close(self, sprite: Sprite, picture: bytes) -> None:
-        """Keep a sprite's picture; its pixels are needed no more."""
-        self.pictures[sprite.number] = picture
-        sprite.forget()
 
 
 @final
@@ -108,12 +48,12 @@ class LayerPictures:
 
 
 def draw_layer(
-    atlas: Atlas, model: nn.Module, evidence: LayerEvidence, channels: Sequence[int], side: int
+    album: Album, model: nn.Module, evidence: LayerEvidence, channels: Sequence[int], side: int
 ) -> LayerPictures:
     """Draw the kernels and maps of some channels of a layer into sprites.
 
     Args:
-        atlas: Where the sprites go.
+        album: Where the sprites go.
         model: The network.
         evidence: What the layer makes of the images.
         channels: The channels to show, in the order in which they are shown.
@@ -124,23 +64,23 @@ def draw_layer(
     in_colour = weight is not None and weight.shape[1] == 3 and weight.ndim == 4
     kernels: View | None = None
     if weight is not None and in_colour:
-        sprite = atlas.sprite()
+        sprite = album.sprite()
         limits = robust_range([weight], signed=bool((weight < 0).any()))
         placed = ((weight - limits.low) / (limits.high - limits.low)).clamp(0, 1).nan_to_num(0.0)
         pixels: Pixels = (placed * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         about = f"in colour: a tile per filter, values from {limits.low:.3g} to {limits.high:.3g}"
-        kernels = atlas.add(sprite, pixels, None, f"{about}, and gray is zero" if limits.signed else about)
-        atlas.close(sprite, sprite.as_colours())
+        kernels = album.add(sprite, pixels, None, f"{about}, and gray is zero" if limits.signed else about)
+        album.close(sprite, sprite.as_colours(), f"{evidence.name}-kernels")
     maps = [each[list(channels)] for each in evidence.maps]
     has_signs = any(bool((each < 0).any()) for each in maps)
     is_signed = has_signs and any(bool((each > 0).any()) for each in maps)
     is_signed |= weight is not None and not in_colour and bool((weight < 0).any())
     limits = robust_range(maps, signed=is_signed)
-    sprite = atlas.sprite()
+    sprite = album.sprite()
     if weight is not None and not in_colour:
         own = robust_range([weight], signed=is_signed)
         tiles, note = _mosaics(weight, own)
-        kernels = atlas.add(sprite, tiles, own, note)
+        kernels = album.add(sprite, tiles, own, note)
     views, factors = [], []
     for each in maps:
         small, factor = shrunk(each, side)
@@ -148,9 +88,9 @@ def draw_layer(
         about = f"maps of {height} × {width}"
         if factor > 1:
             about += f", drawn at {small.shape[1]} × {small.shape[2]}: the means of squares of {factor}"
-        views.append(atlas.add(sprite, coded(small, limits), limits, about))
+        views.append(album.add(sprite, coded(small, limits), limits, about))
         factors.append(factor)
-    atlas.close(sprite, sprite.as_values(colours_for(limits)))
+    album.close(sprite, sprite.as_values(colours_for(limits)), f"{evidence.name}-maps")
     return LayerPictures(kernels=kernels, maps=tuple(views), shrink=tuple(factors), limits=limits)
 
 
@@ -189,10 +129,3 @@ def _mosaics(weight: torch.Tensor, limits: Range) -> tuple[Pixels, str]:
         y, x = row * (height + gap), column * (width + gap)
         whole[:, y : y + height, x : x + width] = codes[:, place]
     return whole.to(torch.uint8).numpy(), f"a tile per filter: {note}"
-
-
-def gradient(limits: Range, steps: int = 10) -> str:
-    """Return the colours of a range, from the lowest to the highest, as CSS takes them."""
-    levels = colours_for(limits).levels
-    places = [round(step * (LEVELS - 1) / steps) for step in range(steps + 1)]
-    return ",".join("#" + bytes(levels[place].tolist()).hex() for place in places)

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Final, final
 
+from torchlens_viz.album.album import Album
+from torchlens_viz.album.sprite import gradient
 from torchlens_viz.atlas.chapters import ImageChapter, Layer, Place, link
 from torchlens_viz.atlas.health import KINDS, Health, figure, percent
-from torchlens_viz.atlas.layers import Atlas, gradient
 from torchlens_viz.errors import needed
 from torchlens_viz.receptive.field import ReceptiveField
 
@@ -31,12 +32,6 @@ def require_engine() -> Any:
         MissingDependencyError: It is not installed.
     """
     return needed("jinja2", "`report` fills its page with jinja2", "report")
-
-
-def data_uri(picture: bytes) -> str:
-    """Return a picture as an address that holds it."""
-    kind = {b"\x89P": "png", b"RI": "webp", b"\xff\xd8": "jpeg"}[picture[:2]]
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
 
 
 @final
@@ -93,7 +88,7 @@ def rendered(
     layers: Sequence[Layer],
     places: Mapping[str, Place],
     classes: Sequence[tuple[int, str]],
-    atlas: Atlas,
+    album: Album,
     overlays: Overlays,
 ) -> str:
     """Return the page.
@@ -102,10 +97,10 @@ def rendered(
     of the caller's words, and of which the policy names the hashes.
     """
     told, markup = dict(head), require_engine().utils.markupsafe.Markup
-    style, script = _own_file("page.css") + _rules(atlas, overlays, images), _own_file("page.js")
+    style, script = _own_file("page.css") + _rules(album, overlays, images), _own_file("page.js")
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src {album.shelf.sources}; style-src '{_hash(style)}'; "
+        f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     )
     text: str = _template().render(
         title=title,
@@ -157,18 +152,18 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _rules(atlas: Atlas, overlays: Overlays, images: Sequence[ImageChapter]) -> str:
+def _rules(album: Album, overlays: Overlays, images: Sequence[ImageChapter]) -> str:
     """Return the style that crops tiles from sprites: a rule per sprite, per block, per row and column."""
     rules, rows, columns = [], 1, 1
-    for number, picture in atlas.pictures.items():
-        own = [view for view in atlas.views if view.block.sprite == number]
-        width, height = atlas.sprites[number].size
+    for number, address in album.addresses.items():
+        own = [view for view in album.views if view.block.sprite == number]
+        width, height = album.sprites[number].size
         selector = ",".join(f".b{view.block.number}" for view in own)
         rules.append(
-            f"{selector}{{background-image:url({data_uri(picture)});"
-            f"--W:{width};--H:{height};--g:{atlas.sprites[number].gap}}}"
+            f"{selector}{{background-image:url({address});"
+            f"--W:{width};--H:{height};--g:{album.sprites[number].gap}}}"
         )
-    for view in atlas.views:
+    for view in album.views:
         block = view.block
         rules.append(
             f".b{block.number}{{--w:{block.width};--h:{block.height};--y:{block.y};"
@@ -179,7 +174,7 @@ def _rules(atlas: Atlas, overlays: Overlays, images: Sequence[ImageChapter]) -> 
         rows = max(rows, block.rows)
     rules += [f".c{place}{{--c:{place}}}" for place in range(columns)]
     rules += [f".r{place}{{--r:{place}}}" for place in range(rows)]
-    ranges = {view.limits.signed: view.limits for view in atlas.views if view.limits is not None}
+    ranges = {view.limits.signed: view.limits for view in album.views if view.limits is not None}
     rules += [
         f".bar{int(signed)}{{background:linear-gradient(90deg,{gradient(limits)})}}"
         for signed, limits in ranges.items()

@@ -10,15 +10,16 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from torchlens_viz.album.pictures import Given, pictures_of
+from torchlens_viz.album.shelf import Shelf
 from torchlens_viz.arguments import flag, integer, shown
 from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.atlas.book import Wishes, written
 from torchlens_viz.atlas.page import require_engine
-from torchlens_viz.atlas.pictures import Given, pictures_of
 from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
-from torchlens_viz.files.paths import as_path, write_whole
+from torchlens_viz.files.paths import as_path, is_there, write_together
 from torchlens_viz.models.inputs import ModelInputs, called_with
 from torchlens_viz.models.kernels import convolutions
 from torchlens_viz.models.layers import Selector, require_module, select, unwrap
@@ -45,6 +46,7 @@ def report(
     explain: bool = True,
     title: str | None = None,
     about: Mapping[str, str] | None = None,
+    assets: str | os.PathLike[str] | None = None,
     max_bytes: int = _MOST_BYTES,
 ) -> Path:
     """Write a page that shows a network: one HTML file, to be opened in any browser.
@@ -82,7 +84,10 @@ def report(
         explain: Show where in the images the evidence for the network's answer lies.
         title: What the page is called; None is the class of the model.
         about: More lines for the head of the page, by name, such as `{"weights": "epoch 12"}`.
-        max_bytes: The most the file may have.
+        assets: A folder for the pictures of a page that would be too large with them: files beside it, which
+            it finds by relative addresses, so that page and folder move together. Names hold a checksum of
+            the picture; what else is in the folder stays.
+        max_bytes: The most the page may have, with the pictures in it.
 
     Returns:
         The path.
@@ -92,7 +97,8 @@ def report(
         InvalidArgumentError: The model does not take an image, no layer puts out maps, an argument does not
             fit, or the file would be larger than `max_bytes`.
         InvalidTypeError: An argument has another type.
-        PictureError: An image cannot be read, or the file cannot be written.
+        PictureError: An image cannot be read, or a file cannot be written; then none is, and a page that was
+            there before stays.
         MissingDependencyError: jinja2 is not installed.
 
     Example:
@@ -112,6 +118,10 @@ def report(
     if projections is not None:
         integer(projections, "projections", least=0)
     integer(max_bytes, "max_bytes", least=1)
+    folder = None if assets is None else as_path(assets, "assets")
+    if folder is not None and is_there(folder, PictureError) and not folder.is_dir():
+        raise PictureError(f"`assets` must name a folder, got the file {str(folder)!r}; choose another name")
+    shelf = Shelf(given, folder)
     flag(explain, "explain")
     if survey is not None and not isinstance(survey, Survey):
         raise InvalidTypeError(f"`survey` must be a Survey or None, got {shown(survey)}")
@@ -136,13 +146,14 @@ def report(
         title=title or type(unwrap(model)).__name__,
         about={} if about is None else dict(about),
     )
-    page = written(model, pictures, wanted, wishes).encode("utf-8", "backslashreplace")
+    page = written(model, pictures, wanted, wishes, shelf).encode("utf-8", "backslashreplace")
     if len(page) > max_bytes:
+        beside = "" if folder else "keep its pictures beside it with `assets` (`--assets DIR`), or "
         raise InvalidArgumentError(
             f"the page would have {len(page) / 1e6:.1f} MB, and `max_bytes` allows {max_bytes / 1e6:.1f} MB; "
-            "show fewer images, fewer `layers`, or fewer channels of each with `max_channels`"
+            f"{beside}show fewer images, fewer `layers`, or fewer channels of each with `max_channels`"
         )
-    write_whole(given, page, PictureError)
+    write_together({**shelf.files, given: page}, PictureError)
     return given
 
 

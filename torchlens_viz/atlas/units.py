@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchlens_viz.album.album import Album
+from torchlens_viz.album.album import View as Tiles
+from torchlens_viz.album.sprite import fitted
 from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.atlas.chapters import Curve, Figure, curve_of
 from torchlens_viz.atlas.evidence import LayerEvidence
 from torchlens_viz.atlas.health import figure
-from torchlens_viz.atlas.layers import Atlas
-from torchlens_viz.atlas.layers import View as Tiles
-from torchlens_viz.atlas.sprite import fitted
 from torchlens_viz.attribution.projection import Projection
 from torchlens_viz.dataset.patches import Gallery, Source, View
 from torchlens_viz.dataset.result import Survey
@@ -62,7 +62,7 @@ class Units:
 
 
 def draw_units(
-    atlas: Atlas,
+    album: Album,
     layer: LayerEvidence,
     model: nn.Module,
     shown: Sequence[int],
@@ -76,7 +76,7 @@ def draw_units(
     """Draw what is told of the channels of a layer into a sprite of its own.
 
     Args:
-        atlas: Where the sprite goes.
+        album: Where the sprite goes.
         layer: What the layer makes of the images.
         model: The network.
         shown: The channels that the page shows, the first ones first.
@@ -86,7 +86,7 @@ def draw_units(
         source: The inputs of the survey.
         most: Of how many channels patches are drawn.
     """
-    units, sprites = Units(), _Sprites(atlas)
+    units, sprites = Units(), _Sprites(album, layer.name)
     if maximized is not None:
         _add_images(sprites, units, maximized, shown)
     for name, projection in projections.items():
@@ -107,9 +107,9 @@ def draw_units(
 class _Sprites:
     """Two sprites of one layer: in one, small tiles stay exact; in the other, larger ones are photographs."""
 
-    def __init__(self, atlas: Atlas) -> None:
-        self._atlas = atlas
-        self._exact, self._lossy = (atlas.sprite(gap=gap) for gap in (1, 0))
+    def __init__(self, album: Album, layer: str) -> None:
+        self._album, self._layer = album, layer
+        self._exact, self._lossy = (album.sprite(gap=gap) for gap in (1, 0))
 
     def add(self, pictures: Sequence[torch.Tensor], most: int, *, least: int) -> Tiles:
         """Add pictures (3, h, w) in [0, 1] as tiles of one size, of which no side is longer than `most`."""
@@ -117,14 +117,14 @@ class _Sprites:
         is_small = longest <= _EXACT
         side = max(1, longest) if is_small else min(most, -(-longest // _UNIT) * _UNIT)
         tiles = np.stack([fitted(each, side) for each in pictures])
-        return self._atlas.add(self._exact if is_small else self._lossy, tiles, None, "", least=least)
+        return self._album.add(self._exact if is_small else self._lossy, tiles, None, "", least=least)
 
     def close(self) -> None:
         """Make pictures of both."""
         if self._exact.blocks:
-            self._atlas.close(self._exact, self._exact.as_colours())
+            self._album.close(self._exact, self._exact.as_colours(), f"{self._layer}-units")
         if self._lossy.blocks:
-            self._atlas.close(self._lossy, self._lossy.as_photographs())
+            self._album.close(self._lossy, self._lossy.as_photographs(), f"{self._layer}-photographs")
 
 
 def _add_images(sprites: _Sprites, units: Units, found: Maximization, shown: Sequence[int]) -> None:

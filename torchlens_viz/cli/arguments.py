@@ -240,7 +240,7 @@ def add_report(commands: Any) -> None:
         help="write one page that shows a network",
         description="Write one HTML file that shows a network: what it says of pictures and why, the health "
         "of its layers, and of each layer the kernels, the maps, and every channel under its own address. "
-        "The file loads nothing, and needs no script to be read.",
+        "The file loads nothing but pictures that `--assets` puts beside it, and needs no script to be read.",
     )
     add_model(parser)
     parser.add_argument("image", type=Path, nargs="+", metavar="IMAGE", help="picture files")
@@ -271,6 +271,13 @@ def add_report(commands: Any) -> None:
         type=int,
         metavar="N",
         help="channels of each layer to show (default: all, or 64 where there are more than 4096 in all)",
+    )
+    parser.add_argument(
+        "--assets",
+        type=Path,
+        metavar="DIR",
+        help="write the pictures of the page to files in this folder beside it; for pages that would be too "
+        "large with them",
     )
     parser.add_argument("--title", metavar="TEXT", help="what the page is called (default: the model)")
     add_device(parser)

@@ -147,6 +147,7 @@ def _run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
                 folder=arguments.survey,
                 maximized=arguments.maximize,
                 max_channels=arguments.max_channels,
+                assets=arguments.assets,
                 title=arguments.title,
                 command=shlex.join([PROGRAM, *words]),
             )

@@ -46,6 +46,7 @@ def report_on(
     folder: Path | None,
     maximized: bool,
     max_channels: int | None,
+    assets: Path | None,
     title: str | None,
     command: str,
 ) -> Outcome:
@@ -61,6 +62,7 @@ def report_on(
         folder: Pictures to survey, or what `torchlens-viz survey` wrote.
         maximized: Whether to find the images that drive the strongest channels hardest.
         max_channels: How many channels of each layer to show.
+        assets: A folder for its pictures; None keeps them in the page.
         title: What the page is called; None is the name of the model.
         command: The command that makes the page again.
 
@@ -102,6 +104,7 @@ def report_on(
             invert=inverse_of(loaded),
             names=loaded.names or None,
             max_channels=max_channels,
+            assets=assets,
             title=title or loaded.name,
             about=about,
         )

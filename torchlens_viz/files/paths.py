@@ -10,7 +10,7 @@ import platform
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torchlens_viz.errors import InvalidTypeError, TorchlensVizError, reason_of
@@ -84,6 +84,34 @@ def write_whole(path: str | os.PathLike[str], data: bytes, error: type[Torchlens
     """Write a file that appears whole or not at all; see `replacing`."""
     with replacing(path, error) as temporary:
         temporary.write_bytes(data)
+
+
+def write_together(files: Mapping[Path, bytes], error: type[TorchlensVizError]) -> None:
+    """Write files one after the other, each whole; where one fails, remove those that were not there before.
+
+    Args:
+        files: What to write. A file that replaces another one should come last: it stays replaced.
+        error: What to raise where one cannot be written.
+    """
+    new: list[Path] = []
+    try:
+        with contextlib.ExitStack() as folders:
+            for folder in dict.fromkeys(path.parent for path in files):
+                folders.enter_context(_folders(folder))
+            try:
+                for path, data in files.items():
+                    is_new = not is_there(path, error)
+                    write_whole(path, data, error)
+                    new += [path] if is_new else []
+            except BaseException:
+                for path in new:
+                    path.unlink(missing_ok=True)
+                raise
+    except (OSError, ValueError) as reason:
+        named = getattr(reason, "filename", None) or next(iter(files))
+        raise error(
+            f"cannot write {str(named)!r}: {reason_of(reason)}; choose a path in a folder you can write to"
+        ) from reason
 
 
 def require_regular(

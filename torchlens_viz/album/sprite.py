@@ -88,6 +88,13 @@ def colours_for(limits: Range) -> Colormap:
     return colormap("RdBu_r" if limits.signed else "gray")
 
 
+def gradient(limits: Range, steps: int = 10) -> str:
+    """Return the colours of a range, from the lowest to the highest, as CSS takes them."""
+    levels = colours_for(limits).levels
+    places = [round(step * (LEVELS - 1) / steps) for step in range(steps + 1)]
+    return ",".join("#" + bytes(levels[place].tolist()).hex() for place in places)
+
+
 def shrunk(tiles: torch.Tensor, side: int) -> tuple[torch.Tensor, int]:
     """Return tiles (K, h, w) with no side above `side`, each pixel the mean of a square, and its side."""
     factor = -(-max(tiles.shape[1:]) // side)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from torchlens_viz.atlas.layers import Atlas, gradient
-from torchlens_viz.atlas.page import data_uri
-from torchlens_viz.atlas.sprite import (
+from torchlens_viz.album.album import Album
+from torchlens_viz.album.shelf import Shelf
+from torchlens_viz.album.sprite import (
     Range,
     Sprite,
     as_bytes,
     coded,
     colours_for,
     fitted,
+    gradient,
     photograph,
     robust_range,
     shrunk,
@@ -126,9 +128,13 @@ def test_addresses_hold_their_pictures():
 
 
 def test_without_webp_photographs_are_jpeg(monkeypatch):
-    monkeypatch.setattr("torchlens_viz.atlas.sprite.features.check", lambda name: False)
+    monkeypatch.setattr("torchlens_viz.album.sprite.features.check", lambda name: False)
     encoded = photograph(as_bytes(torch.rand(3, 8, 8)))
     assert data_uri(encoded).startswith("data:image/jpeg;base64,")
+
+
+def data_uri(picture):
+    return Shelf(Path("page.html"), None).address(picture, "name")
 
 
 def test_a_scale_has_white_in_the_middle():
@@ -138,8 +144,8 @@ def test_a_scale_has_white_in_the_middle():
 
 
 def test_sprites_have_numbers_of_their_own():
-    atlas = Atlas()
-    first, second = atlas.sprite(), atlas.sprite()
-    view = atlas.add(second, np.zeros((1, 5, 5), np.uint8), None, "note")
+    album = Album(shelf=Shelf(Path("page.html"), None))
+    first, second = album.sprite(), album.sprite()
+    view = album.add(second, np.zeros((1, 5, 5), np.uint8), None, "note")
     assert (first.number, second.number, view.block.sprite, view.block.number) == (0, 1, 1, 0)
     assert (view.factor, view.large) == (13, 34)

@@ -1,0 +1,82 @@
+"""`Album`: the sprites of a page, where they are kept, and the blocks of tiles in them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Final, final
+
+from torchlens_viz.album.shelf import Shelf
+from torchlens_viz.album.sprite import Block, Pixels, Range, Sprite
+
+_TILE: Final = 64  # CSS pixels, at least, to which a tile is enlarged by a whole factor
+_LARGE: Final = 168  # and where it stands by itself
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A block of tiles, one per channel that is shown.
+
+    Attributes:
+        block: Where the tiles stand.
+        factor: By how much the page enlarges them.
+        limits: What the colours stand for; None where the tiles are in colour.
+        note: What a tile is.
+    """
+
+    block: Block
+    factor: int
+    limits: Range | None
+    note: str
+
+    @property
+    def large(self) -> int:
+        """The factor by which a tile is enlarged where its channel is shown by itself."""
+        return max(1, round(_LARGE / max(self.block.height, self.block.width)))
+
+
+@final
+@dataclass(kw_only=True)
+class Album:
+    """All sprites of a page: their addresses, and the blocks in them.
+
+    Attributes:
+        shelf: Where the pictures are kept.
+        addresses: By the number of the sprite.
+        sprites: By their numbers.
+        views: By the numbers of their blocks.
+    """
+
+    shelf: Shelf
+    addresses: dict[int, str] = field(default_factory=dict)
+    sprites: dict[int, Sprite] = field(default_factory=dict)
+    views: list[View] = field(default_factory=list)
+
+    def sprite(self, *, gap: int = 1) -> Sprite:
+        """Begin a sprite."""
+        sprite = Sprite(len(self.sprites), gap=gap)
+        self.sprites[sprite.number] = sprite
+        return sprite
+
+    def add(
+        self,
+        sprite: Sprite,
+        tiles: Pixels,
+        limits: Range | None,
+        note: str,
+        *,
+        least: int = _TILE,
+        factor: int | None = None,
+    ) -> View:
+        """Add tiles to a sprite, enlarged by `factor`, or else to at least so many pixels."""
+        block = sprite.add(len(self.views), tiles)
+        enlarged = factor or ceil(least / max(block.height, block.width))
+        view = View(block=block, factor=enlarged, limits=limits, note=note)
+        self.views.append(view)
+        return view
+
+    def close(self, sprite: Sprite, picture: bytes, name: str) -> None:
+        """Keep a sprite's picture under a name; its pixels are needed no more."""
+        self.addresses[sprite.number] = self.shelf.address(picture, name)
+        sprite.forget()
