@@ -93,6 +93,14 @@ def hostile_page(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def wide_page(tmp_path_factory):
+    """A page of which most channels have no entry of their own."""
+    folder = tmp_path_factory.mktemp("wide")
+    options = {"explain": False, "max_channels": 64, "projections": 0}
+    return tv.report(pages.wide(), {"photograph": photograph()}, folder / "page.html", **options)
+
+
+@pytest.fixture(scope="session")
 def split_page(tmp_path_factory):
     """A page whose pictures lie beside it, with hostile names of layers, images, and of the folder itself."""
     folder = tmp_path_factory.mktemp("split")

@@ -52,3 +52,12 @@ def classifier():
     first.weight.data[5] = 0.0
     first.bias.data[5] = -1.0
     return net.eval()
+
+
+def wide():
+    """Two layers of 160 channels; the last ten of the first are dead."""
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(3, 160, 3), nn.ReLU(), nn.Conv2d(160, 160, 1), nn.AdaptiveAvgPool2d(1))
+    net[0].weight.data[150:] = 0.0
+    net[0].bias.data[150:] = -1.0
+    return net.eval()

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.atlas import pages
 from tests.atlas.conftest import missing
 
-PAGES = ["hostile_page", "signed_page", "usual_page", "split_page"]
+PAGES = ["hostile_page", "signed_page", "usual_page", "split_page", "wide_page"]
 
 LOADED = """
 async () => {
@@ -140,6 +140,62 @@ def test_a_map_shows_the_values_of_its_channel(signed_page, opened):
         assert np.unique(inside, axis=0).tolist() == [[103, 0, 31]]
 
 
+def test_a_channel_without_an_entry_is_one_click_away(wide_page, opened):
+    with opened(wide_page) as page:
+        section = page.tab.locator('[id="2"]')
+        rest = page.tab.locator('[id="2:rest"]')
+        assert not rest.locator(".strips").is_visible()
+        section.get_by_role("link", name="the other 96").first.click()
+        strips = rest.locator(".strips p")
+        assert strips.first.is_visible()
+        assert strips.count() == 96 // 8
+        number = strips.nth(3).inner_text().split("\t")[5]
+        box = strips.nth(3).locator("i").bounding_box()
+        strips.nth(3).click(position={"x": 5.5 / 8 * box["width"], "y": 4})
+        assert page.tab.evaluate("decodeURIComponent(location.hash)") == f"#2:{number}"
+        assert page.tab.locator("tr:target td").first.inner_text() == number
+
+
+def test_numbers_stand_below_the_pictures_of_a_strip(wide_page, opened):
+    places = """
+    strip => {
+      const text = strip.lastChild, at = [], range = document.createRange();
+      for (const found of text.data.matchAll(/[^\\t]+/g)) {
+        range.setStart(text, found.index);
+        range.setEnd(text, found.index + found[0].length);
+        const box = range.getBoundingClientRect();
+        at.push([box.left - strip.getBoundingClientRect().left, box.width]);
+      }
+      return [strip.firstChild.offsetWidth / 8, at];
+    }
+    """
+    with opened(wide_page, "#2:rest", width=375) as page:
+        pitch, at = page.tab.locator('[id="2:rest"] .strips p').first.evaluate(places)
+        assert [left for left, _ in at] == pytest.approx([pitch * place for place in range(8)], abs=0.6)
+        assert all(width < pitch for _, width in at)
+
+
+def test_search_and_filter_reach_channels_without_an_entry(wide_page, opened):
+    with opened(wide_page, java_script_enabled=True) as page:
+        page.tab.get_by_label("Search layers and channels").fill("0:155")
+        page.tab.locator('[id="page:found"] a', has_text=re.compile("^0:155$")).click()
+        page.tab.locator('[id="0:155"]').wait_for(state="visible")
+        page.tab.get_by_label("Show channels").select_option("dead")
+        assert page.tab.locator('[id="page:count"]').inner_text() == "10 channels"
+        rest = page.tab.locator('[id="0:rest"]')
+        assert sorted(rest.locator("tbody tr:visible td:first-child").all_inner_texts()) == [
+            str(channel) for channel in range(150, 160)
+        ]
+        assert rest.locator(".strips p:visible").count() in (2, 3)
+
+
+def test_without_a_script_the_rest_unfolds(wide_page, opened):
+    with opened(wide_page, java_script_enabled=False) as page:
+        page.tab.locator('[id="0:rest"] summary').click()
+        assert page.tab.locator('[id="0:rest"] .strips p').first.is_visible()
+        assert page.tab.locator('[id="0:155"]').is_visible()
+
+
 @pytest.mark.parametrize("java_script", [True, False])
 def test_the_address_of_a_channel_opens_what_it_stands_in(usual_page, opened, java_script):
     with opened(usual_page, "#3:5", java_script_enabled=java_script) as page:
@@ -158,12 +214,12 @@ def test_links_of_tiles_lead_to_their_channels(usual_page, opened):
         assert page.tab.evaluate("location.hash") == "#0:4"
 
 
-def test_no_link_leads_nowhere(usual_page, hostile_page, opened):
+def test_no_link_leads_nowhere(usual_page, hostile_page, wide_page, opened):
     lost = """
     () => [...document.querySelectorAll('a[href^="#"]')].map((each) => each.getAttribute("href").slice(1))
       .filter((id) => !document.getElementById(id) && !document.getElementById(decodeURIComponent(id)))
     """
-    for path in (usual_page, hostile_page):
+    for path in (usual_page, hostile_page, wide_page):
         with opened(path) as page:
             assert page.tab.locator('a[href^="#"]').count() > 20
             assert page.tab.evaluate(lost) == []
@@ -307,7 +363,7 @@ def test_a_printed_page_has_its_pictures(usual_page, opened):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["usual_page", "hostile_page"])
+@pytest.mark.parametrize("name", ["usual_page", "hostile_page", "wide_page"])
 def test_axe_finds_nothing_serious(page_of, opened, name, scheme):
     try:
         axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import re
 import sys
 from functools import partial
@@ -20,6 +21,9 @@ from torch import nn
 import torchlens_viz as tv
 from tests.atlas import pages
 from tests.atlas.conftest import photograph, tv_input
+from torchlens_viz.atlas import book
+from torchlens_viz.atlas.book import _entries, _projected, _small
+from torchlens_viz.atlas.chapters import Place
 from torchlens_viz.atlas.evidence import name_of
 from torchlens_viz.errors import (
     InvalidArgumentError,
@@ -128,18 +132,24 @@ def test_what_is_no_classifier_is_told_by_its_shape(written):
     assert "No explanation: " in text
 
 
+def block_of(page, number):
+    """Width, height and top of a block of tiles, and the palette entries of its sprite."""
+    rule = re.search(rf"\.b{number}\{{--w:(\d+);--h:(\d+);--y:(\d+);", page)
+    address = re.search(
+        rf"\n(?:\.b\d+,)*\.b{number}(?:,\.b\d+)*\{{background-image:url\(data:image/png;base64,([^)]*)\)",
+        page,
+    )
+    return [int(each) for each in rule.groups()], np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(address[1])))
+    )
+
+
 def tiles_of(page, title):
     """The palette entries of each tile of a sheet, by channel, read from the page's own style."""
     sheet = re.search(rf"<h3>{re.escape(title)}</h3>(.*?)</div>\n</div>", page, re.DOTALL)[1]
     found = {}
     for block, column, row, channel in re.findall(r'class="t b(\d+) c(\d+) r(\d+)"></i>(\d+)<', sheet):
-        rule = re.search(rf"\.b{block}\{{--w:(\d+);--h:(\d+);--y:(\d+);", page)
-        w, h, y = map(int, rule.groups())
-        address = re.search(
-            rf"\n(?:\.b\d+,)*\.b{block}(?:,\.b\d+)*\{{background-image:url\(data:image/png;base64,([^)]*)\)",
-            page,
-        )
-        sprite = np.asarray(Image.open(io.BytesIO(base64.b64decode(address[1]))))
+        (w, h, y), sprite = block_of(page, block)
         top, left = y + int(row) * (h + 1), int(column) * (w + 1)
         found[int(channel)] = sprite[top : top + h, left : left + w]
     return found
@@ -191,14 +201,119 @@ def test_channels_are_ranked_by_their_highest_value(written):
         order = net[0](IMAGE[None])[0].flatten(1).amax(1).argsort(descending=True, stable=True).tolist()
     assert re.findall(r'id="0:(\d+)"', written(net, IMAGE)) == [str(channel) for channel in order]
     few = written(net, IMAGE, max_channels=2)
-    assert re.findall(r'id="0:(\d+)"', few) == [str(channel) for channel in order[:2]]
-    assert "6 channels, 2 of them shown" in few
+    assert re.findall(r'<article class="channel" id="0:(\d+)"', few) == [str(each) for each in order[:2]]
+    assert re.findall(r'<tr id="0:(\d+)"', few) == [str(each) for each in order[2:]]
+    assert "6 channels, 2 of them with an entry" in few
 
 
 def test_what_does_not_stand_open_is_one_click_away(written):
     page = written(pages.hostile(), IMAGE, layers="page:health")
     assert "64 of 70 shown, ranked by their highest value" in page
     assert "<summary>The other 6</summary>" in page
+
+
+def test_every_channel_is_in_the_page_though_few_have_an_entry(wide_page):
+    text = wide_page.read_text("utf-8")
+    ids, net = Text(text).ids, pages.wide()
+    assert len(ids) == len(set(ids))
+    assert {f"{layer}:{channel}" for layer in "02" for channel in range(160)} <= set(ids)
+    assert text.count('<article class="channel"') == 128
+    assert text.count("64 of 160 shown, ranked by their highest value; ") == 4  # kernels and maps of both
+    with torch.no_grad():
+        order = net[0](tv_input(photograph()))[0].flatten(1).amax(1).argsort(descending=True, stable=True)
+    rest = re.search(r'id="0:rest">(.*?)</details>', text, re.DOTALL)[1]
+    strips = re.findall(r"</i>([\d\t]+)</p>", rest)
+    assert [int(channel) for strip in strips for channel in strip.split("\t")] == order[64:].tolist()
+    assert re.findall(r"<tr id=\"0:\d+\".*?><td>(\d+)<", rest) == [str(each) for each in order[64:].tolist()]
+
+
+def test_figures_of_the_rest_are_those_of_the_layer(written):
+    net = pages.classifier()
+    page = written(net, IMAGE, layers="0", max_channels=2)
+    maps = net[0](IMAGE[None])[0].detach().double().flatten(1)
+    rows = re.findall(r'<tr id="0:(\d)"[^>]*><td>\d((?:<td>[^<]*)*)', page.replace("\n", ""))
+    assert len(rows) == 4
+    for channel, cells in rows:
+        own = maps[int(channel)]
+        expected = [own.max(), own.mean(), own.std(correction=0), own.min(), own.max()]
+        found = [float(cell.replace("−", "-")) for cell in cells.split("<td>")[1:6]]
+        assert found == pytest.approx([each.item() for each in expected], rel=6e-3)
+
+
+def test_strips_hold_the_maps_of_the_rest(written):
+    net = nn.Sequential(nn.Conv2d(3, 21, 1)).eval()
+    page = written(net, torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1)), max_channels=3)
+    with torch.no_grad():
+        maps = net(torch.rand(3, 4, 6, generator=torch.Generator().manual_seed(1))[None])[0].numpy()
+    (numbers, classes) = zip(
+        *[
+            (label.split("\t"), place)
+            for place, label in re.findall(r'<p><i class="t (\S+ \S+ \S+)"></i>(.*?)</p>', page)
+        ],
+        strict=True,
+    )
+    assert [len(each) for each in numbers] == [8, 8, 2]
+    block, sprite = block_of(page, re.match(r"b(\d+)", classes[0])[1])
+    w, h, y = block
+    assert (w, h) == (8 * 7, 5)
+    limits = re.search(r"Colours and histogram end at (\S+) and (\S+);", page).groups()
+    low, high = (float(each.replace("−", "-")) for each in limits)
+    for strip, place in zip(numbers, classes, strict=True):
+        column, row = map(int, re.findall(r"[cr](\d+)", place))
+        tile = sprite[y + row * (h + 1) : y + row * (h + 1) + h, column * (w + 1) : column * (w + 1) + w]
+        for part, channel in enumerate(strip):
+            codes = tile[:4, 7 * part : 7 * part + 6].astype(int)
+            expected = (maps[int(channel)].clip(low, high) - low) / (high - low) * 250
+            assert np.abs(codes - expected).max() <= 1.5
+
+
+def test_channels_have_entries_as_far_as_there_is_room():
+    assert _entries([64, 192, 384, 256, 256], images=8) == 384  # alexnet
+    assert _entries([64] * 53 + [512] * 45, images=1) == 64
+    assert _entries([64] * 53 + [512] * 45, images=8) == 12
+    assert _entries([1000] * 400, images=64) == 8
+
+
+def test_projections_are_spread_over_a_deep_network():
+    few, many = [f"layer{place}" for place in range(16)], [f"layer{place}" for place in range(53)]
+    assert _projected(few, None) == dict.fromkeys(few, 8)
+    chosen = _projected(many, None)
+    places = [many.index(name) for name in chosen]
+    assert (len(places), places[0], places[-1]) == (16, 0, 52)
+    assert {after - before for before, after in itertools.pairwise(places)} == {3, 4}
+    assert _projected(many, 2) == dict.fromkeys(many, 2)
+    assert _projected(["one"], None) == {"one": 8}
+
+
+def test_a_deep_network_has_projections(written):
+    net = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(20))).eval()
+    page = written(net, torch.rand(3, 6, 6), explain=False)
+    with_them = {layer for layer in range(20) if "projection of channel 0 at" in entry_of(page, f"{layer}:0")}
+    assert len(with_them) == 16
+    assert {0, 19} <= with_them
+    assert page.count("Projections are made for 16 layers from first to last, without this.") == 4
+
+
+def entry_of(page, anchor):
+    return re.search(rf'id="{anchor}" tabindex.*?</article>', page, re.DOTALL)[0]
+
+
+def test_what_is_shown_small_has_bounds():
+    def places(count):
+        return {"layer": Place("layer", {}, dict.fromkeys(range(count), "rest"), "rest")}
+
+    assert _small(places(100), 3) == (12, 3)
+    assert _small(places(10_000), 3) == (8, 3)
+    assert _small(places(20_000), 8) == (8, 1)
+    assert _small(places(400_000), 8) == (4, 1)
+
+
+def test_figures_are_left_out_where_there_are_too_many(monkeypatch, written):
+    monkeypatch.setattr(book, "_MOST_ROWS", 3)
+    page = written(pages.classifier(), IMAGE, layers="0", max_channels=2)
+    assert "<summary>The other 4 of 6 channels, smaller</summary>" in page
+    assert '<tr id="0:' not in page
+    assert '<a href="#0:rest">5</a>' in page  # the dead one
 
 
 def test_findings_come_worst_first_and_say_what_to_do(written):

@@ -11,6 +11,7 @@ from torchlens_viz.album.sprite import Block, Pixels, Range, Sprite
 
 _TILE: Final = 64  # CSS pixels, at least, to which a tile is enlarged by a whole factor
 _LARGE: Final = 168  # and where it stands by itself
+_PITCH: Final = 42  # CSS pixels, at most, from part to part of a strip: a telephone holds eight
 
 
 @final
@@ -23,12 +24,14 @@ class View:
         factor: By how much the page enlarges them.
         limits: What the colours stand for; None where the tiles are in colour.
         note: What a tile is.
+        pitch: CSS pixels from part to part of a tile that holds several; 0 where it holds one.
     """
 
     block: Block
     factor: int
     limits: Range | None
     note: str
+    pitch: int = 0
 
     @property
     def large(self) -> int:
@@ -67,12 +70,21 @@ class Album:
         note: str,
         *,
         least: int = _TILE,
-        factor: int | None = None,
     ) -> View:
-        """Add tiles to a sprite, enlarged by `factor`, or else to at least so many pixels."""
+        """Add tiles to a sprite, to be enlarged to at least so many CSS pixels."""
         block = sprite.add(len(self.views), tiles)
-        enlarged = factor or ceil(least / max(block.height, block.width))
-        view = View(block=block, factor=enlarged, limits=limits, note=note)
+        view = View(
+            block=block, factor=ceil(least / max(block.height, block.width)), limits=limits, note=note
+        )
+        self.views.append(view)
+        return view
+
+    def add_strips(self, sprite: Sprite, tiles: Pixels, limits: Range, note: str, *, parts: int) -> View:
+        """Add tiles that hold so many parts side by side, to be enlarged as far as a telephone has room."""
+        block = sprite.add(len(self.views), tiles)
+        part = block.width // parts
+        factor = max(1, _PITCH // part)
+        view = View(block=block, factor=factor, limits=limits, note=note, pitch=factor * part)
         self.views.append(view)
         return view
 

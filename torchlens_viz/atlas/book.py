@@ -29,13 +29,17 @@ from torchlens_viz.dataset.result import Survey
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.layers import select_one, unwrap
 
-_MANY: Final = 4096  # channels, above which only the first of each layer are shown
-_SOME: Final = 64
+_MANY: Final = 4096  # channels, above which only the first of each layer have an entry of their own
+_SOME: Final = (64, 48, 32, 24, 16, 12, 8)  # of each layer
+_MOST_FIGURES: Final = 20_000  # pictures in these entries
+_MOST_ROWS: Final = 50_000  # channels without an entry, above which their figures are left out
+_MOST_SMALL: Final = 3_000_000  # pixels of those in all
+_SMALL: Final = ((12, 64), (8, 64), (8, 1), (6, 1), (4, 1))  # a side, and of how many images
 _MOST_PIXELS: Final = 2_500_000  # of maps in all
 _SIDES: Final = (128, 112, 96, 80, 64, 56, 48, 40, 32, 28, 24, 16, 14, 8)
 _MOST_PATCHES: Final = 24  # channels of each layer with patches of the data set
 _PROJECTED: Final = 8  # channels of each layer
-_MOST_LAYERS: Final = 16  # above which none are
+_MOST_LAYERS: Final = 16  # with projections; of more, so many are chosen
 _PROJECTED_IMAGES: Final = 2
 
 
@@ -76,35 +80,31 @@ def written(
     seen = evidence.look(model, pictures, wanted)
     surveys = _surveys(model, pictures, seen, wishes.survey)
     health = health_of(surveys, {name: _shape(layer) for name, layer in seen.layers.items()})
-    total = sum(layer.channels for layer in seen.layers.values())
-    most = wishes.max_channels or (None if total <= _MANY else _SOME)
-    anchors = Anchors(page.OWN_ANCHORS)
-    places = {}
-    for name, layer in seen.layers.items():
-        own, order = anchors.take(name or "(model)"), chapters.ranked(layer)[:most]
-        places[name] = Place(own, {channel: anchors.take(f"{own}:{channel}") for channel in order})
-    side = _side(seen, places)
+    places = _places(seen, wishes.max_channels)
+    side, small = _side(seen, places), _small(places, len(pictures))
     voice = Voice([picture.name for picture in pictures], wishes.names, wishes.targets)
     album, overlays = Album(shelf=shelf), page.Overlays()
-    projected = wishes.projections
-    if projected is None:
-        projected = _PROJECTED if len(seen.layers) <= _MOST_LAYERS else 0
+    projected = _projected(list(seen.layers), wishes.projections)
     layers = []
     for name, layer in seen.layers.items():
         place, survey = places[name], surveys[name]
         order = place.order
-        drawn = draw_layer(album, model, layer, order, side)
+        drawn = draw_layer(album, model, layer, order, list(place.rest), side=side, small=small)
         units = draw_units(
             album,
             layer,
             model,
             order,
             maximized=wishes.maximized.get(name),
-            projections=_projections(model, pictures, name, order[:projected], wishes),
+            projections=_projections(model, pictures, name, order[: projected.get(name, 0)], wishes),
             survey=survey,
             source=wishes.source if survey is wishes.survey else None,
             most=_MOST_PATCHES,
         )
+        if name not in projected:
+            units.notes.append(
+                f"Projections are made for {_MOST_LAYERS} layers from first to last, without this."
+            )
         _lay(overlays, model, name, layer, drawn, pictures)
         kind = select_one(model, name).module
         layers.append(entry_of(layer, kind, place, drawn, units, survey, health, voice))
@@ -144,6 +144,44 @@ def _differs(survey: Survey | None, layer: LayerEvidence) -> bool:
     return survey is not None and survey.stats[layer.name].channels != layer.channels
 
 
+def _places(seen: Evidence, max_channels: int | None) -> dict[str, Place]:
+    """Give layers and channels their ids, and say which channels have an entry of their own."""
+    counts = [layer.channels for layer in seen.layers.values()]
+    most = max_channels or _entries(counts, len(seen.outputs))
+    without = sum(max(0, count - most) for count in counts)
+    anchors, places = Anchors(page.OWN_ANCHORS), {}
+    for name, layer in seen.layers.items():
+        own, order = anchors.take(name or "(model)"), chapters.ranked(layer)
+        ids = {channel: anchors.take(f"{own}:{channel}") for channel in order[:most]}
+        folded = anchors.take(f"{own}:rest")
+        rest = {
+            channel: anchors.take(f"{own}:{channel}") if without <= _MOST_ROWS else folded
+            for channel in order[most:]
+        }
+        places[name] = Place(own, ids, rest, folded)
+    return places
+
+
+def _entries(counts: Sequence[int], images: int) -> int:
+    """Return how many channels of each layer have an entry of their own, of layers with so many channels."""
+    pictures = 2 * images + 1
+    if sum(counts) <= _MANY and sum(counts) * pictures <= _MOST_FIGURES:
+        return max(counts)
+    fitting = (
+        most for most in _SOME if sum(min(count, most) for count in counts) * pictures <= _MOST_FIGURES
+    )
+    return next(fitting, _SOME[-1])
+
+
+def _small(places: Mapping[str, Place], images: int) -> tuple[int, int]:
+    """Return how large channels without an entry are shown: pixels a side, and of how many images."""
+    count = sum(len(place.rest) for place in places.values())
+    for side, most in _SMALL:
+        if count * side**2 * (min(images, most) + 1) <= _MOST_SMALL:
+            break
+    return side, min(images, most)
+
+
 def _side(seen: Evidence, places: Mapping[str, Place]) -> int:
     """Return the longest side of maps at which the page stays small."""
     for side in _SIDES:
@@ -161,6 +199,20 @@ def _shape(layer: LayerEvidence) -> str:
     shapes = {tuple(each.shape[1:]) for each in layer.maps}
     height, width = layer.maps[0].shape[1:]
     return f"{layer.channels} × {height} × {width}" if len(shapes) == 1 else f"{layer.channels} × various"
+
+
+def _projected(names: Sequence[str], wanted: int | None) -> dict[str, int]:
+    """Return for how many channels of which layers projections are made.
+
+    Args:
+        names: The layers, in the order in which they ran.
+        wanted: For how many channels of each; None chooses, from the first layer to the last, so many layers
+            at equal distances that it takes no longer in a deep network than in one with as many layers.
+    """
+    if wanted is not None:
+        return dict.fromkeys(names, wanted)
+    last, count = len(names) - 1, min(len(names), _MOST_LAYERS)
+    return {names[round(place * last / max(1, count - 1))]: _PROJECTED for place in range(count)}
 
 
 def _projections(

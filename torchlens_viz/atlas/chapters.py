@@ -47,15 +47,29 @@ def link(anchor: str) -> str:
 
 
 class Place(NamedTuple):
-    """Where a layer and its channels stand in the page: their ids, channels in the order of the page."""
+    """Where a layer and its channels stand in the page: their ids, channels in the order of the page.
+
+    Attributes:
+        anchor: Of the layer.
+        channels: Of the channels with an entry of their own.
+        rest: Of the others: of a row with their figures, or of where all of them are shown.
+        folded: Of where the others are shown.
+    """
 
     anchor: str
     channels: Mapping[int, str]
+    rest: Mapping[int, str]
+    folded: str
 
     @property
     def order(self) -> list[int]:
-        """The channels that are shown, the first ones first."""
+        """The channels with an entry, the first ones first."""
         return list(self.channels)
+
+    @property
+    def hrefs(self) -> dict[int, str]:
+        """The addresses of all channels within the page."""
+        return {channel: link(anchor) for channel, anchor in {**self.channels, **self.rest}.items()}
 
 
 @final
@@ -133,6 +147,31 @@ class Channel:
 
 @final
 @dataclass(frozen=True, kw_only=True)
+class Row:
+    """The figures of a channel without an entry; `keys` are the troubles it has."""
+
+    anchor: str
+    cells: tuple[str, ...]
+    keys: str
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Rest:
+    """The channels without an entry: pictures of eight each with their numbers below, and their figures."""
+
+    anchor: str
+    href: str
+    count: int
+    note: str
+    classes: str
+    strips: tuple[Tile, ...]
+    heads: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """All that the page says of one layer."""
 
@@ -145,6 +184,7 @@ class Layer:
     limits: tuple[str, str, str]
     sheets: tuple[Sheet, ...]
     channels: tuple[Channel, ...]
+    rest: Rest | None
     troubles: tuple[Trouble, ...]
     total: int
 
@@ -244,19 +284,22 @@ def sheets_of(
     return tuple(found)
 
 
-def neighbours_of(likeness: torch.Tensor, hrefs: Mapping[int, str]) -> dict[int, tuple[Neighbour, ...]]:
-    """Return for each channel that the page shows those of them whose maps are most like its own.
+def neighbours_of(
+    likeness: torch.Tensor, shown: Sequence[int], hrefs: Mapping[int, str]
+) -> dict[int, tuple[Neighbour, ...]]:
+    """Return for each channel with an entry the channels whose maps are most like its own.
 
     Args:
         likeness: (C, C), how much the maps of every two channels are alike; only what is above 0 counts.
-        hrefs: The addresses of the channels that are shown.
+        shown: The channels with an entry.
+        hrefs: The addresses of all channels.
     """
-    shown = list(hrefs)
-    among = likeness[shown][:, shown].clone().fill_diagonal_(-2.0)
-    best = among.topk(min(_NEIGHBOURS, len(shown)), dim=1)
+    among = likeness[list(shown)]
+    among[range(len(shown)), list(shown)] = -2.0
+    best = among.topk(min(_NEIGHBOURS, len(likeness)), dim=1)
     return {
         channel: tuple(
-            Neighbour(channel=shown[place], href=hrefs[shown[place]], likeness=f"{value:.2f}")
+            Neighbour(channel=place, href=hrefs[place], likeness=f"{value:.2f}")
             for value, place in zip(values, places, strict=True)
             if value > 0
         )

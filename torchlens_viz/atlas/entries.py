@@ -8,12 +8,13 @@ from typing import NamedTuple
 from torch import nn
 
 from torchlens_viz.atlas import chapters
-from torchlens_viz.atlas.chapters import Channel, Figure, Layer, Place, link
+from torchlens_viz.atlas.chapters import Channel, Figure, Layer, Place, Rest, Row, Tile, link
 from torchlens_viz.atlas.evidence import LayerEvidence
-from torchlens_viz.atlas.health import Health, figure, histogram
-from torchlens_viz.atlas.layers import LayerPictures
+from torchlens_viz.atlas.health import Health, figure, histogram, percent
+from torchlens_viz.atlas.layers import ACROSS, LayerPictures
 from torchlens_viz.atlas.units import Units
 from torchlens_viz.dataset.result import Survey
+from torchlens_viz.stats.channels import ChannelStats
 
 
 class Voice(NamedTuple):
@@ -63,16 +64,16 @@ def entry_of(
             *marks.get(channel, ()),
             *([voice.name_of(classes[channel])] if channel in classes else []),
         )
-        for channel in place.order
+        for channel in range(layer.channels)
     }
     keys = {
         channel: " ".join(
             [*marks.get(channel, ()), *([f"class-{classes[channel]}"] if channel in classes else [])]
         )
-        for channel in place.order
+        for channel in range(layer.channels)
     }
-    hrefs = {channel: link(each) for channel, each in place.channels.items()}
-    neighbours = chapters.neighbours_of(layer.likeness(), hrefs)
+    hrefs = place.hrefs
+    neighbours = chapters.neighbours_of(layer.likeness(), place.order, hrefs)
     stats, inputs = survey.stats[layer.name], survey.inputs_seen[layer.name]
     channels = tuple(
         Channel(
@@ -103,6 +104,7 @@ def entry_of(
         limits=(figure(low), "0" if low < 0 < high else "", figure(high)),
         sheets=chapters.sheets_of(drawn, place.order, hrefs, keys, voice.images),
         channels=channels,
+        rest=_rest(layer, place, drawn, stats, keys, badges) if place.rest else None,
         troubles=tuple(each for each in health.troubles if each.layer == layer.name),
         total=layer.channels,
     )
@@ -120,7 +122,7 @@ def _classes(layer: LayerEvidence, survey: Survey, targets: Sequence[int] | None
 
 def _lines(layer: LayerEvidence, place: Place, drawn: LayerPictures) -> list[str]:
     limits, count = drawn.limits, len(place.order)
-    shown = "all shown" if count == layer.channels else f"{count} of them shown"
+    shown = "all shown" if count == layer.channels else f"{count} of them with an entry"
     lines = [
         f"{layer.channels} channels, {shown}, ranked by their highest value on these images.",
         f"Colours and histogram end at {figure(limits.low)} and {figure(limits.high)}; "
@@ -152,3 +154,45 @@ def _pictures(drawn: LayerPictures, place: int, channel: int, images: Sequence[s
             ),
         ]
     return found
+
+
+def _rest(
+    layer: LayerEvidence,
+    place: Place,
+    drawn: LayerPictures,
+    stats: ChannelStats,
+    keys: Mapping[int, str],
+    badges: Mapping[int, Sequence[str]],
+) -> Rest:
+    """Return what is told of the channels without an entry."""
+    assert drawn.strips is not None
+    order = list(place.rest)
+    strips = [
+        Tile(
+            classes=drawn.strips.block.tile(number), label="\t".join(map(str, order[first : first + ACROSS]))
+        )
+        for number, first in enumerate(range(0, len(order), ACROSS))
+    ]
+    rows: list[Row] = []
+    if place.folded not in place.rest.values():
+        columns = [layer.peaks().amax(0), stats.mean, stats.std, stats.min, stats.max]
+        written = [[figure(value) for value in column[order].tolist()] for column in columns]
+        zeros = [percent(share) for share in stats.zero_fraction[order].tolist()]
+        rows = [
+            Row(
+                anchor=place.rest[channel],
+                cells=(str(channel), *cells, ", ".join(badges[channel])),
+                keys=keys[channel],
+            )
+            for channel, *cells in zip(order, *written, zeros, strict=True)
+        ]
+    return Rest(
+        anchor=place.folded,
+        href=link(place.folded),
+        count=len(order),
+        note=f"Of each channel {drawn.strips.note}, shrunk, in the colours above; the highest value first.",
+        classes=f"s{drawn.strips.block.number}",
+        strips=tuple(strips),
+        heads=("channel", "highest here", "mean", "std", "least", "most", "zeros", ""),
+        rows=tuple(rows),
+    )

@@ -202,7 +202,7 @@ def percent(share: float) -> str:
         return "–"
     if 0 < share < 0.001:
         return "< 0.1 %"
-    return f"{100 * share:.1f} %" if share < 0.1 else f"{100 * share:.0f} %"
+    return f"{100 * share:.1f} %" if 0 < share < 0.1 else f"{100 * share:.0f} %"
 
 
 def histogram(maps: Sequence[torch.Tensor], low: float, high: float, *, bins: int = 64) -> list[float]:

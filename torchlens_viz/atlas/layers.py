@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import ceil, isqrt
 from typing import Final, final
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +28,8 @@ from torchlens_viz.models.layers import select_one
 
 _MOSAIC: Final = 24  # about as many pixels as the kernels of a filter take together, each way
 _FEWEST: Final = 3  # kernels each way
+ACROSS: Final = 8  # channels of a strip
+_SMALL: Final = 4  # pixels a side, at least, of a channel in a strip
 
 
 @final
@@ -39,28 +42,39 @@ class LayerPictures:
         maps: The map of each shown channel, a view per image.
         shrink: For each image, how many positions of the layer a pixel of its maps stands for, each way.
         limits: What the colours of the maps stand for.
+        strips: The other channels, small, so many in a strip: each with its maps, and below them its kernel.
     """
 
     kernels: View | None
     maps: tuple[View, ...]
     shrink: tuple[int, ...]
     limits: Range
+    strips: View | None
 
 
 def draw_layer(
-    album: Album, model: nn.Module, evidence: LayerEvidence, channels: Sequence[int], side: int
+    album: Album,
+    model: nn.Module,
+    evidence: LayerEvidence,
+    channels: Sequence[int],
+    rest: Sequence[int],
+    *,
+    side: int,
+    small: tuple[int, int],
 ) -> LayerPictures:
-    """Draw the kernels and maps of some channels of a layer into sprites.
+    """Draw the kernels and maps of the channels of a layer into sprites.
 
     Args:
         album: Where the sprites go.
         model: The network.
         evidence: What the layer makes of the images.
         channels: The channels to show, in the order in which they are shown.
+        rest: Those that are shown small.
         side: The longest side of a map in pixels; larger ones are shrunk by a whole factor.
+        small: The same for those that are shown small, and of how many images their maps are shown.
     """
-    weight = _weight(model, evidence)
-    weight = None if weight is None else weight[list(channels)]
+    whole = _weight(model, evidence)
+    weight = None if whole is None else whole[list(channels)]
     in_colour = weight is not None and weight.shape[1] == 3 and weight.ndim == 4
     kernels: View | None = None
     if weight is not None and in_colour:
@@ -78,20 +92,57 @@ def draw_layer(
     limits = robust_range(maps, signed=is_signed)
     sprite = album.sprite()
     if weight is not None and not in_colour:
-        own = robust_range([weight], signed=is_signed)
-        tiles, note = _mosaics(weight, own)
-        kernels = album.add(sprite, tiles, own, note)
+        of_kernels = robust_range([weight], signed=is_signed)
+        tiles, note = _mosaics(weight, of_kernels)
+        kernels = album.add(sprite, tiles, of_kernels, note)
     views, factors = [], []
     for each in maps:
-        small, factor = shrunk(each, side)
+        reduced, factor = shrunk(each, side)
         height, width = each.shape[1:]
         about = f"maps of {height} × {width}"
         if factor > 1:
-            about += f", drawn at {small.shape[1]} × {small.shape[2]}: the means of squares of {factor}"
-        views.append(album.add(sprite, coded(small, limits), limits, about))
+            about += f", drawn at {reduced.shape[1]} × {reduced.shape[2]}: the means of squares of {factor}"
+        views.append(album.add(sprite, coded(reduced, limits), limits, about))
         factors.append(factor)
+    strips = None
+    if rest:
+        others = [each[list(rest)] for each in evidence.maps[: small[1]]]
+        own = None if kernels is None else kernels.limits
+        shown = None if whole is None or own is None else (whole[list(rest)], own)
+        tiles, note = _strips(others, limits, shown, small[0])
+        strips = album.add_strips(sprite, tiles, limits, note, parts=ACROSS)
     album.close(sprite, sprite.as_values(colours_for(limits)), f"{evidence.name}-maps")
-    return LayerPictures(kernels=kernels, maps=tuple(views), shrink=tuple(factors), limits=limits)
+    return LayerPictures(
+        kernels=kernels, maps=tuple(views), shrink=tuple(factors), limits=limits, strips=strips
+    )
+
+
+def _strips(
+    maps: Sequence[torch.Tensor], limits: Range, kernels: tuple[torch.Tensor, Range] | None, side: int
+) -> tuple[Pixels, str]:
+    """Draw channels small, eight in a strip: (S, h, w), and what of each is shown.
+
+    Args:
+        maps: (K, h, w) of each image.
+        limits: What the colours of maps stand for.
+        kernels: (K, I, h, w), and what their colours stand for.
+        side: The longest side of what is shown of a channel.
+    """
+    bands = [coded(shrunk(each, side)[0], limits) for each in maps]
+    shown = "its map" if len(bands) == 1 else f"its maps of the first {len(bands)} images"
+    if kernels is not None:
+        bands.append(_mosaics(*kernels, most=side)[0])
+        shown += f", and below {'it' if len(maps) == 1 else 'them'} the largest of its kernels"
+    count = -(-len(bands[0]) // ACROSS) * ACROSS
+    pitch = max(_SMALL, *(band.shape[2] for band in bands)) + 1
+    whole = np.full((count, sum(band.shape[1] + 1 for band in bands), pitch), PADDING, np.uint8)
+    top = 0
+    for band in bands:
+        channels, height, width = band.shape
+        whole[:channels, top : top + height, :width] = band
+        top += height + 1
+    strips = whole.reshape(-1, ACROSS, top, pitch).transpose(0, 2, 1, 3).reshape(-1, top, ACROSS * pitch)
+    return strips, shown
 
 
 def _weight(model: nn.Module, evidence: LayerEvidence) -> torch.Tensor | None:
@@ -107,11 +158,18 @@ def _weight(model: nn.Module, evidence: LayerEvidence) -> torch.Tensor | None:
     return weight if len(weight) == evidence.channels and weight.ndim == 4 else None
 
 
-def _mosaics(weight: torch.Tensor, limits: Range) -> tuple[Pixels, str]:
-    """Draw of each filter (O, I, h, w) the kernels with the largest weights, the largest first."""
+def _mosaics(weight: torch.Tensor, limits: Range, *, most: int | None = None) -> tuple[Pixels, str]:
+    """Draw of each filter (O, I, h, w) the kernels with the largest weights, the largest first.
+
+    Args:
+        weight: The kernels.
+        limits: What the colours stand for.
+        most: The pixels that a filter may take, each way, unless a kernel is larger.
+    """
     outputs, inputs, height, width = weight.shape
     gap = 0 if height * width == 1 else 1
-    each_way = max(_FEWEST, _MOSAIC // (max(height, width) + gap))
+    longest = max(height, width) + gap
+    each_way = max(_FEWEST, _MOSAIC // longest) if most is None else max(1, (most + gap) // longest)
     each_way = min(each_way, isqrt(inputs - 1) + 1)
     shown = min(inputs, each_way * each_way)
     note = f"{'the one kernel' if inputs == 1 else f'all {inputs} kernels'} of {height} × {width}"

@@ -2,12 +2,23 @@
 (() => {
   const at = (id) => document.getElementById(id);
   const search = at("page:search"), found = at("page:found"), filter = at("page:filter");
-  const marked = [...document.querySelectorAll(".tiles a, article.channel")];
+  const rests = [...document.querySelectorAll(".rest")].map((rest) => {
+    const rows = [...rest.querySelectorAll("tbody tr")];
+    return {
+      rows, name: rest.closest("section").getAttribute("aria-label"),
+      strips: [...rest.querySelectorAll(".strips p")],
+      ids: new Map(rows.map((row) => [row.cells[0].textContent, row.id])),
+    };
+  });
+  const numbers = (strip) => strip.textContent.split("\t");
+  const marked = [...document.querySelectorAll(".tiles a, article.channel, .rest tbody tr")];
   const names = [...document.querySelectorAll("[data-layer]")].map((each) => ({
     name: each.dataset.layer, href: each.getAttribute("href"),
   })).concat([...document.querySelectorAll("article.channel")].map((each) => ({
     name: each.dataset.name, href: each.querySelector("h4 a").getAttribute("href"),
-  })));
+  }))).concat(rests.flatMap(({ name, rows }) => rows.map((row) => ({
+    name: `${name}:${row.cells[0].textContent}`, href: `#${encodeURIComponent(row.id)}`,
+  }))));
   const MOST = 12;
 
   const open = (target) => {
@@ -59,7 +70,13 @@
     for (const each of marked) {
       const fits = !filter.value || (each.dataset.k || "").split(" ").includes(filter.value);
       each.hidden = !fits;
-      if (fits && each.tagName === "ARTICLE") count += 1;
+      if (fits && each.tagName !== "A") count += 1;
+    }
+    for (const { strips, rows } of rests) {
+      const fitting = new Set(rows.filter((row) => !row.hidden).map((row) => row.cells[0].textContent));
+      for (const strip of rows.length ? strips : []) {
+        strip.hidden = !numbers(strip).some((number) => fitting.has(number));
+      }
     }
     at("page:count").textContent = filter.value ? `${count} channel${count === 1 ? "" : "s"}` : "";
   };
@@ -72,6 +89,16 @@
     if (event.key === "Escape") { search.value = ""; look(); }
   });
   filter.addEventListener("change", sift);
+  for (const { strips, ids } of rests) {
+    for (const strip of ids.size ? strips : []) {
+      strip.style.cursor = "pointer";
+      strip.addEventListener("click", (event) => {
+        const place = (event.clientX - strip.getBoundingClientRect().left) / strip.firstChild.offsetWidth;
+        const id = ids.get(numbers(strip)[Math.floor(8 * place)]);
+        if (id) location.hash = encodeURIComponent(id);
+      });
+    }
+  }
   addEventListener("hashchange", go);
   if (location.hash) go();
   if (filter.value) sift();

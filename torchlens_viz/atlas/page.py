@@ -113,10 +113,7 @@ def rendered(
         health=health,
         layers=layers,
         hrefs={name: link(place.anchor) for name, place in places.items()},
-        channel_hrefs={
-            name: {channel: link(anchor) for channel, anchor in place.channels.items()}
-            for name, place in places.items()
-        },
+        channel_hrefs={name: place.hrefs for name, place in places.items()},
         classes=classes,
         kinds=KINDS,
         by_kind=[
@@ -170,6 +167,8 @@ def _rules(album: Album, overlays: Overlays, images: Sequence[ImageChapter]) -> 
             f"--fx:{view.factor};--fy:{view.factor}}}"
             f".b{block.number}.large{{--fx:{view.large};--fy:{view.large}}}"
         )
+        if view.pitch:
+            rules.append(f".s{block.number}{{tab-size:{view.pitch}px}}")
         columns = max(columns, block.columns)
         rows = max(rows, block.rows)
     rules += [f".c{place}{{--c:{place}}}" for place in range(columns)]

@@ -76,11 +76,13 @@ def report(
         names: What the model's outputs are called, by index.
         targets: The class of each input of the survey, by its index, or without a survey of each image: every
             channel is then filed under the class of the input that drives it hardest.
-        max_channels: How many channels of each layer to show, those with the highest value on the images
-            first. None is all of them, or 64 of each layer where the layers have more than 4,096 together.
+        max_channels: How many channels of each layer to show with an entry of their own, those with the
+            highest value on the images first; of the others the page shows small pictures and figures. None
+            is all of them, or 64 of each layer where the layers have more than 4,096 together, and fewer
+            where so many images are shown that the entries would hold more than 20,000 pictures.
         projections: For how many channels of each layer to show which pattern in the images made them fire,
-            from 0, and of the first two images. None is 8, or none where there are more than 16 layers,
-            since that takes a second each.
+            from 0, and of the first two images. None is 8, of 16 layers from the first to the last at equal
+            distances where there are more, so that it takes seconds; a number holds for every layer.
         explain: Show where in the images the evidence for the network's answer lies.
         title: What the page is called; None is the class of the model.
         about: More lines for the head of the page, by name, such as `{"weights": "epoch 12"}`.

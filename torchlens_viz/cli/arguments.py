@@ -270,7 +270,8 @@ def add_report(commands: Any) -> None:
         "--max-channels",
         type=int,
         metavar="N",
-        help="channels of each layer to show (default: all, or 64 where there are more than 4096 in all)",
+        help="channels of each layer with an entry of their own, the others are shown small (default: all, "
+        "or 64 where there are more than 4096 in all)",
     )
     parser.add_argument(
         "--assets",
