@@ -115,14 +115,16 @@ _DOORS = frozenset({"errors", "objectives", "testing"})  # modules that are publ
 __all__ = [*_HOME]
 
 
-def __getattr__(name: str) -> object:
-    if name in _DOORS:
-        return importlib.import_module(f"{__name__}.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # type checkers know the names from above, and must report a misspelt one
+
+    def __getattr__(name: str) -> object:
+        if name in _DOORS:
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -78,7 +78,7 @@ class Maximization:
     scores: torch.Tensor
     history: torch.Tensor
     means: torch.Tensor
-    status: tuple[str, ...]
+    status: tuple[Status, ...]
     evidence: tuple[str, ...]
     limits: tuple[float, float] = (0.0, 1.0)
     is_complete: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchlens_viz.arguments import integer, number, one_of
@@ -19,8 +20,8 @@ from torchlens_viz.models.state import same_random_numbers
 
 
 def compare(
-    a: Any,
-    b: Any,
+    a: nn.Module | torch.export.ExportedProgram,
+    b: nn.Module | torch.export.ExportedProgram,
     inputs: Any,
     layers: Selector | None = None,
     *,

@@ -95,10 +95,10 @@ class Comparison:
         folded: Mapping[str, str],
         samples_seen: int,
     ) -> None:
-        self.layers = tuple(layers)
-        self.only_in_a = tuple(only_in_a)
-        self.only_in_b = tuple(only_in_b)
-        self.folded = dict(folded)
+        self.layers: tuple[LayerDifference, ...] = tuple(layers)
+        self.only_in_a: tuple[str, ...] = tuple(only_in_a)
+        self.only_in_b: tuple[str, ...] = tuple(only_in_b)
+        self.folded: dict[str, str] = dict(folded)
         self.samples_seen = samples_seen
         self._exhibits = tuple(exhibits)
         self._alike = tuple(alike)

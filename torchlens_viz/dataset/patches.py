@@ -209,7 +209,7 @@ class Gallery:
     """
 
     def __init__(self, top: Top, channels: int | Sequence[int] | None, source: Source, view: View) -> None:
-        self.channels = tuple(indices_of(channels, len(top.values), "channels"))
+        self.channels: tuple[int, ...] = tuple(indices_of(channels, len(top.values), "channels"))
         self.view = view
         self._top = top
         wanted = [sample for sample in top.samples[list(self.channels)].flatten().tolist() if sample >= 0]

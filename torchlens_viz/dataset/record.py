@@ -143,7 +143,9 @@ class Record:
         self.is_complete: bool = about["is_complete"]
         shape = about["input_shape"]
         self.input_shape: tuple[int, ...] | None = None if shape is None else tuple(shape)
-        self.not_called = tuple(name for name, tally in self._tallies.items() if tally.inputs == 0)
+        self.not_called: tuple[str, ...] = tuple(
+            name for name, tally in self._tallies.items() if tally.inputs == 0
+        )
 
     @cached_property
     def stats(self) -> ByLayer[ChannelStats]:

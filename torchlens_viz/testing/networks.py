@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from torchlens_viz.comparison.compare import compare
 from torchlens_viz.comparison.matching import Match
 from torchlens_viz.comparison.result import Comparison, LayerDifference
@@ -13,8 +16,8 @@ from torchlens_viz.testing.messages import share, some
 
 
 def assert_same_activations(
-    a: Any,
-    b: Any,
+    a: nn.Module | torch.export.ExportedProgram,
+    b: nn.Module | torch.export.ExportedProgram,
     inputs: Any,
     layers: Selector | None = None,
     *,

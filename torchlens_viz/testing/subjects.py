@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeAlias
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -17,8 +18,18 @@ from torchlens_viz.nested import leaves
 from torchlens_viz.stats.channels import ChannelStats
 from torchlens_viz.stats.running import RunningStats
 
-Subject: TypeAlias = Any  # a Tensor, Activations, ChannelStats, RunningStats, a mapping of those, or a Survey
 Globs: TypeAlias = str | Sequence[str] | None
+
+
+class Measured(Protocol):
+    """What has statistics of layers by name, as a `Survey` has."""
+
+    @cached_property
+    def stats(self) -> Mapping[str, ChannelStats]:
+        """The statistics of each layer."""
+
+
+Subject: TypeAlias = torch.Tensor | ChannelStats | RunningStats | Mapping[str, Any] | Measured
 
 
 class Reading(NamedTuple):
