@@ -37,8 +37,8 @@ from torchlens_viz import Maximization
 from torchlens_viz.cli.main import main as command_line
 from torchlens_viz.files.paths import safe_names
 from torchlens_viz.models.colours import colours_of
-from torchlens_viz.models.loaded import LoadedModel
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
+from torchlens_viz.zoo.loaded import LoadedModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "networks.md"
 BEGIN, END = (

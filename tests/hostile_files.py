@@ -33,7 +33,7 @@ def make_files(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     """Write one of every kind of file, and say how each is read and then looked at."""
     from safetensors.torch import save_file
 
-    from torchlens_viz.models.weights import load_weights, read_weights
+    from torchlens_viz.zoo.weights import load_weights, read_weights
 
     ACTS.save(folder / "acts.safetensors")
     SURVEY.save(folder / "survey.safetensors")

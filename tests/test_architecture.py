@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "stats": {"errors", "arguments", "notebook"},
     "trackers": {"files"},
     "models": {"errors", "nested", "arguments", "files"},
+    "zoo": {"errors", "arguments", "files", "models"},
     "draw": {"errors", "arguments"},
     "hooks": {"errors", "nested", "notebook", "arguments", "files", "stats", "models", "draw"},
     "receptive": {"errors", "nested", "arguments", "models", "hooks"},
@@ -60,8 +61,8 @@ ALLOWED: dict[str, set[str]] = {
         *("attribution", "dataset", "ascent", "album"),
     },
     "cli": {
-        *("errors", "progress", "distributed", "files", "models", "hooks", "comparison", "overview"),
-        *("grids", "attribution", "dataset", "ascent", "atlas"),
+        *("errors", "progress", "distributed", "files", "models", "zoo", "hooks", "comparison"),
+        *("overview", "grids", "attribution", "dataset", "ascent", "atlas"),
     },
     "__main__": {"cli"},
 }

@@ -23,7 +23,7 @@ from torchlens_viz.ascent.checkpoint import Resumption
 from torchlens_viz.cli.main import main
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.colours import colours_of
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
 
 
 def pixels(path: Path) -> np.ndarray:

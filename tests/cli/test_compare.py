@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
 
 
 @pytest.fixture

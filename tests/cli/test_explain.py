@@ -10,7 +10,7 @@ from PIL import Image
 
 from torchlens_viz.cli.explain import _index
 from torchlens_viz.errors import InvalidArgumentError
-from torchlens_viz.models.loaded import LoadedModel
+from torchlens_viz.zoo.loaded import LoadedModel
 
 MODULE = """
 import torch

@@ -8,7 +8,7 @@ import torch
 
 from torchlens_viz import layers
 from torchlens_viz.files.pictures import read_image
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
 
 
 def test_without_a_picture_it_prints_the_table_and_loads_no_weights(folder, run, monkeypatch):

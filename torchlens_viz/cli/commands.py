@@ -32,9 +32,9 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.colours import colours_of
 from torchlens_viz.models.inputs import as_batch
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.loaded import LoadedModel
 from torchlens_viz.models.state import device_of, usable_device
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
+from torchlens_viz.zoo.loaded import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def draw_kernels(
     """Write the kernels of one layer as one sheet.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         out: The picture to write.
         layer: A layer; the first convolution where it is None.
         weights: What `load_model` takes.
@@ -86,7 +86,7 @@ def draw_maps(
     Nothing is written unless every sheet can be drawn.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         image: The picture file.
         out: The folder for the sheets, each named after its layer.
         layers: Names and globs; every convolution where it is None.
@@ -143,7 +143,7 @@ def maximize_layers(
     torchrun the channels are shared among the processes, of which the first writes.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         out: The folder; each layer gets one of its own in it.
         layers: Names and globs.
         weights: What `load_model` takes.

@@ -13,7 +13,7 @@ from torchlens_viz.cli.commands import Outcome, prepared_by, told_as_model_error
 from torchlens_viz.comparison.compare import compare
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.models.state import usable_device
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def compare_models(
     """Compare two models, both on what the preprocessing of the first makes of the pictures.
 
     Args:
-        a: What `torchlens_viz.models.zoo.load_model` takes: the model that is right.
+        a: What `torchlens_viz.zoo.load.load_model` takes: the model that is right.
         b: The other.
         images: The picture files.
         out: A picture to write of the first layer beyond the tolerance, or of the one nearest to it.

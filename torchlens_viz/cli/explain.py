@@ -14,9 +14,9 @@ from torchlens_viz.cli.commands import Outcome, own_gpu, prepared_by, told_as_mo
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError, PictureError
 from torchlens_viz.files.paths import is_there, safe_names, write_whole
 from torchlens_viz.files.pictures import read_image, save_picture
-from torchlens_viz.models.loaded import LoadedModel
 from torchlens_viz.models.state import usable_device
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
+from torchlens_viz.zoo.loaded import LoadedModel
 
 
 def explain_pictures(
@@ -36,7 +36,7 @@ def explain_pictures(
     Nothing is written unless every picture can be explained.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         images: The picture files.
         out: The folder.
         target: An output by index or name; the highest of each picture where it is None.

@@ -9,9 +9,9 @@ from torchlens_viz.cli.commands import Outcome, prepared_by, told_as_model_error
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.state import like_parameters
-from torchlens_viz.models.zoo import load_model, load_structure
 from torchlens_viz.overview.layers import layers as table_of
 from torchlens_viz.overview.table import LayerTable
+from torchlens_viz.zoo.load import load_model, load_structure
 
 
 def list_layers(
@@ -22,7 +22,7 @@ def list_layers(
     No weights are loaded, since the table does not depend on them; without an image none are made either.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         image: A picture to show to the network, so that time is measured; None for zeros.
         layers: Names and globs; every layer where it is None.
         blocks: List also layers that hold others.

@@ -13,7 +13,7 @@ from torchlens_viz.files.paths import is_there, safe_names
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import usable_device
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
 
 
 def project_units(
@@ -29,7 +29,7 @@ def project_units(
     """Write which pattern in a picture made units of some layers fire.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         image: The picture file.
         out: The folder; each layer gets one of its own in it, as `Projection.save` writes it.
         layers: Names and globs.

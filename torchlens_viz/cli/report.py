@@ -25,9 +25,9 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.colours import colours_of
 from torchlens_viz.models.kernels import convolutions
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.loaded import LoadedModel
 from torchlens_viz.models.state import device_of, usable_device
-from torchlens_viz.models.zoo import load_model
+from torchlens_viz.zoo.load import load_model
+from torchlens_viz.zoo.loaded import LoadedModel
 
 _MAXIMIZED: Final = 8  # channels of each layer
 _LONGEST: Final = 128  # pixels a side of what is maximised
@@ -53,7 +53,7 @@ def report_on(
     """Write a page that shows a network.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         images: The picture files.
         out: The page to write.
         layers: Names and globs; every convolution where it is None.

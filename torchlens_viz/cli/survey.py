@@ -33,10 +33,10 @@ from torchlens_viz.files.paths import safe_names, write_whole
 from torchlens_viz.files.pictures import pictures_in, read_image, save_picture
 from torchlens_viz.models.colours import colours_of
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.loaded import LoadedModel
 from torchlens_viz.models.state import usable_device
-from torchlens_viz.models.zoo import load_model
 from torchlens_viz.progress import is_shown, tracked
+from torchlens_viz.zoo.load import load_model
+from torchlens_viz.zoo.loaded import LoadedModel
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
 
@@ -169,7 +169,7 @@ def survey_folder(
     torchrun the pictures are shared among the processes, of which the first writes.
 
     Args:
-        model: What `torchlens_viz.models.zoo.load_model` takes.
+        model: What `torchlens_viz.zoo.load.load_model` takes.
         folder: The pictures, in folders of any depth; their order is that of their paths.
         out: The folder to write to.
         layers: Names and globs; every convolution where it is None.

@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.transforms._presets import ImageClassification
 
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError
-from torchlens_viz.models.zoo import load_model, load_structure
+from torchlens_viz.zoo.load import load_model, load_structure
 
 NAME = "squeezenet1_1"
 WEIGHTS = torchvision.models.SqueezeNet1_1_Weights.DEFAULT

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError, one_line
 from torchlens_viz.files.pictures import as_rgb
-from torchlens_viz.models.loaded import (
+from torchlens_viz.zoo.loaded import (
     USUAL_NOTE,
     LoadedModel,
     Preprocess,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from torchlens_viz import capture, layers
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError
-from torchlens_viz.models.zoo import load_model, load_structure
+from torchlens_viz.zoo.load import load_model, load_structure
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 420, 3), dtype=np.uint8))
 NAME = "test_resnet"  # of a few thousand weights

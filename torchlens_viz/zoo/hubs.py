@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchlens_viz.errors import ModelLoadError, TorchlensVizError, needed, one_line
 from torchlens_viz.files.pictures import as_rgb
-from torchlens_viz.models.loaded import (
+from torchlens_viz.zoo.loaded import (
     LoadedModel,
     Preprocess,
     names_of,

@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError, TorchlensVizError, one_line
 from torchlens_viz.files.paths import is_there
-from torchlens_viz.models.hub_zoo import from_timm, from_transformers
-from torchlens_viz.models.loaded import (
+from torchlens_viz.zoo.hubs import from_timm, from_transformers
+from torchlens_viz.zoo.loaded import (
     LoadedModel,
     OwnPreprocess,
     Preprocess,
@@ -30,8 +30,8 @@ from torchlens_viz.models.loaded import (
     off_meta,
     usual_preprocess,
 )
-from torchlens_viz.models.torchvision_zoo import from_torchvision
-from torchlens_viz.models.weights import is_weights, load_weights, read_weights
+from torchlens_viz.zoo.torchvision_models import from_torchvision
+from torchlens_viz.zoo.weights import is_weights, load_weights, read_weights
 
 
 def load_model(spec: str, *, weights: str | os.PathLike[str] = "DEFAULT") -> LoadedModel:
@@ -46,7 +46,7 @@ def load_model(spec: str, *, weights: str | os.PathLike[str] = "DEFAULT") -> Loa
             `(model, preprocess)`, or `(model, preprocess, names)`, with the names of classes. A function
             `preprocess(image)` beside it in its module is used where it returns none.
         weights: "DEFAULT" for the best weights of that name, or for those that the factory has set; "none"
-            for random ones, or those that a factory sets; or a file, see `torchlens_viz.models.weights`.
+            for random ones, or those that a factory sets; or a file, see `torchlens_viz.zoo.weights`.
 
     Returns:
         The model in eval mode, with its preprocessing: that of the default weights for the name, whichever

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from torchlens_viz.errors import MissingDependencyError, ModelLoadError
-from torchlens_viz.models.weights import load_weights, read_weights
+from torchlens_viz.zoo.weights import load_weights, read_weights
 
 
 def network(seed: int = 0) -> nn.Sequential:
