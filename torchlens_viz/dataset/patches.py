@@ -17,9 +17,9 @@ from torchlens_viz.dataset.tally import Tally
 from torchlens_viz.draw.rows import draw_rows
 from torchlens_viz.draw.style import Style
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.colours import Colours, as_pixels, known_colours
+from torchlens_viz.models.colours import Bands, Colours, as_pixels, checked_bands, inverted, known_colours
 from torchlens_viz.models.inputs import InputOf, images_in, input_of, model_input, part_of
-from torchlens_viz.models.kernels import image_channels
+from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
 from torchlens_viz.stats.topk import Top
@@ -31,9 +31,10 @@ class Patch(NamedTuple):
     """A part of an input.
 
     Attributes:
-        values: (C, h, w), as the model takes it.
-        pixels: (3, h, w) float32 in [0, 1], as a person would see it.
-        box: The rows and columns of the input that these are.
+        values: (C, h, w), as the model takes it; (C, l) of a signal and (C, d, h, w) of a volume.
+        pixels: (3, h, w) or (3, d, h, w) float32 in [0, 1], as a person would see it; of a signal its values,
+            (C, l) float32, after `invert` if there is one.
+        box: The part of the input that these are, a slice for each of its spatial axes.
     """
 
     values: torch.Tensor
@@ -49,12 +50,14 @@ class Source(NamedTuple):
         preprocess: Makes of an input what the model takes, (C, H, W) or (1, C, H, W).
         invert: Makes of the model's input, (1, C, H, W), pixels in [0, 1].
         input_of: Which part of an item is the input.
+        bands: The channels to show as red, green and blue, or the one to show; None as `Survey.grid` says.
     """
 
     inputs: Any
     preprocess: Callable[[Any], torch.Tensor] | None
     invert: Callable[[torch.Tensor], torch.Tensor] | None
     input_of: InputOf
+    bands: Bands = None
 
 
 class View(NamedTuple):
@@ -63,7 +66,7 @@ class View(NamedTuple):
     Attributes:
         model: The model that was surveyed.
         layer: The layer whose positions are meant.
-        shape: (C, H, W) of the inputs that were surveyed; None where they differed.
+        shape: (C, ...) of the inputs that were surveyed; None where they differed.
         channel_dim: The dimension that counts channels in what the layer puts out.
     """
 
@@ -80,7 +83,7 @@ def view_of(tally: Tally, layer: str, model: nn.Module | None, shape: tuple[int,
         tally: What is known of the layer.
         layer: Its name.
         model: The model that was surveyed.
-        shape: (C, H, W) of the inputs; None where they differed.
+        shape: (C, ...) of the inputs; None where they differed.
 
     Raises:
         InvalidArgumentError: There is no model, or the layer ran several times for one batch.
@@ -108,7 +111,9 @@ class Cutter:
     def __init__(self, view: View, source: Source, inputs: Mapping[int, Any]) -> None:
         self._model, self._layer, self._shape, self._channel_dim = view
         self._preprocess, self._invert, self._inputs = source.preprocess, source.invert, inputs
+        self._bands = source.bands
         self._channels = image_channels(self._model)
+        self._axes = image_axes(self._model) if self._shape is None else len(self._shape) - 1
         self._fields: dict[tuple[int, ...], ReceptiveField] = {}
         self._colours: dict[tuple[Any, ...], Colours | None] = {}
         self._read: OrderedDict[int, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
@@ -134,7 +139,7 @@ class Cutter:
         return Patch(values[inside].clone(), pixels[inside].clone(), box)  # views would hold all of the input
 
     def whole(self, sample: int) -> torch.Tensor:
-        """Return an input as the model takes it, (C, H, W)."""
+        """Return an input as the model takes it, (C, ...)."""
         return self._input(sample)[0]
 
     def colours(self, sample: int) -> torch.Tensor | None:
@@ -145,18 +150,26 @@ class Cutter:
     def _input(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
         if sample not in self._read:
             image = self._inputs[sample]
-            batch = model_input(image, self._preprocess, self._channels)
+            batch = model_input(image, self._preprocess, self._channels, self._axes)
             shape = tuple(batch.shape[1:])
             if self._shape is not None and shape != self._shape:
                 raise InvalidArgumentError(
                     f"`source` must hold the inputs that were surveyed, of shape {self._shape}, got {shape} "
                     f"at index {sample}; pass `preprocess` if it holds what the inputs are made from"
                 )
-            pixels = as_pixels(batch, image, invert=self._invert, colours=self._colours_of(image))
-            self._read[sample] = (batch[0].detach().cpu(), pixels)
+            self._read[sample] = (batch[0].detach().cpu(), self._pixels(batch, image))
             if len(self._read) > _REMEMBERED:
                 self._read.popitem(last=False)
         return self._read[sample]
+
+    def _pixels(self, batch: torch.Tensor, image: torch.Tensor | Image.Image) -> torch.Tensor:
+        """Return an input as a person would see it: in colours, or of signals as it is."""
+        if self._axes > 1:
+            colours = self._colours_of(image)
+            return as_pixels(batch, image, invert=self._invert, colours=colours, bands=self._bands)
+        values = inverted(batch, self._invert)[0].float().cpu()
+        chosen = checked_bands(self._bands, len(values))
+        return values if chosen is None else values[chosen]
 
     def _colours_of(self, image: torch.Tensor | Image.Image) -> Colours | None:
         """Return what the preprocessing does to the colours of such an image; found once for each kind."""
@@ -167,7 +180,7 @@ class Cutter:
         else:
             kind = (image.dtype, image.shape, bool(image.min() < 0 or image.max() > 1))
         if kind not in self._colours:
-            self._colours[kind] = known_colours(self._preprocess, image)
+            self._colours[kind] = known_colours(self._preprocess, image, self._axes)
         return self._colours[kind]
 
     def _field(self, shape: tuple[int, ...]) -> ReceptiveField:
@@ -240,6 +253,9 @@ class Gallery:
     def draw(self, *, tile: int, style: Style) -> Image.Image:
         """Draw a row per channel, each patch with its peak and its input's index.
 
+        Volumes are drawn as slices, and signals as curves, which reach from the smallest value of all of them
+        to the largest.
+
         Raises:
             InvalidArgumentError: The channels have no peak, or the sheet would be too large.
         """
@@ -269,7 +285,7 @@ def pick(source: Any, samples: Iterable[int], rule: InputOf) -> Mapping[int, Any
     """Return the inputs with the given indices, by index; where it can be, each is read when it is looked up.
 
     Args:
-        source: A dataset, a tensor (N, C, H, W), anything else that `source[index]` gives an input of, or an
+        source: A dataset, a tensor (N, C, ...), anything else that `source[index]` gives an input of, or an
             iterable of inputs in the order of their indices. Of a DataLoader, its dataset.
         samples: The indices.
         rule: Which part of an item is the input, where it is neither a picture nor as `input_of` finds it.

@@ -17,6 +17,7 @@ from torchlens_viz.dataset.record import By, Record
 from torchlens_viz.draw.style import Style
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.followers import dead_channels
+from torchlens_viz.models.colours import Bands
 from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import require_module
 
@@ -30,7 +31,7 @@ class Survey(Record):
         not_called: The selected layers that never ran.
         top_k: How many inputs were to be kept per channel.
         is_complete: False where the survey was broken off by Ctrl-C; figures are of the inputs before.
-        input_shape: (C, H, W) of the inputs; None where they differed.
+        input_shape: (C, ...) of the inputs; None where they differed.
     """
 
     def dead(self, layer: str, eps: float = 0.0) -> torch.Tensor:
@@ -118,7 +119,7 @@ class Survey(Record):
             by: `"activation"`, what drives the channel hardest, or `"relevance"`, where it mattered for the
                 score that `survey` was given as `target`; the patch is then what the largest part of that
                 relevance sees.
-            preprocess: Makes of an item of `source` what the model takes, (C, H, W), if it is not that yet.
+            preprocess: Makes of an item of `source` what the model takes, (C, ...), if it is not that yet.
             invert: Makes of the model's input, (1, C, H, W), the pixels in [0, 1] to show. Without it, they
                 are found as in `torchlens_viz.overlay_grid`.
             input_of: Which part of an item is the input, as in `survey`.
@@ -126,7 +127,8 @@ class Survey(Record):
 
         Returns:
             A patch per top input, the highest peak first: the `values` that the model took, the `pixels` to
-            show, and the `box` they were cut from. At the border they end with the input.
+            show, and the `box` they were cut from. At the border they end with the input. Of signals (C, L)
+            `pixels` are the values themselves, and patches of volumes (C, D, H, W) are volumes.
 
         Raises:
             InvalidArgumentError: `source` holds other inputs, or the layer ran several times for one batch.
@@ -146,6 +148,7 @@ class Survey(Record):
         invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
         input_of: InputOf = None,
         model: nn.Module | None = None,
+        bands: Bands = None,
         tile: int = 96,
         upscale: int | None = None,
         padding: int = 2,
@@ -153,6 +156,9 @@ class Survey(Record):
         title: str | None = None,
     ) -> Image.Image:
         """Draw the patches that drive channels hardest: a row per channel, the highest peak first.
+
+        Patches of volumes are drawn as up to nine slices, from left to right and from top to bottom, and
+        those of signals as curves, one channel below the other, in one range for all.
 
         Args:
             layer: The layer's name.
@@ -163,7 +169,10 @@ class Survey(Record):
             invert: As in `patches`.
             input_of: As in `patches`.
             model: As in `patches`.
-            tile: The longer side in pixels to which a larger patch is shrunk.
+            bands: The channels of the inputs to show as red, green and blue, or the one to show in gray; of
+                signals, one or three. None is all channels of signals, and of images all of 3, else their
+                mean in gray.
+            tile: The longer side in pixels to which a larger patch is shrunk; of signals, the width.
             upscale: Enlarge each tile by this whole factor; None brings its longer side to at least 64, or
                 to `tile` where that is less.
             padding: Pixels between tiles.
@@ -178,7 +187,7 @@ class Survey(Record):
         """
         integer(tile, "tile", least=1)
         style = Style(normalize=False, upscale=upscale, padding=padding, labels=labels, title=title)
-        inputs = Source(source, preprocess, invert, input_of)
+        inputs = Source(source, preprocess, invert, input_of, bands)
         return self.gallery(layer, channels, inputs, by=by, model=model).draw(tile=tile, style=style)
 
     def gallery(
