@@ -214,6 +214,27 @@ class Net(nn.Module):
         return self.second(self.relu(self.first(images)))
 
 
+class Clips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv3d(3, 4, (2, 3, 3))
+
+    def forward(self, clips):
+        return self.first(clips)
+
+
+def signals():
+    return nn.Sequential(nn.Conv1d(12, 3, 5))
+
+
+def clip(image):
+    return preprocess(image)[:, :, None].expand(-1, -1, 5, -1, -1)
+
+
+def clips():
+    return Clips(), clip
+
+
 def preprocess(image):
     values = torch.tensor(list(image.resize((20, 18)).convert("RGB").tobytes())).view(18, 20, 3)
     return (values.permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.25
@@ -360,3 +381,42 @@ def test_two_processes_of_torchrun_find_what_one_finds(model_folder):
     want = expected("second", steps=5, precision="float32")
     assert got.channels.tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(got.images, want.images, rtol=0, atol=1e-4)
+
+
+# Signals and clips
+
+
+def test_a_network_over_clips_gets_clips_of_the_size_that_its_preprocessing_makes(model_folder, capsys):
+    words = [
+        "maximize",
+        "mymodels:clips",
+        "--layer",
+        "first",
+        "--channels",
+        "0,2",
+        "--steps",
+        "3",
+        "-o",
+        "out",
+    ]
+    assert main([*words, "--precision", "float32"]) == 0
+    found = Maximization.load("out/first")
+    assert found.images.shape == (2, 3, 5, 18, 20)
+    model = load_model("mymodels:clips").model
+    torch.testing.assert_close(
+        found.means, model(normalised(found.images)).detach().flatten(2).mean(2), rtol=1e-4, atol=1e-5
+    )
+    assert main([*words, "--size", "3x8x9", "-o", "small"]) == 0
+    assert Maximization.load("small/first").images.shape == (2, 3, 3, 8, 9)
+
+
+def test_a_network_over_signals_gets_them_as_they_are(tmp_path, model_folder, capsys):
+    (tmp_path / "alone.py").write_text(MODELS.partition("def preprocess")[0])
+    words = ["maximize", "alone:signals", "--layer", "0", "--channels", "1", "--steps", "3", "-o", "out"]
+    assert main([*words, "--size", "60x"]) == 0
+    assert "no preprocessing, which is for pictures alone" in capsys.readouterr().err
+    assert Maximization.load("out/0").images.shape == (1, 12, 60)
+    assert main([*words, "--size", "60x2x", "-o", "other"]) == 2
+    assert "cannot take images of shape (12, 60, 2)" in capsys.readouterr().err
+    assert main([*words, "--size", "wide"]) == 2
+    assert "must be a number or as many as 16x112x112, got 'wide'" in capsys.readouterr().err

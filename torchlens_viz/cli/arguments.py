@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchlens_viz.cli.options import add_channel_dim, add_device, add_folder, add_model, numbers, position
+from torchlens_viz.cli.options import (
+    add_channel_dim,
+    add_device,
+    add_folder,
+    add_model,
+    numbers,
+    position,
+    sides,
+)
 
 
 def add_maximize(commands: Any) -> None:
@@ -27,7 +35,13 @@ def add_maximize(commands: Any) -> None:
     )
     add_folder(parser)
     parser.add_argument("--channels", type=numbers, metavar="LIST", help="channels, e.g. 0-63 (default: all)")
-    parser.add_argument("--size", type=int, metavar="PX", help="side of the images (default: the model's)")
+    parser.add_argument(
+        "--size",
+        type=sides,
+        metavar="PX",
+        help="side of the images, or HEIGHTxWIDTH, or of clips and volumes DEPTHxHEIGHTxWIDTH (default: the "
+        "model's)",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="steps per image (default: 64)")
     parser.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default: 0.05 of the range)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="stop an image beyond this score")

@@ -29,12 +29,13 @@ from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.grids.features import feature_sheet
 from torchlens_viz.grids.kernels import save_kernel_grid
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.models.colours import colours_of
+from torchlens_viz.models.colours import Colours, colours_of
 from torchlens_viz.models.inputs import as_batch
+from torchlens_viz.models.kernels import image_axes
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import device_of, usable_device
 from torchlens_viz.zoo.load import load_model
-from torchlens_viz.zoo.loaded import LoadedModel
+from torchlens_viz.zoo.loaded import LoadedModel, is_usual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,22 +150,20 @@ def maximize_layers(
         weights: What `load_model` takes.
         device: Where to run; None is a GPU where there is one.
         options: What `maximize` takes by keyword; `size` is by default what the model's preprocessing makes,
-            and the images are by default such as one likes to look at, built of waves and robust.
+            and the images are by default such as one likes to look at, built of waves and robust. A network
+            over signals or volumes that brings no preprocessing gets them as they are.
 
     Returns:
         The sheets, one per layer, and which weights they show; nothing in the other processes of a torchrun.
     """
     require_folder(out)
     loaded = load_model(model, weights=weights)
-    try:
-        colours = colours_of(loaded.preprocess)
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(
-            f"{error}; call `maximize` from Python with a differentiable `preprocess`"
-        ) from error
+    colours = _colours(loaded)
     names = [layer.name for layer in select(loaded.model, list(layers))]
     paths = []
     notes = [f"{loaded.name}: {loaded.weights_note}"]
+    if colours is None:
+        notes.append("no preprocessing, which is for pictures alone: inputs are as they are")
     with joined() as rank:
         loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))
         for name, file_name in zip(names, safe_names(names), strict=True):
@@ -173,11 +172,11 @@ def maximize_layers(
             result = maximize(
                 loaded.model,
                 name,
-                preprocess=colours.apply,
+                preprocess=None if colours is None else colours.apply,
                 inputs=loaded.inputs,
                 checkpoint=unfinished,
                 **{
-                    "size": colours.size,
+                    "size": None if colours is None else colours.size,
                     **({} if options.get("method") == "classic" else _TO_LOOK_AT),
                     **options,
                 },
@@ -189,6 +188,19 @@ def maximize_layers(
                 shutil.rmtree(unfinished)  # all of it is in what was saved
                 notes.append(f"{name}: {_counted(result.status)}")
     return Outcome(paths=paths, notes=notes if paths else [])
+
+
+def _colours(loaded: LoadedModel) -> Colours | None:
+    """Return what preprocessing does to colours; None where a network takes no pictures and brings none."""
+    axes = image_axes(loaded.model)
+    if axes != 2 and is_usual(loaded.preprocess):
+        return None
+    try:
+        return colours_of(loaded.preprocess, axes=axes)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"{error}; call `maximize` from Python with a differentiable `preprocess`"
+        ) from error
 
 
 def require_folder(out: Path) -> None:

@@ -124,6 +124,15 @@ def numbers(text: str) -> list[int]:
     return found
 
 
+def sides(text: str) -> int | tuple[int, ...]:
+    """Read "224" as a number for all axes, or "16x112x112" as one for each; "4096x" is a single one."""
+    parts = text.removesuffix("x").split("x")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be a number or as many as 16x112x112, got {text!r}")
+    found = tuple(map(int, parts))
+    return found if "x" in text else found[0]
+
+
 def position(text: str) -> str | tuple[int, int]:
     """Read "max", "all", or "3,4" as row 3 and column 4."""
     if text in ("max", "all"):

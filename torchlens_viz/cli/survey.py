@@ -32,6 +32,7 @@ from torchlens_viz.errors import (
 from torchlens_viz.files.paths import safe_names, write_whole
 from torchlens_viz.files.pictures import pictures_in, read_image, save_picture
 from torchlens_viz.models.colours import colours_of
+from torchlens_viz.models.kernels import image_axes
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import usable_device
 from torchlens_viz.progress import is_shown, tracked
@@ -124,7 +125,7 @@ def write_report(
 def inverse_of(loaded: LoadedModel) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return what undoes the preprocessing of colours; None where it cannot be told once for all pictures."""
     try:
-        return colours_of(loaded.preprocess).undo
+        return colours_of(loaded.preprocess, axes=image_axes(loaded.model)).undo
     except InvalidArgumentError:  # it may well be made for other pictures than plain ones
         return None
 
@@ -194,7 +195,8 @@ def survey_folder(
     require_folder(out)
     files = pictures_in(folder, but_not_in=out / "top")  # an earlier run's sheets
     loaded = load_model(model, weights=weights)
-    selected: Any = nn.Conv2d if layers is None else list(layers)
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[image_axes(loaded.model) - 1]
+    selected: Any = convolutions if layers is None else list(layers)
     names = [layer.name for layer in select(loaded.model, selected)]
     with joined() as rank:
         loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))

@@ -75,6 +75,11 @@ def usual_preprocess(model: nn.Module) -> tuple[Preprocess, str]:
     return usual, USUAL_NOTE
 
 
+def is_usual(preprocess: Preprocess) -> bool:
+    """Tell whether it is one of those that stand in where nothing is known, which make images of pictures."""
+    return preprocess in (usual, _gray)
+
+
 def usual(image: Image.Image) -> Tensor:
     """Prepare a picture as nearly every ImageNet classifier expects it, without torchvision."""
     pixels = torch.from_numpy(np.array(_cropped(image, "RGB"))).permute(2, 0, 1) / 255
@@ -126,7 +131,7 @@ class OwnPreprocess:
 
     Attributes:
         name: What to call it.
-        function: Makes of a PIL image a tensor (1, C, H, W) or (C, H, W).
+        function: Makes of a PIL image a tensor (1, C, H, W) or (C, H, W), or a clip (1, C, T, H, W).
     """
 
     name: str
@@ -148,13 +153,13 @@ class OwnPreprocess:
                 f"`{self.name}` raised {one_line(error)}; it must take a PIL.Image and return a tensor "
                 "(1, C, H, W)"
             ) from error
-        if not isinstance(prepared, Tensor) or prepared.ndim not in (3, 4):
+        if not isinstance(prepared, Tensor) or prepared.ndim not in (3, 4, 5):
             shape = f" (shape {tuple(prepared.shape)})" if isinstance(prepared, Tensor) else ""
             raise ModelLoadError(
                 f"`{self.name}` must return a tensor (1, C, H, W) or (C, H, W), got "
                 f"{type(prepared).__name__}{shape}"
             )
-        return prepared if prepared.ndim == 4 else prepared.unsqueeze(0)
+        return prepared.unsqueeze(0) if prepared.ndim == 3 else prepared
 
 
 def names_of(given: Sequence[object] | None) -> tuple[str, ...]:
