@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -159,6 +160,84 @@ def test_one_and_three_axes_agree_with_brute_force():
     assert field.size == (4, 4, 2)
     assert field.stride == (2, 4, 2)
     assert field.start == (-1, 0, -2)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(2, 2, 5, padding="same", dilation=3),
+        nn.Conv1d(2, 2, 3, stride=2, padding=2, dilation=2),
+        nn.Conv1d(2, 2, 3, padding=2, padding_mode="circular"),
+        nn.Conv1d(2, 2, 3, padding=2, padding_mode="reflect", stride=2),
+        nn.ConvTranspose1d(2, 2, 4, stride=2, padding=1),
+        nn.ConvTranspose1d(2, 2, 3, stride=1, padding=1, dilation=2),
+        nn.ConvTranspose1d(2, 2, 3, stride=2, padding=1, output_padding=1),
+        nn.MaxPool1d(3, 2, 1, dilation=2, ceil_mode=True),
+        nn.AvgPool1d(3, 2, 1, ceil_mode=True),
+        nn.AdaptiveAvgPool1d(5),
+        nn.AdaptiveMaxPool1d(1),
+        nn.Upsample(scale_factor=3),
+        nn.ReplicationPad1d((2, 1)),
+        nn.Sequential(nn.Conv1d(2, 4, 3, groups=2), nn.BatchNorm1d(4), nn.GELU(), nn.Conv1d(4, 2, 2, 2)),
+    ],
+    ids=lambda layer: " ".join(str(layer).split()),
+)
+def test_every_kind_of_layer_over_signals_agrees_with_brute_force(layer):
+    check_by_brute_force(nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), layer), (1, 2, 17))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv3d(2, 2, (1, 2, 3), stride=(2, 1, 1), padding=(0, 1, 2), dilation=(1, 3, 2)),
+        nn.Conv3d(2, 2, 3, padding="same", dilation=(1, 2, 1)),
+        nn.Conv3d(2, 2, 3, padding=1, padding_mode="replicate"),
+        nn.ConvTranspose3d(2, 2, (2, 4, 3), stride=(1, 2, 1), padding=(0, 1, 1)),
+        nn.ConvTranspose3d(2, 2, 3, stride=2, padding=1, output_padding=(1, 0, 1)),
+        nn.MaxPool3d((2, 3, 2), (1, 2, 2), (1, 1, 0), dilation=(2, 1, 2), ceil_mode=True),
+        nn.AvgPool3d((1, 2, 3), padding=(0, 1, 1)),
+        nn.AdaptiveAvgPool3d((2, None, 3)),
+        nn.AdaptiveMaxPool3d(1),
+        nn.Upsample(scale_factor=(1, 2, 3)),
+        nn.ConstantPad3d((1, 0, -1, 2, 0, 1), 0.0),
+        nn.Sequential(nn.Conv3d(2, 4, (3, 1, 1)), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, (1, 3, 3))),
+    ],
+    ids=lambda layer: " ".join(str(layer).split()),
+)
+def test_every_kind_of_layer_over_volumes_agrees_with_brute_force(layer):
+    check_by_brute_force(nn.Sequential(nn.Conv3d(2, 2, 3, padding=1), layer), (1, 2, 7, 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"),
+    [
+        (
+            nn.Sequential(nn.Conv1d(1, 2, 3, 2, 1, 2), nn.AvgPool1d(2), nn.ConvTranspose1d(2, 2, 4, 2, 1)),
+            (1, 1, 40),
+        ),
+        (
+            nn.Sequential(
+                nn.Conv3d(1, 2, 2, (1, 2, 1), 1), nn.AvgPool3d((1, 2, 2)), nn.ConvTranspose3d(2, 1, 2, 2)
+            ),
+            (1, 1, 6, 9, 8),
+        ),
+    ],
+    ids=["signal", "volume"],
+)
+def test_regions_are_where_the_gradient_of_every_position_is_not_zero(net, shape):
+    net = net.double()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.abs_()  # so that nothing cancels
+    field = receptive_field(net, "", shape)
+    image = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    output = net(image)
+    for position in np.ndindex(*output.shape[2:]):
+        at = (0, slice(None), *position)
+        (gradient,) = torch.autograd.grad(output[at].sum(), image, retain_graph=True)
+        seen = gradient[0, 0].nonzero()
+        expected = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in seen.T)
+        assert field.region(position) == expected
 
 
 # Branches
