@@ -25,11 +25,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse, and refuse options without a value."""
-        found = super().parse_args(args, namespace)
-        for name, value in vars(found).items():  # what argparse makes of `--name=--`
-            if isinstance(value, list) and (not value or [] in value):
-                self.error(f"argument --{name.replace('_', '-')}: expected a value, got '--'")
-        return found
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:  # argparse makes of `--name=--` an empty list, from Python 3.13 on the value `--`
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word[:-3]}: expected a value, got '--'")
+        return super().parse_args(words, namespace)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """End, as after `--help`."""
