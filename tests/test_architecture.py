@@ -61,8 +61,8 @@ ALLOWED: dict[str, set[str]] = {
         *("attribution", "dataset", "ascent", "album"),
     },
     "cli": {
-        *("errors", "progress", "distributed", "files", "models", "zoo", "hooks", "comparison"),
-        *("overview", "grids", "attribution", "dataset", "ascent", "atlas"),
+        *("errors", "progress", "distributed", "files", "stats", "models", "zoo", "hooks"),
+        *("comparison", "overview", "grids", "attribution", "dataset", "ascent", "atlas"),
     },
     "__main__": {"cli"},
 }

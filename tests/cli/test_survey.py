@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.nets import same_survey
-from torchlens_viz import Survey
+from torchlens_viz import Survey, survey
 
 FOLDER_MODULE = """
 import torch
@@ -31,6 +33,20 @@ def net():
     model[0].bias.data[1] = model[0].bias.data[0]
     model[0].bias.data[2] = -100
     return model
+"""
+
+
+CLASSIFIER = """
+import torch
+from torch import nn
+
+from survey_net import preprocess
+
+
+def classifier():
+    torch.manual_seed(1)
+    pooled = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *pooled), preprocess, ["a dog", "a cat", "neither"]
 """
 
 
@@ -159,3 +175,97 @@ def test_ctrl_c_leaves_what_the_command_goes_on_from(folder, run, monkeypatch):
     assert run(*arguments)[0] == 0
     assert Survey.load("out/survey.safetensors").samples_seen == 5
     assert not unfinished.exists()
+
+
+@pytest.fixture
+def classes(folder):
+    """A function that lays pictures out in folders of these names, two in each."""
+    (folder / "survey_classifier.py").write_text(CLASSIFIER)
+
+    def lay_out(*names: str) -> Path:
+        rng = np.random.default_rng(1)
+        for name in names:
+            (folder / "by_class" / name / "deep").mkdir(parents=True)
+            for place in ("one.png", "deep/two.png"):
+                pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "by_class" / name / place)
+        return folder / "by_class"
+
+    yield lay_out
+    sys.modules.pop("survey_classifier", None)
+
+
+def classified(*arguments) -> int:
+    from torchlens_viz.cli.main import main
+
+    return main([str(each) for each in ("survey", "survey_classifier:classifier", *arguments)])
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs", "how"),
+    [
+        (("A_cat", "a-dog"), [1, 0], "by name"),
+        (("2", "0"), [0, 2], "by number"),
+        (("x", "y", "z"), [0, 1, 2], "in the order of names"),
+    ],
+)
+def test_effects_are_those_of_the_classes_that_the_folders_name(classes, capsys, names, outputs, how):
+    place = classes(*names)
+    assert classified(place, "-o", "out", "--loss", "cross_entropy", "--layer", "*", "--top-k", "2") == 0
+    classifier = sys.modules["survey_classifier"].classifier
+    preprocess = sys.modules["survey_net"].preprocess
+    out, err = capsys.readouterr()
+    assert "classes.csv" in out
+    assert f"classes {how}: " in err
+    files = sorted(place.rglob("*.png"), key=lambda path: path.parts)
+    images = torch.cat([preprocess(Image.open(path)) for path in files])
+    labels = torch.tensor(outputs).repeat_interleave(2)
+    expected = survey(
+        classifier()[0], [(images, labels)], "*", loss="cross_entropy", by_class=True, progress=False
+    )
+    found = Survey.load("out/survey.safetensors")
+    for name, change in expected.effects.items():
+        torch.testing.assert_close(found.effects[name], change, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(found.selectivity[name], expected.selectivity[name], equal_nan=True)
+    with Path("out/statistics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = max(rows, key=lambda row: float(row["effect"]))
+    told = f"{best['layer']}, channel {best['channel']}: loss +{float(best['effect']):.3g} +- "
+    assert told + f"{float(best['effect_error']):.2g} without it" in err
+    with Path("out/classes.csv").open(newline="") as file:
+        by_class = [row for row in csv.DictReader(file) if row["layer"] == "1"]
+    assert [int(row["output"]) for row in by_class] == sorted(outputs)
+    own = expected.effects.by_class("1")
+    assert [int(row["channel"]) for row in by_class] == own.change.argmax(1).tolist()
+    assert {row["inputs"] for row in by_class} == {"2"}
+    assert {row["class"] for row in by_class} == {path.name for path in place.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a cat", "a bird"), "got 2 for 3 outputs, and there is no output 'a bird'; rename the folders"),
+        (("1", "3"), "got 2 for 3 outputs, and there is no output '1', '3'"),
+        (("a cat", "a cat/deep/deeper"), "classes by name: 'a cat' is output 1"),
+    ],
+)
+def test_folders_that_fit_no_outputs_are_refused(classes, capsys, names, message):
+    place = classes(*names)
+    code = classified(place, "-o", "out", "--loss", "cross_entropy")
+    assert code == (0 if "classes" in message else 2)
+    assert message in capsys.readouterr().err
+    assert Path("out").exists() == (code == 0)
+
+
+def test_a_picture_outside_of_any_class_and_a_network_without_classes_are_refused(classes, capsys):
+    place = classes("a cat")
+    (place / "a cat" / "one.png").rename(place / "one.png")
+    assert classified(place, "-o", "out", "--loss", "cross_entropy") == 2
+    assert "one.png' outside of any; move it" in capsys.readouterr().err
+    (place / "one.png").unlink()
+    from torchlens_viz.cli.main import main
+
+    assert main(["survey", "survey_net:net", str(place), "-o", "out", "--loss", "cross_entropy"]) == 2
+    assert (
+        "`--loss` needs a network that puts out (N, classes), got (1, 4, 10, 10)" in capsys.readouterr().err
+    )

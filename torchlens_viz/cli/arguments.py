@@ -88,6 +88,12 @@ def add_survey(commands: Any) -> None:
         "--channels", type=numbers, metavar="LIST", help="channels to draw, e.g. 0-63 (default: 0-31)"
     )
     parser.add_argument(
+        "--loss",
+        choices=["cross_entropy"],
+        help="estimate what the loss would be without each channel; the folder holds one for each class, "
+        "named as the output is or by its number, or as many as there are outputs, in their order",
+    )
+    parser.add_argument(
         "--skip-bad", action="store_true", help="pass over pictures that cannot be read, and list them"
     )
     add_channel_dim(parser)

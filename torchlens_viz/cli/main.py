@@ -76,6 +76,7 @@ def _run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
                 batch_size=arguments.batch_size,
                 top_k=arguments.top_k,
                 skip_bad=arguments.skip_bad,
+                loss=arguments.loss,
                 channels=arguments.channels,
                 channel_dim=arguments.channel_dim,
             )

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 import torch
 from PIL import Image
@@ -29,17 +29,21 @@ from torchlens_viz.errors import (
     TorchlensVizError,
     one_line,
 )
+from torchlens_viz.files.classes import Classes, classes_of
 from torchlens_viz.files.paths import safe_names, write_whole
 from torchlens_viz.files.pictures import pictures_in, read_image, save_picture
 from torchlens_viz.models.colours import colours_of
 from torchlens_viz.models.kernels import image_axes
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.state import usable_device
+from torchlens_viz.models.state import device_of, usable_device
 from torchlens_viz.progress import is_shown, tracked
+from torchlens_viz.stats.classes import MOST_CLASSES
 from torchlens_viz.zoo.load import load_model
 from torchlens_viz.zoo.loaded import LoadedModel
 
 _MOST_ROWS: Final = 32  # channels on a sheet, where none are chosen
+_MOST_IMPORTANT: Final = 5  # channels that are named
+_CLASS_COLUMNS: Final = ("layer", "class", "output", "inputs", "channel", "effect", "effect_error")
 
 
 @final
@@ -130,9 +134,10 @@ def inverse_of(loaded: LoadedModel) -> Callable[[torch.Tensor], torch.Tensor] | 
         return None
 
 
-def _table(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def _table(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] = Finding._fields) -> Path:
+    """Write rows; `columns` are those of a table without any."""
     text = io.StringIO()
-    columns = list(dict.fromkeys(name for row in rows for name in row)) or list(Finding._fields)
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or list(columns)
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -161,6 +166,7 @@ def survey_folder(
     batch_size: int,
     top_k: int,
     skip_bad: bool,
+    loss: Literal["cross_entropy"] | None,
     channels: Sequence[int] | None,
     channel_dim: int | None,
 ) -> Outcome:
@@ -179,14 +185,17 @@ def survey_folder(
         batch_size: Pictures at a time.
         top_k: Pictures to keep per channel.
         skip_bad: Pass over pictures that cannot be read, and list them.
+        loss: What to estimate the effect of every channel on; the pictures then lie in a folder for each
+            class, see `classes_of`.
         channels: The channels to draw; None is the first 32.
         channel_dim: The dimension that counts channels, as in `survey`.
 
     Returns:
         `findings.csv`, `statistics.csv`, `statistics.json`, `pictures.csv`, `survey.safetensors` and the
-        sheets `top/LAYER.png`; nothing in the other processes of a torchrun.
+        sheets `top/LAYER.png`; with a loss `classes.csv` too; nothing in the other processes of a torchrun.
 
     Raises:
+        InvalidArgumentError: There is a loss, and the folders do not fit the outputs of the network.
         PictureError: The folder is missing or has no picture, or one cannot be read and `skip_bad` is off.
     """
     for name, value, least in (("--batch-size", batch_size, 1), ("--top-k", top_k, 0)):
@@ -201,7 +210,19 @@ def survey_folder(
     with joined() as rank:
         loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        own = Pictures(files, loaded, batch_size, skip_bad=skip_bad, share=(rank, processes))
+        classes = None
+        if loss is not None:
+            one = Pictures(files, loaded, 1, skip_bad=skip_bad, share=(0, 1))
+            outputs = next((_outputs_of(loaded, batch) for batch, *_ in one), 0)
+            classes = classes_of(files, folder, names=loaded.names, outputs=outputs)
+        own = Pictures(
+            files,
+            loaded,
+            batch_size,
+            skip_bad=skip_bad,
+            share=(rank, processes),
+            labels=() if classes is None else classes.labels,
+        )
         unfinished = out / "unfinished.safetensors"
         try:
             with told_as_model_error(loaded, "these pictures"):
@@ -215,6 +236,9 @@ def survey_folder(
                     correlations=True,
                     channel_dim=channel_dim,
                     checkpoint=unfinished,
+                    loss=loss,
+                    label_of=None if classes is None else 2,
+                    by_class=classes is not None and len(classes.outputs) <= MOST_CLASSES,
                 )
         except TorchlensVizError as error:
             if own.bad and len(own.bad) == own.seen:
@@ -230,24 +254,63 @@ def survey_folder(
             own_file.unlink(missing_ok=True)
             return Outcome(paths=[], notes=[])
         paths, notes = write_report(found, loaded, files, bad, out, channels)
+        if classes is not None:
+            paths.append(_table(out / "classes.csv", list(_rows_by_class(found, classes)), _CLASS_COLUMNS))
+            notes = [classes.told, *_most_important(found), *notes]
         own_file.unlink(missing_ok=True)  # all of it is in what was saved
     return Outcome(paths=paths, notes=[f"{loaded.name}: {loaded.weights_note}", *notes])
+
+
+def _outputs_of(loaded: LoadedModel, batch: torch.Tensor) -> int:
+    with torch.no_grad(), told_as_model_error(loaded, "these pictures"):
+        output = loaded.run(batch.to(device_of(loaded.model)))
+    if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        what = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise InvalidArgumentError(f"`--loss` needs a network that puts out (N, classes), got {what}")
+    return output.shape[1]
+
+
+def _most_important(found: Survey) -> list[str]:
+    """Say without which channels the loss would be largest."""
+    ranked = sorted((row for row in found.rows() if row["effect"] > 0), key=lambda row: -row["effect"])
+    return [
+        f"{row['layer']}, channel {row['channel']}: loss +{row['effect']:.3g} +- {row['effect_error']:.2g} "
+        "without it, as estimated"
+        for row in ranked[:_MOST_IMPORTANT]
+    ]
+
+
+def _rows_by_class(found: Survey, classes: Classes) -> Iterator[dict[str, Any]]:
+    """Yield for every layer and class the channel that it needs most."""
+    names = {place: name for name, place in classes.outputs.items()}
+    for layer in found.selectivity:
+        by_class = found.effects.by_class(layer)
+        for label, inputs, change, error in zip(*by_class, strict=True):
+            channel = int(change.argmax())
+            figures = (layer, names[int(label)], int(label), int(inputs), channel)
+            yield dict(
+                zip(_CLASS_COLUMNS, (*figures, float(change[channel]), float(error[channel])), strict=True)
+            )
 
 
 @final
 @dataclass
 class Pictures:
-    """The share of one process, as batches with the indices of the pictures; a batch is of one size."""
+    """The share of one process, as batches with the indices of the pictures and their labels, if any.
+
+    A batch is of one size.
+    """
 
     files: Sequence[Path]
     loaded: LoadedModel
     batch_size: int
     skip_bad: bool = field(kw_only=True)
     share: tuple[int, int] = field(kw_only=True)
+    labels: Sequence[int] = field(kw_only=True, default=())
     bad: list[tuple[int, str]] = field(default_factory=list)
     seen: int = 0
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[int], list[int]]]:
         self.bad, self.seen = [], 0
         together: list[torch.Tensor] = []
         indices: list[int] = []
@@ -257,12 +320,15 @@ class Pictures:
             if prepared is None:
                 continue
             if together and (len(together) == self.batch_size or prepared.shape != together[0].shape):
-                yield torch.cat(together), indices
+                yield torch.cat(together), indices, self._labelled(indices)
                 together, indices = [], []
             together.append(prepared)
             indices.append(index)
         if together:
-            yield torch.cat(together), indices
+            yield torch.cat(together), indices, self._labelled(indices)
+
+    def _labelled(self, indices: Sequence[int]) -> list[int]:
+        return [self.labels[index] for index in indices] if self.labels else []
 
     @property
     def dataset(self) -> range:

@@ -231,9 +231,12 @@ def _chances(correlations: torch.Tensor, inputs: torch.Tensor, threshold: float)
     return chances
 
 
-def lists_of(stats: ChannelStats, top: Top | None, relevant: Top | None) -> dict[str, Any]:
+def lists_of(
+    stats: ChannelStats, top: Top | None, relevant: Top | None, worth: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
     """Return what is known of one layer as lists, one entry per channel."""
     found: dict[str, Any] = {figure: getattr(stats, figure).tolist() for figure in _FIGURES}
+    found |= {figure: values.tolist() for figure, values in worth.items()}
     if stats.histogram is not None:
         found |= {"bins": list(stats.bins or ()), "histogram": stats.histogram.tolist()}
     for name, each in (("top", top), ("top_by_relevance", relevant)):
@@ -247,19 +250,25 @@ def layers_of(
     top: Mapping[str, Top],
     inputs: Mapping[str, int],
     relevant: Mapping[str, Top],
+    worth: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> dict[str, Any]:
     """Return what is known of every layer as lists, and how many inputs went through it."""
     return {
-        name: {"inputs_seen": inputs[name], **lists_of(each, top.get(name), relevant.get(name))}
+        name: {"inputs_seen": inputs[name], **lists_of(each, top.get(name), relevant.get(name), worth[name])}
         for name, each in stats.items()
     }
 
 
-def rows_of(stats: Mapping[str, ChannelStats], top: Mapping[str, Top]) -> list[dict[str, Any]]:
+def rows_of(
+    stats: Mapping[str, ChannelStats],
+    top: Mapping[str, Top],
+    worth: Mapping[str, Mapping[str, torch.Tensor]],
+) -> list[dict[str, Any]]:
     """Return a row per channel: layer, channel, its statistics, its highest peak and the input's index."""
     rows: list[dict[str, Any]] = []
     for name, each in stats.items():
         columns = {figure: getattr(each, figure).tolist() for figure in _FIGURES}
+        columns |= {figure: values.tolist() for figure, values in worth[name].items()}
         best = top.get(name)
         for channel in range(each.channels):
             row = {"layer": name, "channel": channel}

@@ -274,6 +274,16 @@ class Record:
         names = ("samples_seen", "top_k", "is_complete")
         return {**{name: getattr(self, name) for name in names}, "input_shape": shape}
 
+    def _worth(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return what is known of the worth and the meaning of each channel, (C,), by layer and name."""
+        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self._seen()}
+        for name in self.effects:
+            found[name]["effect"], found[name]["effect_error"] = self.effects.of(name)
+        for figure in ("selectivity", "monosemanticity"):
+            for name, values in getattr(self, figure).items():
+                found[name][figure] = values
+        return found
+
     def _seen(self) -> dict[str, Tally]:
         return {name: tally for name, tally in self._tallies.items() if tally.inputs}
 

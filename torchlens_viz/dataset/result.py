@@ -229,12 +229,18 @@ class Survey(Record):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything in plain numbers and lists, as JSON takes them; NaN stays NaN."""
-        layers = findings.layers_of(self.stats, self.top, self.inputs_seen, self.top_by_relevance)
+        layers = findings.layers_of(
+            self.stats, self.top, self.inputs_seen, self.top_by_relevance, self._worth()
+        )
         return {**self._about(), "not_called": list(self.not_called), "layers": layers}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row per channel: layer, channel, its statistics, and its highest peak with its input."""
-        return findings.rows_of(self.stats, self.top)
+        """Return a row per channel: layer, channel, its statistics, and its highest peak with its input.
+
+        Where they were gathered, its `effect` on the loss with the `effect_error`, its `selectivity` and its
+        `monosemanticity` too.
+        """
+        return findings.rows_of(self.stats, self.top, self._worth())
 
     def to_frame(self) -> Any:
         """Return `rows` as a pandas DataFrame.
