@@ -261,6 +261,8 @@ def _withdraw(block: Block, module: nn.Module) -> None:
         (module._forward_hooks, module._forward_hooks_with_kwargs),
     )
     for hooks, with_kwargs in sides:
+        if not hooks:
+            continue
         # A copy: other threads register and remove hooks at the same time.
         ours = [key for key, hook in list(hooks.items()) if isinstance(hook, _Hook) and hook._block is block]
         for key in ours:

@@ -119,9 +119,11 @@ def capture(
     check = partial(refuse_unhookable, model, selected, stop=stop, compiled=compiled)
     check()
     layout = Layout(selected, channel_dim)
-    needs_channels = retention.channels is not None or retention.gathers
-    must_know = needs_channels or mixes_layouts(model) or has_signals(model)
-    followed = layout if layout.must_follow and must_know else None
+    followed = None
+    if layout.must_follow:
+        needs_channels = retention.channels is not None or retention.gathers
+        if needs_channels or mixes_layouts(model) or has_signals(model):
+            followed = layout
     sink = Recorder(retention, layout)
     return Capture(unwrap(model), selected, check, sink, io=io, stop=stop, layout=followed)
 
