@@ -127,11 +127,12 @@ def compose(
     distinct = 1 if tiles.stride(1) == 0 else channels
     grid[:distinct].fill_(pad_value)
     if frame is not None and padding:
-        tops = torch.arange(rows, device=tiles.device) * cell_height + padding + header
-        lefts = torch.arange(columns, device=tiles.device) * cell_width + padding
+        step, size = (cell_height, cell_width), (height * upscale, width * upscale)
         in_last = count - (rows - 1) * columns
-        for down, across in ((tops[:-1], lefts), (tops[-1:], lefts[:in_last])):
-            _frame(grid[:distinct], down, across, (height * upscale, width * upscale), frame)
+        for first, cells in ((0, (rows - 1, columns)), (rows - 1, (1, in_last))):
+            _frame(
+                grid[:distinct], (padding + header + first * cell_height, padding), cells, step, size, frame
+            )
     plane, row, pixel = grid.stride()
     top = (padding + header) * row
     cells = grid.as_strided(
@@ -158,13 +159,31 @@ def compose(
 
 
 def _frame(
-    grid: torch.Tensor, tops: torch.Tensor, lefts: torch.Tensor, size: tuple[int, int], value: float
+    grid: torch.Tensor,
+    corner: tuple[int, int],
+    cells: tuple[int, int],
+    step: tuple[int, int],
+    size: tuple[int, int],
+    value: float,
 ) -> None:
-    """Draw a line, one pixel wide, around tiles that stand in rows and columns of a grid (C, H, W)."""
+    """Draw a line, one pixel wide, around tiles that stand in rows and columns of a grid (C, H, W).
+
+    Args:
+        grid: Where to.
+        corner: Row and column of the first pixel of the first tile.
+        cells: How many rows of how many tiles.
+        step: How many pixels from one to the next, down and across.
+        size: Height and width of a tile.
+        value: Of the line.
+    """
+    plane, row, pixel = grid.stride()
     height, width = size
-    down, across = (torch.arange(-1, side + 1, device=tops.device) for side in (height, width))
-    grid[:, torch.cat([tops - 1, tops + height])[:, None], (lefts[:, None] + across).flatten()] = value
-    grid[:, (tops[:, None] + down).flatten()[:, None], torch.cat([lefts - 1, lefts + width])] = value
+    strides = (plane, step[0] * row, step[1] * pixel)
+    begin = grid.storage_offset() + (corner[0] - 1) * row + (corner[1] - 1) * pixel
+    for side in (0, (height + 1) * row):
+        grid.as_strided((len(grid), *cells, width + 2), (*strides, pixel), begin + side).fill_(value)
+    for side in (0, (width + 1) * pixel):
+        grid.as_strided((len(grid), *cells, height), (*strides, row), begin + row + side).fill_(value)
 
 
 def _two_numbers(value_range: Sequence[float]) -> tuple[float, float]:
