@@ -50,7 +50,9 @@ def kernels(tag: str, module: nn.Module, scales: Scales, step: int, *, max_tiles
         shown = weight[: max_tiles // each, : 3 if inputs == 3 else 1]
     shown = _floating(shown)
     scale = scales.of(tag, shown, step, signed=True)
-    limits, title = (scale.low, scale.high), _title(tag, scale, shown)
+    limits, title = (scale.low, scale.high), _title(tag, scale)
+    if inputs == 3:  # colours have no scale below them that would say it
+        title += f", {beyond(shown, scale):.1%} beyond"
     if not is_matrix:
         style = Style(value_range=limits, max_tiles=max_tiles, legend=True, title=title)
         return kernel_sheet(weight, None, style, filters=None, channels=None).draw()
@@ -76,7 +78,7 @@ def maps(tag: str, values: torch.Tensor, scales: Scales, step: int) -> Image.Ima
         # With `ceil_mode` the last window is averaged over what it holds.
         shown = F.avg_pool2d(shown, factor, ceil_mode=True)
     scale = scales.of(tag, shown, step, signed=False)
-    title = _title(tag, scale, shown)
+    title = _title(tag, scale)
     if factor > 1:
         title += f"; averaged {factor} x {factor}"
     return feature_sheet(
@@ -104,8 +106,8 @@ def _floating(values: torch.Tensor) -> torch.Tensor:
     return shown if shown.dtype == torch.float64 else shown.float()
 
 
-def _title(tag: str, scale: Scale, values: torch.Tensor) -> str:
-    return f"{tag}: {scale.origin}, {beyond(values, scale):.1%} beyond"
+def _title(tag: str, scale: Scale) -> str:
+    return f"{tag}: {scale.origin}"
 
 
 class Scale(NamedTuple):
