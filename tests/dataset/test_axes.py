@@ -176,7 +176,7 @@ def test_the_sheet_shows_slices_of_volumes_and_curves_of_signals():
     assert sheet.size == (96, 2 * 48)
     for strip in (np.asarray(sheet.convert("L"))[:48] < 100, np.asarray(sheet.convert("L"))[48:] < 100):
         rows = np.argmax(strip, axis=0)
-        assert (rows[0], rows[-1]) == (47, 0)  # from the smallest value that is drawn to the largest
+        assert (rows[0], rows[-1]) == (46, 1)  # from the smallest value that is drawn to the largest
         assert (np.diff(rows) <= 0).all()
 
 

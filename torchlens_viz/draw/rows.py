@@ -162,7 +162,7 @@ def _curves(signals: torch.Tensor, limits: tuple[float, float], width: int, long
     # Each column reaches as far as the next one, so that the curve has no gaps.
     next_tops, next_bottoms = (torch.cat((part[..., 1:], part[..., -1:]), 2) for part in (tops, bottoms))
     first, last, zero = (
-        ((high - torch.as_tensor(part, device="cpu")) * ((strip - 1) / (high - low))).round()
+        1 + ((high - torch.as_tensor(part, device="cpu")) * ((strip - 3) / (high - low))).round()
         for part in (tops.maximum(next_bottoms), bottoms.minimum(next_tops), 0.0)
     )
     rows = torch.arange(strip, device="cpu")[:, None]
