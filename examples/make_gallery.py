@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import models
 
-from torchlens_viz import capture, feature_grid, kernel_grid, maximize, pair_grid, project
+from torchlens_viz import Fourier, capture, feature_grid, kernel_grid, maximize, pair_grid, project, survey
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.grids.overlay import overlay_grid
 from torchlens_viz.models.demo_net import load_demo_net, normalize, preprocess
@@ -211,6 +211,40 @@ def maximized() -> Pictures:
         yield f"demo_maximized_{layer.rpartition('.')[2]}", result.grid(nrow=8)
 
 
+def signals() -> Pictures:
+    """Show what drives a bank of wavelets over signals: by ascent, and in noise with bursts in it."""
+    net = nn.Sequential(nn.Conv1d(1, 4, 65, padding=32, bias=False), nn.ReLU()).eval()
+    ticks = torch.linspace(-1, 1, 65)
+    window = torch.exp(-6 * ticks**2)
+    waves = [window * torch.cos(2 * pi * frequency * ticks) for frequency in (1.5, 3.0, 6.0, 12.0)]
+    _replace_weight(net[0], torch.stack(waves)[:, None])
+    result = maximize(
+        net, "1", size=(256,), steps=48, lr=0.06, parametrization=Fourier(low=-1, high=1), transforms="robust"
+    )
+    yield "signal_maximized", result.grid(nrow=2, upscale=1, title="1")
+    recorded = 0.1 * torch.randn(60, 1, 512)
+    for signal in recorded:
+        start, step = torch.randint(0, 400, (1,)).item(), 0.2 + 1.2 * torch.rand(1)
+        signal[0, start : start + 100] += torch.hann_window(100) * torch.sin(step * torch.arange(100))
+    found = survey(net, recorded.split(20), "1", top_k=4, progress=False)
+    yield "signal_patches", found.grid("1", recorded, tile=128, title="1")
+
+
+def clips() -> Pictures:
+    """Show what drives kernels over clips that see gratings move, to the right, down, left and up."""
+    net = nn.Sequential(nn.Conv3d(1, 4, (5, 11, 11), bias=False), nn.ReLU()).eval()
+    t, y, x = torch.meshgrid(*(torch.linspace(-1, 1, size) for size in (5, 11, 11)), indexing="ij")
+    window = torch.exp(-2 * (x**2 + y**2) - t**2 / 2)
+    ways = ((1, 0), (0, 1), (-1, 0), (0, -1))
+    moving = [window * torch.cos(2 * pi * (right * x + down * y - 0.5 * t)) for right, down in ways]
+    moving = [each - window * each.sum() / window.sum() for each in moving]
+    _replace_weight(net[0], torch.stack(moving)[:, None])
+    result = maximize(
+        net, "1", size=(9, 40, 40), steps=32, lr=0.03, parametrization="fourier", transforms="gentle"
+    )
+    yield "clip_maximized", result.grid(nrow=2, upscale=2, padding=4, title="1")
+
+
 def projected() -> Pictures:
     """Go back from the strongest channels of the demo network's deepest layer to a photograph."""
     cat = Image.fromarray(skimage.data.chelsea())
@@ -230,10 +264,10 @@ def shapes() -> Image.Image:
     return Image.fromarray((picture * 255).byte().numpy())
 
 
-def _replace_weight(layer: nn.Conv2d, kernels: Tensor) -> None:
+def _replace_weight(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, kernels: Tensor) -> None:
     assert kernels.shape == layer.weight.shape
     with torch.no_grad():
-        norms = kernels.flatten(1).norm(dim=1)[:, None, None, None]
+        norms = kernels.flatten(1).norm(dim=1).view(-1, *[1] * (kernels.ndim - 1))
         layer.weight.copy_(kernels / norms)
         if layer.bias is not None:
             layer.bias.zero_()
@@ -247,7 +281,10 @@ def main() -> None:
     )
     out = parser.parse_args().out
     total = 0
-    for draw in (demo_net, maximized, projected, not_finite, alexnet, resnet18, mobilenet_v2, vit):
+    for draw in (
+        *(demo_net, maximized, projected, signals, clips),
+        *(not_finite, alexnet, resnet18, mobilenet_v2, vit),
+    ):
         torch.manual_seed(0)
         for name, picture in draw():
             path = save_picture(picture, out / f"{name}.png", optimize=True)
