@@ -48,6 +48,19 @@ def classifier():
     pooled = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *pooled), preprocess, ["a dog", "a cat", "neither"]
 """
+CLIP_MODULE = (
+    FOLDER_MODULE.replace("/ 255", "/ 255 * 2 - 1").replace("preprocess", "image_of")
+    + """
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(3, 2, 3), nn.ReLU())
+
+
+def preprocess(image):
+    return image_of(image.convert("RGB"))[:, :, None].expand(-1, -1, 4, -1, -1)
+"""
+)
 
 
 @pytest.fixture
@@ -101,6 +114,17 @@ def test_the_command_writes_statistics_sheets_and_findings(folder, run):
     assert "duplicate" in kinds
     assert "notes.txt" not in (folder / "out" / "pictures.csv").read_text()
     assert not (folder / "out" / "unfinished.safetensors").exists()
+
+
+def test_a_network_over_clips_sees_pictures_as_clips(folder, run):
+    (folder / "survey_net.py").write_text(CLIP_MODULE)
+    code, _, err = run("pictures", "-o", "out", "--top-k", "2")
+    assert code == 0, err
+    found = Survey.load(folder / "out" / "survey.safetensors")
+    assert found.input_shape == (3, 4, 12, 12)
+    assert found.top["0"].positions.shape == (2, 2, 3)
+    sheet = np.asarray(Image.open(folder / "out" / "top" / "0.png").convert("RGB"))
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 20  # patches in their colours
 
 
 def test_a_corrupt_picture_is_named_or_skipped_and_listed(folder, run):
