@@ -12,6 +12,7 @@ import torch
 
 from torchlens_viz.arguments import number
 from torchlens_viz.draw.palette import LEVELS, Colormap, Table, colormap
+from torchlens_viz.draw.planes import Slicing
 from torchlens_viz.draw.scale import (
     Limits,
     ValueRange,
@@ -25,6 +26,7 @@ from torchlens_viz.draw.scale import (
 from torchlens_viz.draw.style import Interpolation
 
 _AT_ONCE: Final = 2**21  # pixels that are worked on together
+_DENSE: Final = 2**22  # weights of positions for pixels, of which nearly all are zero
 _ZERO: Final = LEVELS // 2
 _PALEST: Final = 0.4  # of the way from white to the end of a diverging map
 
@@ -92,7 +94,7 @@ class Blend:
         Between positions values are interpolated; beyond the outermost ones they stay as they are there.
 
         Args:
-            image: (3, H, W) floating point in [0, 1].
+            image: (3, H, W) floating point in [0, 1]; or one for each map, (K, 3, H, W).
             maps: (K, h, w).
             origins: The pixel (row, column) that the first position stands over; 0.0 is the middle of the
                 first pixel. Where it is not finite, the positions are spread evenly.
@@ -105,16 +107,14 @@ class Blend:
         """
         maps = maps.detach().cpu().float()
         counts = maps.shape[1:]
-        places = _places_of(image.shape[1:], counts, origins, steps, upscale)
+        places = _places_of(image.shape[-2:], counts, origins, steps, upscale)
         weights = [_weights(at, count, interpolation) for at, count in zip(places, counts, strict=True)]
-        nearest = [
-            torch.from_numpy(np.floor(at + 0.5).clip(0, count - 1).astype(np.int64))
-            for at, count in zip(places, counts, strict=True)
-        ]
-        under = 255 * image.detach().cpu().float()
-        under = under.repeat_interleave(upscale, 1).repeat_interleave(upscale, 2)
-        drawn = []
-        for part, limits in self._parts(maps, under[0].numel()):
+        nearest = [_nearest(at, count) for at, count in zip(places, counts, strict=True)]
+        images = (image if image.ndim == 4 else image[None]).detach().cpu()
+        drawn: list[torch.Tensor] = []
+        for first, part, limits in self._parts(maps, images[0, 0].numel() * upscale**2):
+            under = 255 * (images[first : first + len(part)] if len(images) > 1 else images).float()
+            under = under.repeat_interleave(upscale, 2).repeat_interleave(upscale, 3)
             values = _smooth(part, weights)
             over, strength = self._coloured(values[:, None], limits)
             if not limits.all_finite:
@@ -146,14 +146,14 @@ class Blend:
             lines.append("magenta: NaN, green: +Inf, cyan: -Inf")
         return lines
 
-    def _parts(self, maps: torch.Tensor, pixels: int) -> Iterator[tuple[torch.Tensor, Limits]]:
+    def _parts(self, maps: torch.Tensor, pixels: int) -> Iterator[tuple[int, torch.Tensor, Limits]]:
         each = max(1, _AT_ONCE // pixels)
         for first in range(0, len(maps), each):
             limits = self.limits
             if len(limits.low) > 1:
                 low, high = (value[first : first + each] for value in (limits.low, limits.high))
                 limits = Limits(low, high, limits.all_finite)
-            yield maps[first : first + each], limits
+            yield first, maps[first : first + each], limits
 
     def _coloured(self, values: torch.Tensor, limits: Limits) -> tuple[torch.Tensor, torch.Tensor]:
         """Return colours (K, H, W, 3) and how much they hide, (K, H, W)."""
@@ -177,24 +177,61 @@ def placed(
     origins: Sequence[float],
     steps: Sequence[float],
     interpolation: Interpolation,
+    keeps_nonfinite: bool = False,
 ) -> torch.Tensor:
     """Return maps in the pixels of an image, each value where its position stands.
 
     Args:
-        maps: (K, h, w).
-        size: Height and width of the image.
+        maps: (K, ...) of one to three axes.
+        size: Of the image, along every axis.
         origins: As in `Blend.tiles`.
         steps: As in `Blend.tiles`.
         interpolation: As in `Blend.tiles`.
+        keeps_nonfinite: Leave what is not finite at the nearest position as it is.
 
     Returns:
-        (K, H, W) float32 on the CPU; no value is beyond those of its map, and those that are not finite
+        (K, *size) float32 on the CPU; no value is beyond those of its map, and those that are not finite
         count as zero.
     """
     maps = maps.detach().cpu().float()
     places = _places_of(size, maps.shape[1:], origins, steps, 1)
     weights = [_weights(at, count, interpolation) for at, count in zip(places, maps.shape[1:], strict=True)]
-    return _smooth(maps, weights)
+    smooth = _smooth(maps, weights)
+    if keeps_nonfinite:
+        for axis, at in enumerate(places, 1):
+            maps = maps.index_select(axis, _nearest(at, maps.shape[axis]))
+        smooth = torch.where(maps.isfinite(), smooth, maps)
+    return smooth
+
+
+def placed_across(
+    maps: torch.Tensor,
+    slicing: Slicing,
+    *,
+    origin: float,
+    step: float,
+    interpolation: Interpolation,
+) -> torch.Tensor:
+    """Return what maps of volumes have at slices of the volume; within a slice, positions stay as they are.
+
+    Args:
+        maps: (K, d, h, w).
+        slicing: Which slices of the volume; the maximum is that over all of them.
+        origin: The slice that the first position across stands over, as in `Blend.tiles`.
+        step: Slices from one position to the next.
+        interpolation: As in `Blend.tiles`.
+
+    Returns:
+        (K, P, ...) float32 on the CPU. What is not finite at the nearest position stays so.
+    """
+    values = maps.detach().cpu().float().movedim(slicing.axis + 1, 1)
+    places = _places(slicing.count, values.shape[1], origin, step, 1)
+    places = places[list(slicing.places)] if slicing.places else places
+    smooth = _smooth(values.flatten(2), [_weights(places, values.shape[1], interpolation), None])
+    smooth = smooth.unflatten(2, values.shape[2:])  # type: ignore[no-untyped-call]
+    nearest = values[:, _nearest(places, values.shape[1])]
+    smooth = torch.where(nearest.isfinite(), smooth, nearest)
+    return smooth if slicing.places else smooth.amax(1, keepdim=True)
 
 
 def _places_of(
@@ -213,10 +250,17 @@ def _places(
     return (pixels - origin) / step
 
 
+def _nearest(places: np.ndarray[tuple[int], np.dtype[np.float64]], count: int) -> torch.Tensor:
+    return torch.from_numpy(np.floor(places + 0.5).clip(0, count - 1).astype(np.int64))
+
+
 def _weights(
     places: np.ndarray[tuple[int], np.dtype[np.float64]], count: int, mode: Interpolation
 ) -> torch.Tensor:
-    """Return how much each position counts for each output pixel, (pixels, positions); rows sum to 1."""
+    """Return how much each position counts for each output pixel, (pixels, positions); rows sum to 1.
+
+    It is sparse where it would be large, as for signals, and slower then.
+    """
     if mode == "nearest":
         taps, parts = [np.floor(places + 0.5)], [np.ones_like(places)]
     else:
@@ -232,16 +276,23 @@ def _weights(
                 t * (0.5 + t * (2 - 1.5 * t)),
                 t * t * (0.5 * t - 0.5),
             ]
-    weights = np.zeros((len(places), count), np.float32)
-    for tap, part in zip(taps, parts, strict=True):
-        np.add.at(weights, (np.arange(len(places)), tap.clip(0, count - 1).astype(np.int64)), part)
-    return torch.from_numpy(weights)
+    rows = np.tile(np.arange(len(places)), len(taps))
+    columns = np.concatenate(taps).clip(0, count - 1).astype(np.int64)
+    shares = torch.from_numpy(np.concatenate(parts)).float()
+    places_in_it = torch.from_numpy(np.stack([rows, columns]))
+    size = (len(places), count)
+    weights = torch.sparse_coo_tensor(places_in_it, shares, size, check_invariants=False).coalesce()
+    return weights if len(places) * count > _DENSE else weights.to_dense()
 
 
-def _smooth(maps: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the maps interpolated, and no further than their own values go."""
-    finite = maps.isfinite()
-    values = torch.where(finite, maps, 0.0)
-    low, high = values.flatten(1).amin(1), values.flatten(1).amax(1)
-    smooth = torch.einsum("yh,khw,xw->kyx", weights[0], values, weights[1])
-    return smooth.clamp(low[:, None, None], high[:, None, None])
+def _smooth(maps: torch.Tensor, weights: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Return the maps interpolated along each axis with weights, and no further than their own values go."""
+    smooth = torch.where(maps.isfinite(), maps, 0.0)
+    column = (-1, *[1] * len(weights))
+    low, high = smooth.flatten(1).amin(1).view(column), smooth.flatten(1).amax(1).view(column)
+    for axis, each in enumerate(weights, 1):
+        if each is not None:
+            first = smooth.movedim(axis, 0)
+            found = each @ first.flatten(1)
+            smooth = found.unflatten(1, first.shape[1:]).movedim(0, axis)  # type: ignore[no-untyped-call]
+    return smooth.clamp(low, high)

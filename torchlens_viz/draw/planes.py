@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Final, Literal, NamedTuple, TypeAlias, get_args
+from typing import Final, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import torch
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from torchlens_viz.draw.style import Style
 from torchlens_viz.errors import InvalidArgumentError
 
 Plane: TypeAlias = Literal["depth", "height", "width"]
+Figure = TypeVar("Figure", int, float)
 Slices: TypeAlias = int | Sequence[int] | Literal["all", "max"] | None
 
 _STRIP_WIDTH: Final = 256  # at least, of maps of one dimension, whose positions are enlarged to that
@@ -75,10 +76,9 @@ class Slicing:
         slices = values.movedim(self.axis - 3, -3)
         return slices[..., list(self.places), :, :] if self.places else slices.amax(-3, keepdim=True)
 
-    @property
-    def rest(self) -> list[int]:
-        """The two axes of the planes."""
-        return [axis for axis in range(3) if axis != self.axis]
+    def within(self, figures: Sequence[Figure]) -> tuple[Figure, ...]:
+        """Return the two of three figures, one per axis, that concern the planes themselves."""
+        return tuple(figure for axis, figure in enumerate(figures) if axis != self.axis)
 
     def labels(self) -> list[str]:
         """Return what to write after a tile's own label: which slice it is."""

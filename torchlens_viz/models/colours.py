@@ -161,6 +161,25 @@ def as_pixels(
     return pixels.clamp(0, 1)
 
 
+def as_signal(
+    batch: torch.Tensor, invert: Callable[[torch.Tensor], torch.Tensor] | None = None, bands: Bands = None
+) -> tuple[torch.Tensor, list[int]]:
+    """Return a model's input (1, C, L) as the curves to draw, (K, L) float32 on the CPU, and their channels.
+
+    Args:
+        batch: The input.
+        invert: Makes of it what is shown.
+        bands: The channels to draw; None is all.
+
+    Raises:
+        InvalidArgumentError: `invert` changes the length, or there is no such channel.
+        InvalidTypeError: `bands` are no integers.
+    """
+    values = inverted(batch, invert)[0]
+    chosen = indices_of(bands, len(values), "bands")
+    return values[chosen].cpu().float(), chosen
+
+
 def inverted(batch: torch.Tensor, invert: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
     """Return what `invert` makes of a model's input (1, C, ...), or where there is none, the input.
 
@@ -212,6 +231,21 @@ def in_bands(images: torch.Tensor, bands: Bands = None) -> torch.Tensor:
     if chosen is not None:
         return images[:, chosen]
     return images if images.shape[1] in (1, 3) else images.mean(1, keepdim=True)
+
+
+def mixed(
+    values: torch.Tensor, colours: torch.Tensor | None, bands: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Return a gradient or the like (C, h, w) in red, green and blue, (3, h, w).
+
+    Args:
+        values: A number for each channel that the model takes.
+        colours: (C, 3), how much of red, green and blue is in each channel; None where that is the channel.
+        bands: The channels to show, in place of all of 3 or the mean of others.
+    """
+    if bands is not None or len(values) != 3:
+        return in_bands(values[None], bands)[0].expand(3, -1, -1)
+    return values if colours is None else torch.einsum("ck,chw->khw", colours, values)
 
 
 def bands_note(channels: int, bands: Bands = None) -> list[str]:

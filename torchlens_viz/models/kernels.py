@@ -136,8 +136,16 @@ def image_channels(model: nn.Module) -> int:
         return _RGB
 
 
-def image_axes(model: nn.Module) -> int:
-    """Return how many spatial axes the images of a network have, 1 to 3; 2 where it has no convolution."""
+def image_axes(model: nn.Module, image: object = None) -> int:
+    """Return how many spatial axes the images of a network have, 1 to 3; 2 where it has no convolution.
+
+    Args:
+        model: The network.
+        image: What it is to be given, if that is there: a tensor of five dimensions has three axes, whatever
+            the network does first.
+    """
+    if isinstance(image, torch.Tensor) and image.ndim == 5:
+        return 3
     try:
         return entry_of(model).axes
     except LayerNotFoundError:
