@@ -1,4 +1,7 @@
-"""Class activation maps: what becomes of a layer's maps and of the gradients there, one map per image."""
+"""Class activation maps: what becomes of a layer's maps and of the gradients there, one map per image.
+
+Maps are written (N, C, h, w), and may have any number of spatial axes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def gradcam(values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
         Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
         ICCV 2017.
     """
-    return (gradients.mean((2, 3), keepdim=True) * values).sum(1).relu()
+    return (gradients.mean(_positions(values), keepdim=True) * values).sum(1).relu()
 
 
 def gradcam_plus_plus(values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -41,8 +44,8 @@ def gradcam_plus_plus(values: torch.Tensor, gradients: torch.Tensor) -> torch.Te
         Convolutional Networks", WACV 2018.
     """
     positive = gradients.relu()
-    shares = 1 / (2 + values.sum((2, 3), keepdim=True).relu() * positive)
-    return ((positive * shares).sum((2, 3), keepdim=True) * values).sum(1).relu()
+    shares = 1 / (2 + values.sum(_positions(values), keepdim=True).relu() * positive)
+    return ((positive * shares).sum(_positions(values), keepdim=True) * values).sum(1).relu()
 
 
 def hirescam(values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -108,7 +111,7 @@ def ablationcam(
     without = torch.cat([twin.ablated(batch, maps, part, goal, scores) for part in parts])  # (C, N)
     size = torch.where(scores == 0, 1.0, scores.abs())
     weights = ((scores - without) / size).T
-    return (weights[:, :, None, None] * maps.values).sum(1).relu()
+    return (weights.view(*weights.shape, *[1] * (maps.values.ndim - 2)) * maps.values).sum(1).relu()
 
 
 BY_GRADIENT: Final[dict[str, Combine]] = {
@@ -120,7 +123,7 @@ BY_GRADIENT: Final[dict[str, Combine]] = {
 
 
 def fused(heatmaps: list[torch.Tensor]) -> torch.Tensor:
-    """Return the heatmaps (N, H, W) of several layers as one: the maximum of each divided by its own.
+    """Return the heatmaps (N, ...) of several layers as one: the maximum of each divided by its own.
 
     A single one stays as it is.
     """
@@ -128,6 +131,11 @@ def fused(heatmaps: list[torch.Tensor]) -> torch.Tensor:
         return heatmaps[0]
     shares = []
     for each in heatmaps:
-        most = each.amax((1, 2), keepdim=True)
+        most = each.amax(tuple(range(1, each.ndim)), keepdim=True)
         shares.append(each / torch.where(most > 0, most, 1.0))
     return torch.stack(shares).amax(0)
+
+
+def _positions(values: torch.Tensor) -> tuple[int, ...]:
+    """Return the dimensions of (N, C, ...) along which positions lie."""
+    return tuple(range(2, values.ndim))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.arguments import function, integer, number, one_of, shown
+from torchlens_viz.arguments import function, indices_of, integer, number, one_of, shown
 from torchlens_viz.attribution.explanation import Explanation
 from torchlens_viz.attribution.goal import Goal, Target
 from torchlens_viz.attribution.layers import maps_to_explain
@@ -18,9 +18,16 @@ from torchlens_viz.attribution.twin import Twin
 from torchlens_viz.attribution.way import AT_PIXELS, Method, Way
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import is_compiled
-from torchlens_viz.models.colours import as_pixels, known_colours
-from torchlens_viz.models.inputs import ModelInputs, called_with, model_input
-from torchlens_viz.models.kernels import image_channels
+from torchlens_viz.models.colours import (
+    Bands,
+    as_pixels,
+    as_signal,
+    bands_note,
+    inverted,
+    known_colours,
+)
+from torchlens_viz.models.inputs import AXES, ModelInputs, called_with, model_input
+from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, select
 
 Picture: TypeAlias = torch.Tensor | Image.Image
@@ -44,6 +51,7 @@ def explain(
     samples: int | None = None,
     noise: float | None = None,
     seed: int | None = None,
+    bands: Bands = None,
 ) -> Explanation:
     """Find where in an image the evidence for an output of a network lies.
 
@@ -55,7 +63,8 @@ def explain(
     Args:
         model: A model that takes an image batch, or more, see `inputs`.
         image: A picture; a tensor (C, H, W), or a batch (N, C, H, W), each image of which is explained by
-            itself.
+            itself. Of a network whose first convolution is 1-D, signals (C, L) or (N, C, L); of a 3-D one,
+            volumes or clips (C, D, H, W) or (N, C, D, H, W).
         target: Which output to explain: None is each image's highest; an index for all images, or one for
             each. Or a function of what the model puts out that makes of it a floating-point tensor (N,), a
             number per image: the score of a box, the mean of a mask, an entry of a dict.
@@ -85,9 +94,13 @@ def explain(
         noise: For `"smoothgrad"`, the standard deviation of the noise as a share of the range of an image's
             values, 0.15 where it is None.
         seed: For `"smoothgrad"`, what the noise follows from, 0 where it is None.
+        bands: The channels of the image to show as red, green and blue, or the one to show in gray. None is
+            all of 1 or 3, and of other numbers their mean, which `.notes` say. Of a signal, those to draw as
+            curves, any number; None is all.
 
     Returns:
-        N heatmaps (N, H, W) float32 in the pixels of what the model takes, with the scores they explain. Each
+        N heatmaps (N, H, W), (N, L) or (N, D, H, W) float32 in the pixels of what the model takes, with the
+        scores they explain. Each
         value stands where the receptive field of its position has its middle; between positions they are
         interpolated.
 
@@ -122,6 +135,8 @@ def explain(
     names = None if layer is None else _names(model, layer)
     batch = _batch(image, preprocess, model)
     model = called_with(model, inputs, len(batch))
+    channels = inverted(batch[:1], invert).shape[1]
+    said = bands_note(channels, bands) if batch.ndim > 3 else _curves_note(channels, bands)
     goal = Goal(target, len(batch))
     types = {each.dtype for each in model.parameters() if each.is_floating_point()}
     for keeps_types in (False, True):
@@ -169,8 +184,8 @@ def explain(
         heatmaps=heatmaps,
         targets=goal.classes,
         scores=scores,
-        notes=tuple(way.notes),
-        _pixels=lambda: _shown(batch, image, preprocess, invert),
+        notes=(*said, *way.notes),
+        _pixels=lambda: _shown(batch, image, preprocess, invert, bands),
         _measure=measured,
     )
 
@@ -220,25 +235,33 @@ def _names(model: nn.Module, layer: Selector) -> list[str]:
     return list(names.values())
 
 
+def _curves_note(channels: int, bands: Bands) -> list[str]:
+    """Return a line that says which channels of a signal are drawn, where that is not all."""
+    chosen = indices_of(bands, channels, "bands")
+    return [] if bands is None else [f"curves: channels {', '.join(map(str, chosen))} of {channels}"]
+
+
 def _batch(
     image: Picture, preprocess: Callable[[Any], torch.Tensor] | None, model: nn.Module
 ) -> torch.Tensor:
-    """Return what the model takes, (N, C, H, W)."""
-    if not isinstance(image, torch.Tensor) or image.ndim != 4 or len(image) < 2:
-        return model_input(
-            image, preprocess, image_channels(model) if isinstance(image, Image.Image) else None
-        )
+    """Return what the model takes, (N, C, ...)."""
+    axes = image_axes(model, image)
+    shape = AXES[axes]
+    if not isinstance(image, torch.Tensor) or image.ndim != axes + 2 or len(image) < 2:
+        channels = image_channels(model) if isinstance(image, Image.Image) else None
+        return model_input(image, preprocess, channels, axes)
     if image.numel() == 0:
         raise InvalidArgumentError(
-            f"`image` must be a picture, (C, H, W) or a batch (N, C, H, W), got shape {tuple(image.shape)}"
+            f"`image` must be a picture, ({shape}) or a batch (N, {shape}), got shape {tuple(image.shape)}"
         )
     if preprocess is None:
         return image.float() / 255 if image.dtype == torch.uint8 else image
     made = preprocess(image)
-    if not isinstance(made, torch.Tensor) or made.ndim != 4 or len(made) != len(image) or made.numel() == 0:
+    is_batch = isinstance(made, torch.Tensor) and made.ndim == axes + 2 and len(made) == len(image)
+    if not is_batch or made.numel() == 0:
         what = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
         raise InvalidArgumentError(
-            f"`preprocess` must make a batch (N, C, H, W) of a batch {tuple(image.shape)}, got {what}; give "
+            f"`preprocess` must make a batch (N, {shape}) of a batch {tuple(image.shape)}, got {what}; give "
             "the images one by one"
         )
     return made
@@ -249,15 +272,19 @@ def _shown(
     image: Picture,
     preprocess: Callable[[Any], torch.Tensor] | None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None,
+    bands: Bands,
 ) -> torch.Tensor:
-    """Return the images as a person sees them, (N, 3, H, W) in [0, 1]."""
-    given: list[Picture] = [image]
-    if isinstance(image, torch.Tensor) and image.ndim == 4:
+    """Return the images as a person sees them, (N, 3, ...) in [0, 1], or the curves of signals, (N, K, L)."""
+    axes = batch.ndim - 2
+    if axes == 1:
+        return torch.stack([as_signal(row[None], invert, bands)[0] for row in batch])
+    given: list[Picture] = [image] * len(batch)
+    if isinstance(image, torch.Tensor) and image.ndim == batch.ndim:
         given = [image[place : place + 1] for place in range(len(batch))]
-    colours = known_colours(preprocess, given[0]) if preprocess is not None and invert is None else None
+    colours = known_colours(preprocess, given[0], axes) if preprocess is not None and invert is None else None
     return torch.stack(
         [
-            as_pixels(row[None], each, preprocess=preprocess, invert=invert, colours=colours)
+            as_pixels(row[None], each, preprocess=preprocess, invert=invert, colours=colours, bands=bands)
             for row, each in zip(batch, given, strict=True)
         ]
     )

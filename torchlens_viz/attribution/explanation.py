@@ -12,6 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import Final, final
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -19,7 +20,10 @@ from torchlens_viz.arguments import flag, integer
 from torchlens_viz.attribution.trust import Trust
 from torchlens_viz.draw.blend import Blend
 from torchlens_viz.draw.canvas import check_size, draw_chosen, in_colour
+from torchlens_viz.draw.curves import curves, over_curves, size_of
 from torchlens_viz.draw.palette import Colormap, Table
+from torchlens_viz.draw.planes import Plane, Slices, Slicing
+from torchlens_viz.draw.rows import limits_of
 from torchlens_viz.draw.style import Style, choose
 from torchlens_viz.errors import ArchiveError
 from torchlens_viz.files.paths import as_path, write_whole
@@ -28,6 +32,7 @@ from torchlens_viz.files.tensors import write_npz
 from torchlens_viz.notebook import Page, number
 
 _TILE_SIZE: Final = 128
+_ALPHA: Final = 0.6
 _SHOWN: Final = 160  # the longer side of a picture in a notebook's table
 _DRAWN_SHARE: Final = 0.995  # of the pixels, where each has a value of its own
 _FILE: Final = "explanation.npz"
@@ -41,10 +46,11 @@ class Explanation:
     Attributes:
         method: How it was found.
         layers: The names of the layers whose maps it was made of; none for methods at the pixels.
-        heatmaps: (N, H, W) float32 on the CPU, in the pixels of the images as the model takes them, and not
-            rescaled: the larger, the more a pixel speaks for the target. None is negative but with
-            `"integrated_gradients"`, where negative values speak against it. Of several layers, each is
-            divided by its largest value, and the maximum is taken.
+        heatmaps: (N, H, W) float32 on the CPU, or (N, L) of signals and (N, D, H, W) of volumes and clips, in
+            the pixels of the images as the model takes them, and not rescaled: the larger, the more a pixel
+            speaks for the target. None is negative but with `"integrated_gradients"`, where negative values
+            speak against it. Of several layers, each is divided by its largest value, and the maximum is
+            taken.
         targets: (N,) int64, the output that was explained of each image; None where `target` was a function.
         scores: (N,) float32, its value.
         notes: What is to be said of it, in sentences.
@@ -61,7 +67,10 @@ class Explanation:
 
     @cached_property
     def images(self) -> torch.Tensor:
-        """(N, 3, H, W) float32 in [0, 1]: the images as the model takes them, as a person sees them."""
+        """The images as the model takes them, as a person sees them.
+
+        (N, 3, H, W) or (N, 3, D, H, W) float32 in [0, 1]; of signals the curves that are drawn, (N, K, L).
+        """
         return self._pixels()
 
     @cached_property
@@ -77,19 +86,24 @@ class Explanation:
         self,
         index: int = 0,
         *,
-        alpha: float = 0.6,
+        alpha: float = _ALPHA,
         cmap: str | Table | Colormap = "auto",
         upscale: int | None = None,
+        plane: Plane | None = None,
+        slices: Slices = None,
     ) -> Image.Image:
-        """Draw one heatmap over its image.
+        """Draw one heatmap over its image; of a signal, behind its curve.
 
         Args:
             index: Which image, from 0.
             alpha: How much of the image the strongest value hides, from 0 to 1; weaker ones hide less.
             cmap: As in `torchlens_viz.kernel_grid`; `"auto"` is `"RdBu_r"` if there are negative values,
-                else `"hot"` from 0 on.
+                else `"hot"` from 0 on; of signals always `"RdBu_r"`.
             upscale: Enlarge the image by this whole factor; None brings its longer side to at least 128
-                pixels.
+                pixels, and a signal to 512 to 2048 pixels.
+            plane: Of a volume or clip, the axis across which slices lie, as in `torchlens_viz.feature_grid`.
+            slices: Which slices, as there; of several a sheet is drawn. None is the one with the heatmap's
+                value farthest from zero.
 
         Returns:
             An image of mode "RGB".
@@ -98,35 +112,44 @@ class Explanation:
             InvalidArgumentError: There is no such image, or an option has a value that it cannot have.
         """
         place = integer(index, "index", least=0, most=len(self.heatmaps) - 1)
-        style = Style(upscale=upscale)
-        check_size((1, 3, *self.heatmaps.shape[1:]), replace(style, upscale=self._factor(style)))
-        drawn = self._drawn(place, alpha=alpha, cmap=cmap, factor=self._factor(style))[2]
-        return Image.fromarray(drawn.movedim(0, 2).contiguous().numpy())
+        style, slicing = Style(upscale=upscale), self._slicing(place, plane, slices)
+        size = self._size(slicing, style)
+        count = 1 if slicing is None else len(slicing.labels())
+        check_size((count, 3, *size), Style(upscale=1))
+        tiles = self._drawn(place, slicing, style, alpha=alpha, cmap=cmap)[:, 2]
+        if count > 1:
+            return draw_chosen(tiles, choose(Style(), count), Style(), labels=[""] * count, lines=[])
+        return Image.fromarray(tiles[0].movedim(0, 2).contiguous().numpy())
 
     def grid(
         self,
         *,
-        alpha: float = 0.6,
+        alpha: float = _ALPHA,
         cmap: str | Table | Colormap = "auto",
         upscale: int | None = None,
         labels: bool | Sequence[str] = True,
         names: Sequence[str] | None = None,
         legend: bool = True,
         title: str | None = None,
+        plane: Plane | None = None,
+        slices: Slices = None,
     ) -> Image.Image:
         """Draw a row for each image: the image, the heatmap, and the heatmap over the image.
 
-        Each heatmap has a range of its own.
+        Of volumes and clips, each slice has a row. Of signals, the curve with the heatmap behind it stands
+        above the heatmap as a curve. Each heatmap has a range of its own, whichever slices of it are shown.
 
         Args:
             alpha: As in `overlay`.
             cmap: As in `overlay`.
             upscale: As in `overlay`.
-            labels: Write above the heatmaps what was explained, with its score; or these strings, three for
-                each image.
+            labels: Write above the heatmaps what was explained, with its score; or these strings, one for
+                each tile.
             names: What the model's outputs are called, by index.
             legend: Write the method, the layers, the notes, and `trust` where that was read, below.
             title: A line above the sheet.
+            plane: As in `overlay`.
+            slices: As in `overlay`.
 
         Returns:
             An image of mode "RGB".
@@ -135,24 +158,27 @@ class Explanation:
             InvalidArgumentError: An option has a value that it cannot have, or the sheet would be too large.
         """
         legend = flag(legend, "legend")
-        style = Style(nrow=3, upscale=upscale, labels=labels, title=title)
-        factor, count = self._factor(style), len(self.heatmaps)
-        sides = [factor * side for side in self.heatmaps.shape[1:]]
-        check_size((3 * count, 3, *sides), Style(nrow=3, upscale=1, labels=labels))
-        rows = [self._drawn(place, alpha=alpha, cmap=cmap, factor=factor) for place in range(count)]
-        tiles = torch.cat(rows)
-        own = [
-            label
-            for place in range(count)
-            for label in (
-                "image",
-                f"{self.label(place, names)}: {self.scores[place].item():.4g}",
-                self.method,
+        has_curves = self.heatmaps.ndim == 2
+        columns = (2, 1) if has_curves else (0, 1, 2)
+        style = Style(nrow=1 if has_curves else 3, upscale=upscale, labels=labels, title=title)
+        slicings = [self._slicing(place, plane, slices) for place in range(len(self.heatmaps))]
+        count = len(columns) * sum(1 if each is None else len(each.labels()) for each in slicings)
+        check_size((count, 3, *self._size(slicings[0], style)), replace(style, upscale=1))
+        tiles, words = [], []
+        for place, slicing in enumerate(slicings):
+            tiles.append(self._drawn(place, slicing, style, alpha=alpha, cmap=cmap)[:, columns].flatten(0, 1))
+            score = f"{self.label(place, names)}: {self.scores[place].item():.4g}"
+            if has_curves:
+                low, high = limits_of([self.heatmaps[place]])
+                words += [score, f"{self.method}: {low:.3g} to {high:.3g}"]
+            for suffix in [] if has_curves else [""] if slicing is None else slicing.labels():
+                words += [f"image{suffix}", score, self.method]
+        lines = self.legend() if legend else []
+        if legend and slicings[0] is not None:
+            lines.append(
+                slicings[0].note() if count == 3 else f"after @: the slice, along {plane or 'depth'}"
             )
-        ]
-        return draw_chosen(
-            tiles, choose(style, 3 * count), style, labels=own, lines=self.legend() if legend else []
-        )
+        return draw_chosen(torch.cat(tiles), choose(style, count), style, labels=words, lines=lines)
 
     def label(self, index: int, names: Sequence[str] | None = None) -> str:
         """Return what was explained of an image, in a word.
@@ -239,11 +265,12 @@ class Explanation:
 
         def cells() -> Iterator[Sequence[str]]:
             for place, score in enumerate(self.scores.tolist()):
-                pixels = (255 * self.images[place]).round().to(torch.uint8)
-                image = Image.fromarray(pixels.movedim(0, 2).contiguous().numpy())
+                slicing = self._slicing(place, None, None)
+                tiles = self._drawn(place, slicing, Style(), alpha=_ALPHA, cmap="auto")[0].movedim(1, 3)
+                image, _, over = (Image.fromarray(tile.contiguous().numpy()) for tile in tiles)
                 shown = page.picture(image, f"image {place}", side=_SHOWN)
-                over = page.picture(self.overlay(place), f"heatmap over image {place}", side=_SHOWN)
-                yield shown, over, self.label(place), number(score)
+                covered = page.picture(over, f"heatmap over image {place}", side=_SHOWN)
+                yield shown, covered, self.label(place), number(score)
 
         page.table(("image", "evidence", "target", "score"), cells(), len(self.scores))
         return str(page)
@@ -253,8 +280,25 @@ class Explanation:
         self.grid().save(buffer, "PNG")
         return buffer.getvalue()
 
-    def _factor(self, style: Style) -> int:
-        return style.upscale or ceil(_TILE_SIZE / max(self.heatmaps.shape[1:]))
+    def _slicing(self, place: int, plane: Plane | None, slices: Slices) -> Slicing | None:
+        """Return which slices of an image are shown."""
+        heat = self.heatmaps[place]
+        sizes = heat.shape
+        if heat.ndim != 3 or slices is not None:
+            return Slicing.of(sizes, plane, slices)
+        axis = Slicing.of(sizes, plane, None)
+        assert axis is not None
+        hottest = int(heat.nan_to_num(0.0, 0.0, 0.0).abs().argmax())
+        return Slicing.of(sizes, plane, int(np.unravel_index(hottest, sizes)[axis.axis]))
+
+    def _size(self, slicing: Slicing | None, style: Style) -> tuple[int, int]:
+        """Return height and width of a tile."""
+        if self.heatmaps.ndim == 2:
+            return size_of(self.images[0], style.upscale)
+        sizes = self.heatmaps.shape[1:]
+        height, width = sizes if slicing is None else slicing.within(sizes)
+        factor = style.upscale or ceil(_TILE_SIZE / max(height, width))
+        return factor * height, factor * width
 
     def _range(self, heat: torch.Tensor) -> tuple[float, float] | None:
         """Return the values to draw: at pixels, a few are so large that the others would not show."""
@@ -264,21 +308,37 @@ class Explanation:
         most = sizes[round(_DRAWN_SHARE * (len(sizes) - 1))].item() if len(sizes) else 0.0
         return (-most if bool((heat < 0).any()) else 0.0, most) if most > 0 else None
 
-    def _drawn(self, place: int, *, alpha: float, cmap: str | Table | Colormap, factor: int) -> torch.Tensor:
-        """Return the image, the heatmap and both together, (3, 3, H', W') uint8."""
-        heat = self.heatmaps[place][None]
-        blend = Blend.of(heat, alpha=alpha, cmap=cmap, scale_each=False, value_range=self._range(heat))
+    def _drawn(
+        self,
+        place: int,
+        slicing: Slicing | None,
+        style: Style,
+        *,
+        alpha: float,
+        cmap: str | Table | Colormap,
+    ) -> torch.Tensor:
+        """Return the image, the heatmap and both together of each slice, (P, 3, 3, H', W') uint8."""
+        heat, image, size = self.heatmaps[place], self.images[place], self._size(slicing, style)
+        if heat.ndim == 1 and isinstance(cmap, str) and cmap == "auto":
+            cmap = "RdBu_r"  # the page is white
+        whole = heat.reshape(1, -1, heat.shape[-1])
+        blend = Blend.of(whole, alpha=alpha, cmap=cmap, scale_each=False, value_range=self._range(heat))
+        if heat.ndim == 1:
+            over = over_curves(
+                image, heat[None], blend, origin=0.0, step=1.0, interpolation="bilinear", size=size
+            )
+            alone, plain = (curves(each, size).expand(1, 3, *size) for each in (heat[None], image))
+            return torch.stack([plain, alone, over], 1)
+        planes, images = heat[None], image[None]
+        if slicing is not None:
+            planes, images = slicing.take(heat), slicing.take(image).movedim(1, 0)
+        factor = size[0] // planes.shape[1]
         over = blend.tiles(
-            self.images[place],
-            heat,
-            origins=(0.0, 0.0),
-            steps=(1.0, 1.0),
-            interpolation="bilinear",
-            upscale=factor,
-        )[0]
+            images, planes, origins=(0.0, 0.0), steps=(1.0, 1.0), interpolation="bilinear", upscale=factor
+        )
         low, high = blend.limits.low.item(), blend.limits.high.item()
         limits = (low, high) if high > low else (low, low + 1.0)
-        alone = in_colour(heat[None], Style(cmap=blend.colours, value_range=limits), upscale=factor)[0]
-        image = (255 * self.images[place]).round().to(torch.uint8)
-        image = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-        return torch.stack([image, alone, over])
+        alone = in_colour(planes[:, None], Style(cmap=blend.colours, value_range=limits), upscale=factor)
+        pixels = (255 * images).round().to(torch.uint8)
+        pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        return torch.stack([pixels, alone, over], 1)

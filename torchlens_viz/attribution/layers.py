@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, Final, NamedTuple, final
 
 import torch
@@ -15,13 +16,16 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
+from torchlens_viz.models.inputs import AXES
 from torchlens_viz.models.layers import named_layers
 from torchlens_viz.models.state import refuse_quantized
 
 # What these put out are the maps that they took: pooled to a fixed size, or not changed in eval mode.
 _NO_MAPS_OF_THEIR_OWN: Final = (
-    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.Upsample,
-)  # fmt: skip
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample),
+)
 
 
 class Seen(NamedTuple):
@@ -41,9 +45,9 @@ class Seen(NamedTuple):
 def maps_to_explain(twin: Twin, batch: torch.Tensor, *, of_each_resolution: bool) -> list[str]:
     """Choose layers with maps, in the order in which they run.
 
-    Only layers that run once and put out one tensor (N, C, H, W) or (N, H, W, C) of more than one position
-    count. Of each resolution, that is the last one of those with the shortest names in dots: the stages of a
-    network, and not what is inside them.
+    Only layers that run once and put out one tensor (N, C, H, W) or (N, H, W, C), or the like with as many
+    spatial axes as the batch has, of more than one position count. Of each resolution, that is the last one
+    of those with the shortest names in dots: the stages of a network, and not what is inside them.
 
     Args:
         twin: The network.
@@ -55,19 +59,19 @@ def maps_to_explain(twin: Twin, batch: torch.Tensor, *, of_each_resolution: bool
     """
     best: dict[tuple[int, ...], tuple[int, int, str]] = {}
     for place, seen in enumerate(_seen_once(twin, batch)):
-        if seen.tensor is None or seen.tensor.ndim != 4 or seen.dim == 0:
+        if seen.tensor is None or seen.tensor.ndim != batch.ndim or seen.dim == 0:
             continue
         size = tuple(seen.tensor.movedim(1 if seen.dim is None else seen.dim, 1).shape[2:])
-        if size[0] * size[1] > 1:
+        if prod(size) > 1:
             depth = seen.name.count(".") + bool(seen.name)
             best[size] = min(best.get(size, (depth, -place, seen.name)), (depth, -place, seen.name))
     chosen = [name for _, place, name in sorted(best.values(), key=lambda each: -each[1])]
     if not chosen:
         refuse_quantized(twin.model)
         raise InvalidArgumentError(
-            "`layer` must be named, since none of this model puts out maps (N, C, H, W) of more than one "
-            "position; give `grid=(rows, columns)` for the tokens of a transformer, or choose a method such "
-            'as "gradient" that needs no layer'
+            f"`layer` must be named, since none of this model puts out maps (N, {AXES[batch.ndim - 2]}) of "
+            "more than one position; give `grid=(rows, columns)` for the tokens of a transformer, or choose "
+            'a method such as "gradient" that needs no layer'
         )
     return chosen if of_each_resolution else chosen[-1:]
 

@@ -1,4 +1,7 @@
-"""Gradients at the pixels: of the image, of noisy copies of it, on the way to it, and with guided ReLUs."""
+"""Gradients at the pixels: of the image, of noisy copies of it, on the way to it, and with guided ReLUs.
+
+Images are written (N, C, H, W), and may have any number of spatial axes.
+"""
 
 from __future__ import annotations
 
@@ -87,11 +90,11 @@ def smoothgrad(
     """
     random = torch.Generator(device="cpu").manual_seed(seed)
     low, high = (limit(batch.flatten(1), 1) for limit in (torch.amin, torch.amax))
-    spread = noise * (high - low)[:, None, None, None]
+    spread = (noise * (high - low)).view(-1, *[1] * (batch.ndim - 1))
     total = torch.zeros_like(batch)
     for count in _portions(samples, len(batch), goal):
         drawn = torch.cat([torch.randn(batch.shape, generator=random, device="cpu") for _ in range(count)])
-        noisy = batch.repeat(count, 1, 1, 1) + spread.repeat(count, 1, 1, 1) * drawn.to(batch.device)
+        noisy = torch.cat([batch] * count) + torch.cat([spread] * count) * drawn.to(batch.device)
         total += gradient(twin, noisy, goal).view(count, *batch.shape).sum(0)
     return total / samples
 
@@ -118,7 +121,7 @@ def integrated_gradients(twin: Twin, batch: torch.Tensor, goal: Goal, *, samples
     total = torch.zeros_like(batch)
     first = 0
     for count in _portions(samples, len(batch), goal):
-        at, share = (each[first : first + count, None, None, None, None] for each in (points, weights))
+        at, share = (each[first : first + count].view(-1, *[1] * batch.ndim) for each in (points, weights))
         between = ((at + 0.5) * batch).flatten(0, 1)
         total += (share * gradient(twin, between, goal).view(count, *batch.shape)).sum(0)
         first += count

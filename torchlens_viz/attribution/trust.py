@@ -64,7 +64,7 @@ def measure(
         twin: The network.
         batch: (N, C, H, W), what it takes.
         goal: What was scored.
-        heatmaps: (N, H, W).
+        heatmaps: (N, ...).
         scores: (N,), those of the batch.
         explain_again: Makes the heatmaps of another network.
         layer: The lowest layer that gets random weights; None is all of the network.
@@ -107,10 +107,11 @@ def hottest(heatmaps: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def blur(batch: torch.Tensor) -> torch.Tensor:
-    """Return images (N, C, H, W) blurred by a Gaussian that leaves no detail; it stops at the border."""
+    """Return images (N, C, ...) blurred by a Gaussian that leaves no detail; it stops at the border."""
     spread = max(1.0, _BLUR * min(batch.shape[2:]))
-    rows, columns = (_smoothing(size, spread, batch) for size in batch.shape[2:])
-    return torch.einsum("yh,nchw,xw->ncyx", rows, batch, columns)
+    for axis, size in enumerate(batch.shape[2:], 2):
+        batch = torch.tensordot(batch, _smoothing(size, spread, batch), ([axis], [1])).movedim(-1, axis)
+    return batch
 
 
 def _smoothing(size: int, spread: float, like: torch.Tensor) -> torch.Tensor:

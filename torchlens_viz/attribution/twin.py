@@ -123,7 +123,7 @@ class Twin:
                 if any(getattr(each, "is_quantized", False) for each in leaves.calls.get(name, [])):
                     refuse_quantized(self.model)
                 tensor = _only(name, leaves.calls.get(name, []), len(batch))
-                dims[name] = layout.channel_dim(tensor, name) if self._must_ask(tensor) else 1
+                dims[name] = layout.channel_dim(tensor, name) if self._must_ask(tensor, batch) else 1
         tensors = [leaves.calls[name][0] for name in layers]
         if self.grid is not None and not any(tensor.ndim == 3 for tensor in tensors):
             raise InvalidArgumentError(
@@ -183,7 +183,7 @@ class Twin:
                 except InvalidArgumentError:  # it counts the images before the layer
                     pass
                 self._grows = False
-            return self._muted(batch.repeat(len(channels), 1, 1, 1), maps, channels, 0, goal, images)
+            return self._muted(torch.cat([batch] * len(channels)), maps, channels, 0, goal, images)
 
     def _muted(
         self,
@@ -206,8 +206,8 @@ class Twin:
         check = partial(refuse_unhookable, self.model, selected, stop=False, compiled="eager")
         return Capture(self.model, selected, check, sink)
 
-    def _must_ask(self, tensor: torch.Tensor) -> bool:
-        return self.channel_dim is not None or self.mixes_layouts or tensor.ndim != 4
+    def _must_ask(self, tensor: torch.Tensor, batch: torch.Tensor) -> bool:
+        return self.channel_dim is not None or self.mixes_layouts or tensor.ndim != batch.ndim
 
     def _as_maps(self, tensor: torch.Tensor, layer: str, dim: int) -> torch.Tensor:
         grid = self.grid if tensor.ndim == 3 else None

@@ -14,6 +14,7 @@ from torchlens_viz.attribution.layers import maps_to_explain, tokens_to_explain
 from torchlens_viz.attribution.twin import Maps, Twin
 from torchlens_viz.draw.blend import placed
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
+from torchlens_viz.models.inputs import AXES
 from torchlens_viz.receptive.find import receptive_field
 
 Method: TypeAlias = Literal[
@@ -22,7 +23,7 @@ Method: TypeAlias = Literal[
 ]  # fmt: skip
 
 AT_PIXELS: Final = ("gradient", "smoothgrad", "integrated_gradients", "guided")
-_EVENLY: Final = ((float("nan"),) * 2, (0.0, 0.0))
+_EVENLY: Final = float("nan"), 0.0  # of an axis: where the first position stands, and the pixels to the next
 
 
 @final
@@ -49,7 +50,7 @@ class Way:
     places: dict[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
 
     def explained(self, twin: Twin, batch: torch.Tensor, goal: Goal) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the scores (N,) and the heatmaps (N, H, W), on the CPU."""
+        """Return the scores (N,) and the heatmaps (N, ...), on the CPU."""
         if self.method in AT_PIXELS:
             scores, heatmaps = self._at_pixels(twin, batch, goal)
         else:
@@ -118,11 +119,18 @@ class Way:
     def _place(self, twin: Twin, batch: torch.Tensor, maps: Maps) -> tuple[Sequence[float], Sequence[float]]:
         """Return the pixel under the first position and the pixels from one to the next."""
         size = tuple(maps.values.shape[2:])
+        if len(size) != batch.ndim - 2:
+            raise InvalidArgumentError(
+                f"`layer` must put out maps (N, {AXES[batch.ndim - 2]}) for such an input, but "
+                f"`{maps.layer}` puts out maps of {' x '.join(map(str, size))}; choose another layer"
+            )
         reason = ""
         try:
             seen = receptive_field(twin.model, maps.layer, batch.shape, channel_dim=maps.channel_dim)
-            if seen.map_shape == size and _is_within(seen.center((0, 0)), seen.stride, size, batch.shape[2:]):
-                return seen.center((0, 0)), seen.stride
+            if seen.map_shape == size:
+                first = seen.center((0,) * len(size))
+                if _is_within(first, seen.stride, size, batch.shape[2:]):
+                    return first, seen.stride
         except TorchlensVizError as error:
             reason = f" ({one_line(error)})"
         if twin.grid is None:  # whose tokens are those of patches that lie side by side
@@ -130,7 +138,8 @@ class Way:
                 f"`{maps.layer}` is spread evenly over the image, since where its positions stand cannot be "
                 f"told{reason}"
             )
-        return _EVENLY
+        origin, step = _EVENLY
+        return [origin] * len(size), [step] * len(size)
 
 
 def _chosen(twin: Twin, batch: torch.Tensor, goal: Goal, method: str) -> list[str]:
@@ -153,7 +162,7 @@ def _is_within(
 def _placed(
     maps: torch.Tensor, size: Sequence[int], origins: Sequence[float], steps: Sequence[float]
 ) -> torch.Tensor:
-    """Return maps (N, h, w) in pixels, (N, H, W); near a value that is not finite stands NaN."""
+    """Return maps (N, ...) in pixels, (N, *size); near a value that is not finite stands NaN."""
     heatmaps = placed(maps, size, origins=origins, steps=steps, interpolation="bilinear")
     if not bool(maps.isfinite().all()):
         lost = (~maps.isfinite()).float()
