@@ -15,7 +15,7 @@ from torch import nn
 from torchlens_viz.arguments import function, listed, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import read_image
-from torchlens_viz.models.colours import as_pixels
+from torchlens_viz.models.colours import Bands, as_pixels
 from torchlens_viz.models.inputs import model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.state import like_parameters
@@ -48,6 +48,7 @@ def pictures_of(
     images: Given | Iterable[Given] | Mapping[str, Given],
     preprocess: Callable[[Any], torch.Tensor] | None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None,
+    bands: Bands = None,
 ) -> list[Picture]:
     """Read, name and prepare the images that a page shows.
 
@@ -57,6 +58,7 @@ def pictures_of(
             a mapping says by its keys what the page calls them.
         preprocess: Makes of each what the model takes.
         invert: Makes pixels in [0, 1] of what the model takes.
+        bands: The channels to show as red, green and blue, or the one to show in gray.
 
     Raises:
         InvalidArgumentError: There is none, there are more than 64, or one is no image.
@@ -69,7 +71,7 @@ def pictures_of(
     found = []
     for name, given in _named(images):
         batch = like_parameters(model_input(given, preprocess, channels).detach(), model)
-        pixels = as_pixels(batch, given, preprocess=preprocess, invert=invert)
+        pixels = as_pixels(batch, given, preprocess=preprocess, invert=invert, bands=bands)
         found.append(Picture(name=name, given=given, batch=batch, pixels=pixels))
     return found
 

@@ -27,6 +27,7 @@ from torchlens_viz.attribution.projection import Projection
 from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.files.tensors import checksum
+from torchlens_viz.models.colours import Bands
 from torchlens_viz.models.layers import select_one, unwrap
 
 _MANY: Final = 4096  # channels, above which only the first of each layer have an entry of their own
@@ -53,6 +54,7 @@ class Wishes:
     maximized: Mapping[str, Maximization]
     preprocess: Callable[[Any], torch.Tensor] | None
     invert: Callable[[torch.Tensor], torch.Tensor] | None
+    bands: Bands
     names: Sequence[str] | None
     targets: Sequence[int] | None
     max_channels: int | None
@@ -60,6 +62,11 @@ class Wishes:
     explain: bool
     title: str
     about: Mapping[str, str]
+
+    @property
+    def views(self) -> dict[str, Any]:
+        """How the model, and how a person, sees an image: what `explain` and `project` take by keyword."""
+        return {"preprocess": self.preprocess, "invert": self.invert, "bands": self.bands}
 
 
 def written(
@@ -221,7 +228,7 @@ def _projections(
     """Return what in the first images made channels fire, by the image's name."""
     found = {}
     for picture in pictures[:_PROJECTED_IMAGES] if channels else ():
-        one = evidence.projected(model, picture, layer, channels, wishes.preprocess, wishes.invert)
+        one = evidence.projected(model, picture, layer, channels, wishes.views)
         if one is not None:
             found[picture.name] = one
     return found
@@ -277,7 +284,7 @@ def _image(
     answers, says = chapters.answers_of(output, wishes.names)
     heatmap, why = "", ""
     if wishes.explain:
-        found, reason = evidence.explained(model, picture, wishes.preprocess, wishes.invert)
+        found, reason = evidence.explained(model, picture, wishes.views)
         why = f"No explanation: {reason}."
         if found is not None:
             heatmap = shelf.address(photograph(found.overlay(0, upscale=1)), f"{picture.name}-evidence")

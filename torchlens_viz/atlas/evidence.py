@@ -140,31 +140,21 @@ def surveyed(model: nn.Module, pictures: Sequence[Picture], names: Sequence[str]
     return survey(model, batches, list(names), top_k=1, progress=False, distributed=False)
 
 
-def explained(
-    model: nn.Module, picture: Picture, preprocess: Any, invert: Any
-) -> tuple[Explanation | None, str]:
+def explained(model: nn.Module, picture: Picture, views: Mapping[str, Any]) -> tuple[Explanation | None, str]:
     """Return where the evidence for the network's answer lies; or None, and why there is none."""
     try:
-        return explain(model, picture.given, preprocess=preprocess, invert=invert), ""
+        return explain(model, picture.given, **views), ""
     except TorchlensVizError as error:
         return None, one_line(error).partition(": ")[2] or str(error)
 
 
 def projected(
-    model: nn.Module, picture: Picture, layer: str, channels: Sequence[int], preprocess: Any, invert: Any
+    model: nn.Module, picture: Picture, layer: str, channels: Sequence[int], views: Mapping[str, Any]
 ) -> Projection | None:
     """Return what in an image made units fire, by the first rule that the network allows, if any."""
     for rule in _RULES:
         try:
-            return project(
-                model,
-                layer,
-                picture.given,
-                list(channels),
-                rule=rule,
-                preprocess=preprocess,
-                invert=invert,
-            )
+            return project(model, layer, picture.given, list(channels), rule=rule, **views)
         except TorchlensVizError:
             continue
     return None

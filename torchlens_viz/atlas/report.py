@@ -20,6 +20,7 @@ from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 from torchlens_viz.files.paths import as_path, is_there, write_together
+from torchlens_viz.models.colours import Bands, bands_note, inverted
 from torchlens_viz.models.inputs import ModelInputs, called_with
 from torchlens_viz.models.kernels import convolutions
 from torchlens_viz.models.layers import Selector, require_module, select, unwrap
@@ -39,6 +40,7 @@ def report(
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     inputs: ModelInputs = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    bands: Bands = None,
     names: Sequence[str] | None = None,
     targets: Sequence[int] | None = None,
     max_channels: int | None = None,
@@ -73,6 +75,8 @@ def report(
         preprocess: Makes of an image what the model takes, as in `torchlens_viz.overlay_grid`.
         inputs: What the model takes beside the image, as in `torchlens_viz.maximize`.
         invert: Makes of the model's input the pixels in [0, 1] to show, as in `torchlens_viz.overlay_grid`.
+        bands: The channels of the images to show as red, green and blue, or the one to show in gray. None is
+            all of 1 or 3, and of other numbers their mean, which the page says.
         names: What the model's outputs are called, by index.
         targets: The class of each input of the survey, by its index, or without a survey of each image: every
             channel is then filed under the class of the input that drives it hardest.
@@ -130,23 +134,25 @@ def report(
     if source is not None and survey is None:
         raise InvalidArgumentError("`source` has no effect without a `survey`; leave it out, or pass both")
     model = called_with(model, inputs)
-    pictures = pictures_of(model, images, preprocess, invert)
+    pictures = pictures_of(model, images, preprocess, invert, bands)
+    said = bands_note(inverted(pictures[0].batch, invert).shape[1], bands)
     selected = convolutions(model) if layers is None else select(model, layers)
     first_names = {id(layer.module): layer.name for layer in reversed(selected)}
     wanted = [layer.name for layer in selected if first_names[id(layer.module)] == layer.name]
     wishes = Wishes(
         survey=survey,
-        source=None if source is None else Source(source, preprocess, invert, None),
+        source=None if source is None else Source(source, preprocess, invert, None, bands),
         maximized=_by_layer(maximized),
         preprocess=preprocess,
         invert=invert,
+        bands=bands,
         names=None if names is None else [str(name) for name in names],
         targets=None if targets is None else [int(target) for target in targets],
         max_channels=max_channels,
         projections=projections,
         explain=explain,
         title=title or type(unwrap(model)).__name__,
-        about={} if about is None else dict(about),
+        about={**({"pictures": said[0]} if said else {}), **(about or {})},
     )
     page = written(model, pictures, wanted, wishes, shelf).encode("utf-8", "backslashreplace")
     if len(page) > max_bytes:

@@ -16,7 +16,7 @@ from torchlens_viz.backprop.device import isolated
 from torchlens_viz.backprop.rules import Rule
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import refuse_torchscript
-from torchlens_viz.models.colours import as_pixels, known_colours
+from torchlens_viz.models.colours import Bands, as_pixels, checked_bands, known_colours
 from torchlens_viz.models.inputs import ModelInputs, called_with, model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector
@@ -39,6 +39,7 @@ def project(
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
     channel_dim: int | None = None,
     batch_size: int | Literal["auto"] = "auto",
+    bands: Bands = None,
 ) -> Projection:
     """Show which pattern in an image made units of a layer fire, by going back from each to the pixels.
 
@@ -75,6 +76,8 @@ def project(
         channel_dim: The dimension that counts channels in what the layer puts out: 1 in (N, C, H, W), -1 in
             (N, H, W, C) and tokens (N, L, C). None finds it, as in `torchlens_viz.capture`.
         batch_size: At most how many parts of the image at a time; "auto" is what fits into memory.
+        bands: The channels to show as red, green and blue, or the one to show in gray, of the image and of
+            the projections. None is all of 1 or 3, and of other numbers their mean, which the sheet says.
 
     Returns:
         K projections, with the place, the receptive field and the value of each unit. They are as large as
@@ -128,6 +131,7 @@ def project(
             [Unit(channel, place) for channel, place in zip(chosen, positions, strict=True)], batch_size=most
         )
     colours = None if preprocess is None or invert is not None else known_colours(preprocess, image)
+    shown_bands = checked_bands(bands, given.shape[1])
     return Projection(
         layer=units.layer,
         rule=rule,
@@ -137,7 +141,10 @@ def project(
         positions=torch.tensor([place or (-1, -1) for place in positions], device="cpu"),
         regions=tuple(_region(units.field, place, given.shape) for place in positions),
         scores=scores.float().cpu(),
-        pixels=as_pixels(given, image, preprocess=preprocess, invert=invert, colours=colours),
+        pixels=as_pixels(
+            given, image, preprocess=preprocess, invert=invert, colours=colours, bands=shown_bands
+        ),
+        bands=None if shown_bands is None else tuple(shown_bands),
         colours=None if colours is None else colours.matrix.float(),
     )
 

@@ -27,6 +27,7 @@ from torchlens_viz.errors import ArchiveError, one_line
 from torchlens_viz.files.paths import as_path, write_whole
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.files.tensors import read_npz, write_npz
+from torchlens_viz.models.colours import bands_note, checked_bands, mixed
 from torchlens_viz.notebook import Page, number
 
 Position: TypeAlias = Literal["max", "all"] | tuple[int, int]
@@ -63,6 +64,7 @@ class Projection:
         pixels: (3, H, W) float32 in [0, 1], the image as a person sees it.
         colours: (C, 3) float32, how much of red, green and blue the preprocessing puts into each channel that
             the model takes; None where there is none, or that cannot be told.
+        bands: The channels that are shown as red, green and blue, or the one in gray; None where all count.
     """
 
     layer: str
@@ -75,6 +77,7 @@ class Projection:
     scores: torch.Tensor
     pixels: torch.Tensor
     colours: torch.Tensor | None = None
+    bands: tuple[int, ...] | None = None
 
     def grid(
         self,
@@ -92,8 +95,9 @@ class Projection:
         """Draw each projection beside the part of the image that it explains, cropped to what the unit sees.
 
         Zero is the middle gray, and what is stronger than 99.5 % of a projection as light or dark as can be.
-        Of images with other than 3 channels, projections are drawn in gray, the mean of their channels. Parts
-        at the border of the image are smaller, and stand in the middle of gray.
+        Of images with other than 1 or 3 channels, projections are drawn in gray, the mean of their channels,
+        which a line below says, unless `project` was given `bands`. Parts at the border of the image are
+        smaller, and stand in the middle of gray.
 
         Args:
             scale_each: Give each projection its own range; else the strongest one's is that of all.
@@ -129,7 +133,8 @@ class Projection:
             for channel, score in zip(self.channels.tolist(), self.scores.tolist(), strict=True)
         ]
         tiles = self._tiles(choice, style, scale_each=scale_each)
-        return draw_chosen(tiles, choice, style, labels=words, lines=lines if legend else [])
+        lines = [*(lines if legend else []), *bands_note(self.images.shape[1], self.bands)]
+        return draw_chosen(tiles, choice, style, labels=words, lines=lines)
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write everything to a folder: a picture per channel, the sheet, a table, and what `load` reads.
@@ -180,6 +185,7 @@ class Projection:
         try:
             place = told["position"]
             told["position"] = place if isinstance(place, str) else tuple(place)
+            told["bands"] = None if told.get("bands") is None else tuple(told["bands"])
             told["regions"] = tuple((slice(*rows), slice(*columns)) for rows, columns in told["regions"])
             parts: dict[str, Any] = {**told, **tensors}
             found = cls(**parts)
@@ -237,7 +243,8 @@ class Projection:
         shape = (len(choice.places), 3, side[0] * factor, 2 * side[1] * factor + _GAP)
         check_size(shape, replace(style, upscale=1, max_tiles=None, page=0))
         shown = [
-            in_colour(self.images[place], self.colours)[:, *self.regions[place]] for place in choice.places
+            mixed(self.images[place], self.colours, self.bands)[:, *self.regions[place]]
+            for place in choice.places
         ]
         reaches = [_reach(values) for values in shown]
         tiles = torch.full(shape, 255, dtype=torch.uint8, device="cpu")
@@ -287,6 +294,7 @@ def _check(found: Projection) -> None:
             continue
         if part.dtype != dtype or tuple(part.shape) != shape:
             raise ValueError(f"`{name}` must be {dtype} of shape {shape}")
+    checked_bands(found.bands, channels)
     if len(found.regions) != count:
         raise ValueError("`regions` must be as many as images")
     for region in found.regions:
@@ -295,26 +303,14 @@ def _check(found: Projection) -> None:
             integer(side.stop, "regions", least=start, most=size)
 
 
-def in_colour(values: torch.Tensor, colours: torch.Tensor | None) -> torch.Tensor:
-    """Return a projection (C, h, w) in red, green and blue, (3, h, w).
-
-    Args:
-        values: The projection.
-        colours: (C, 3), how much of red, green and blue is in each channel; None where that is the channel.
-    """
-    if len(values) != 3:
-        return values.mean(0, keepdim=True).expand(3, -1, -1)
-    return values if colours is None else torch.einsum("ck,chw->khw", colours, values)
-
-
 def as_picture(values: torch.Tensor, colours: torch.Tensor | None) -> torch.Tensor:
     """Return a projection (C, h, w) as it is drawn, (3, h, w) in [0, 1]: zero is the middle gray.
 
     Args:
         values: The projection, cropped to what is shown of it.
-        colours: As in `in_colour`.
+        colours: As in `torchlens_viz.models.colours.mixed`.
     """
-    shown = in_colour(values, colours)
+    shown = mixed(values, colours)
     return (0.5 + shown / (2 * _reach(shown))).clamp(0, 1)
 
 
