@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import warnings
 from pathlib import Path
 from typing import get_args
@@ -256,6 +257,33 @@ def test_targets_of_other_types_are_refused(net, images, target):
 def test_outputs_that_need_a_function_say_which(net, images, make, message):
     with pytest.raises(InvalidArgumentError, match=message):
         explain(Wrapped(net, make), images, 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda output: {"out": output[:, :, None, None].expand(-1, -1, 4, 4)},
+        lambda output: {"count": 2, "maps": output},
+        lambda output: (output[:, :2, None, None],),
+        lambda output: [{"labels": row.long(), "scores": row} for row in output],
+        lambda output: [{"boxes": row[:4].view(1, 4)} for row in output],
+    ],
+)
+def test_the_function_that_is_proposed_makes_a_number_per_image(net, images, make):
+    model = Wrapped(net, make)
+    with pytest.raises(InvalidArgumentError, match="must be a function where") as refusal:
+        explain(model, images, method="gradient")
+    proposed = re.search(r"`target=(lambda .*)`, which", str(refusal.value))[1]
+    found = explain(model, images, eval(proposed, {"torch": torch}), method="gradient")
+    assert found.scores.shape == (2,)
+    assert (found.heatmaps.flatten(1).amax(1) > 0).all()
+
+
+def test_logits_under_that_name_are_explained_as_a_tensor_is(net, images):
+    named = explain(Wrapped(net, lambda output: {"loss": None, "logits": output}), images)
+    plain = explain(net, images)
+    assert torch.equal(named.targets, plain.targets)
+    torch.testing.assert_close(named.heatmaps, plain.heatmaps, rtol=1e-4, atol=1e-6)
 
 
 def test_a_target_that_nothing_speaks_for_is_said():

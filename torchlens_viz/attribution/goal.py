@@ -116,7 +116,7 @@ def _logits(output: Any, rows: int) -> torch.Tensor:
     if not isinstance(output, torch.Tensor):
         raise InvalidArgumentError(
             f"`target` must be a function where the model puts out {_kind(output)}: pass one such as "
-            f"`target=lambda output: output{_way_into(output)}[:, 3]`, which makes a number per image of it"
+            f"`target=lambda output: {_example(output, 'output')}`, which makes a number per image of it"
         )
     if not output.is_floating_point() or output.ndim not in (1, 2) or len(output) != rows:
         raise InvalidArgumentError(
@@ -126,15 +126,30 @@ def _logits(output: Any, rows: int) -> torch.Tensor:
     return output[:, None] if output.ndim == 1 else output
 
 
-def _way_into(output: Any) -> str:
-    if isinstance(output, dict):
-        return f"[{next(iter(output), 'logits')!r}]"
-    return "[0]" if isinstance(output, tuple | list) else ".logits"
+def _example(value: Any, text: str) -> str:
+    """Return an expression that makes a number per image of such a value, which `text` stands for."""
+    if isinstance(value, torch.Tensor) and value.ndim > 1:
+        rest = ".flatten(1).mean(1)" if value.ndim > 2 else ""
+        return f"{text}[:, {min(3, value.shape[1] - 1)}]{rest}"
+    if isinstance(value, Mapping):
+        found = [key for key, each in value.items() if _is_floating(each)]
+        return _example(value[found[0]], f"{text}[{found[0]!r}]") if found else f"{text}['logits'][:, 3]"
+    if isinstance(value, tuple | list) and value and isinstance(value[0], Mapping):  # one for each image
+        found = [key for key, each in value[0].items() if _is_floating(each)]
+        key = "scores" if "scores" in found or not found else found[0]
+        return f"torch.stack([each[{key!r}].sum() for each in {text}])"
+    if isinstance(value, tuple | list) and value:
+        return _example(value[0], f"{text}[0]")
+    return f"{text}.logits[:, 3]"
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, list(value)[:6]))}"
     return f"a {type(value).__name__}"

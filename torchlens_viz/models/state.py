@@ -140,7 +140,7 @@ def complete_call() -> Iterator[None]:
 def quantizes(model: nn.Module) -> bool:
     """Tell whether layers of a model put out quantised values, by static quantisation of either kind."""
     return any(
-        type(module).__module__.startswith(_QUANTIZED) and "Embedding" not in type(module).__name__
+        type(module).__module__.startswith(_QUANTIZED) and hasattr(module, "zero_point")  # of its output
         for module in model.modules()
     )
 
