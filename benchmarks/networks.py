@@ -114,6 +114,11 @@ class Row:
     cells: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether a command said something that is not so, or raised."""
+        return any(cell.startswith(("wrong", "failed")) for cell in self.cells.values())
+
 
 def specs(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yield the family, the name and what the command line is given for every network."""
@@ -374,12 +379,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks with these words in their names")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="rows are read from here and added to it")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FILE", help="good rows are read from here, new ones added"
+    )
     parser.add_argument("--write-docs", action="store_true", help="write the table into docs/networks.md")
     options = parser.parse_args(arguments)
     known: dict[str, Row] = {}
     if options.keep and options.keep.exists():
-        known = {each["name"]: Row(**each) for each in json.loads(options.keep.read_text("utf-8"))}
+        read = [Row(**each) for each in json.loads(options.keep.read_text("utf-8"))]
+        known = {row.name: row for row in read if not row.is_bad}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -403,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(render(rows))
     if options.write_docs:
         PAGE.write_text(with_block(PAGE.read_text("utf-8"), render(rows)), "utf-8")
-    return int(any(cell.startswith(("wrong", "failed")) for row in rows for cell in row.cells.values()))
+    return int(any(row.is_bad for row in rows))
 
 
 if __name__ == "__main__":
