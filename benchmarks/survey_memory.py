@@ -1,5 +1,7 @@
 """Peak memory of a survey over 100 to 10,000 images, each in a process of its own, as a plot.
 
+With `effects` the survey estimates them, by class too, and the MonoScore.
+
 python benchmarks/survey_memory.py --out docs/images/survey_memory.png
 """
 
@@ -33,6 +35,17 @@ def peak_mib(images: int, way: str) -> float:
 
     if way == "survey":
         survey(net, batches(), nn.Conv2d, progress=False)
+    elif way == "effects":
+        labelled = ((batch, torch.arange(len(batch)) % 10) for batch in batches())
+        survey(
+            net,
+            labelled,
+            nn.Conv2d,
+            loss=lambda output, batch: output.square().mean((1, 2, 3)),
+            by_class=True,
+            encoder=lambda images: images.flatten(2).mean(2),
+            progress=False,
+        )
     else:
         kept: list[torch.Tensor] = []
         for place in (0, 3):
@@ -56,10 +69,11 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", str(count), way]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-    ours = [measured(count, "survey") for count in COUNTS]
-    kept = [measured(count, "keep") for count in COUNTS]
-    for row in zip(COUNTS, ours, kept, strict=True):
-        print("{:>6} images: survey {:.0f} MiB, keeping every activation {:.0f} MiB".format(*row))
+    ours, effects, kept = (
+        [measured(count, way) for count in COUNTS] for way in ("survey", "effects", "keep")
+    )
+    for row in zip(COUNTS, ours, effects, kept, strict=True):
+        print("{:>6} images: survey {:.0f} MiB, with effects {:.0f}, keeping everything {:.0f}".format(*row))
 
     import matplotlib as mpl
 
@@ -68,6 +82,7 @@ def main() -> None:
 
     figure, axes = plt.subplots(figsize=(6, 3.5), dpi=110, layout="constrained")
     axes.plot(COUNTS, ours, "o-", label="survey: statistics and top 9")
+    axes.plot(COUNTS, effects, "^-", label="and effects, by class too")
     axes.plot(COUNTS, kept, "s--", color="gray", label="keeping every activation")
     axes.set(
         xscale="log",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,7 +187,7 @@ def same(one: Survey, other: Survey, *, rtol: float) -> None:
             *zip(one.class_means[layer], other.class_means[layer], strict=True),
             *zip(one.effects.by_class(layer, "mean"), other.effects.by_class(layer, "mean"), strict=True),
         ):
-            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-12 * (rtol > 0))
+            np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=1e-9 * (rtol > 0))
 
 
 def test_parts_merge_to_the_whole_and_files_hold_all_of_it(tmp_path):
@@ -271,3 +274,57 @@ def test_an_embedding_without_a_direction_does_not_count():
     data = [(values, torch.zeros(4))]
     found = survey(Given(), data, "layer", encoder=lambda given: embeddings, **quiet)
     assert found.monosemanticity["layer"].tolist() == [1.0]
+
+
+PROGRAM = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+sys.path.insert(0, sys.argv[3])
+from tests.dataset.test_by_class import found_in
+from tests.dataset.test_effects import batches, net
+
+torch.set_num_threads(1)
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+images, labels = (torch.cat(parts)[:11] for parts in zip(*batches(), strict=True))
+data = TensorDataset(images, labels)
+loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, shuffle=True))
+found_in(net(), loader, target=lambda output, batch: output[:, 0]).save(f"{folder}/{rank}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path):
+    path, root = tmp_path / "program.py", str(Path(__file__).parents[2])
+    path.write_text(PROGRAM)
+    both = [
+        subprocess.Popen([sys.executable, path, tmp_path, str(rank), root], stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    images, labels = (torch.cat(parts)[:11] for parts in zip(*batches(), strict=True))
+    alone = found_in(net(), [(images, labels)], target=lambda output, batch: output[:, 0])
+    first, second = (Survey.load(tmp_path / str(rank)) for rank in range(2))
+    same(first, second, rtol=0)
+    same(first, alone, rtol=1e-4)
+    for layer in LAYERS:
+        assert torch.equal(first.top_by_relevance[layer].samples, alone.top_by_relevance[layer].samples)
+        for ours, theirs in zip(first.effects.of(layer), alone.effects.of(layer), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_inputs():
+    script = Path(__file__).parents[2] / "benchmarks" / "survey_memory.py"
+
+    def peak(images: int) -> float:
+        command = [sys.executable, str(script), "--one", str(images), "effects"]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    kept = 1000 * 16 * 32 * 32 * 4 / 2**20  # MiB, if what the first layer puts out were kept
+    assert peak(1100) - peak(100) < kept / 2

@@ -95,26 +95,33 @@ from torch import nn
 from torchlens_viz import survey
 
 torch.manual_seed(0)
-net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True))
+net = nn.Sequential(
+    nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+)
 images = torch.randn(40, 3, 8, 8)
 
 def loader():
     for number, batch in enumerate(images.split(4)):
-        if len(sys.argv) > 3 and number == 6:
+        if len(sys.argv) > 4 and number == 6:
             print("far enough", flush=True)
             time.sleep(60)
-        yield batch
+        yield batch, torch.arange(4) % (2 + number % 2)
 
-checkpoint = None if sys.argv[1] == "-" else sys.argv[1]
-survey(net, loader(), "*", checkpoint=checkpoint, checkpoint_seconds=0, progress=False).save(sys.argv[2])
+options = dict(checkpoint_seconds=0, progress=False, checkpoint=None if sys.argv[2] == "-" else sys.argv[2])
+if sys.argv[1] == "worth":
+    options |= dict(
+        loss="cross_entropy", by_class=True, encoder="output", target=lambda output, batch: output[:, 1]
+    )
+survey(net, loader(), "*", **options).save(sys.argv[3])
 """
 
 
 @pytest.mark.slow
-def test_after_kill_9_it_goes_on_to_the_same_answer(tmp_path):
+@pytest.mark.parametrize("what", ["plain", "worth"])
+def test_after_kill_9_it_goes_on_to_the_same_answer(tmp_path, what):
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
-    run = [sys.executable, str(script)]
+    run = [sys.executable, str(script), what]
     with subprocess.Popen([*run, tmp_path / "c", tmp_path / "no", "slow"], stdout=subprocess.PIPE) as killed:
         assert killed.stdout.readline() == b"far enough\n"
         killed.send_signal(signal.SIGKILL)
