@@ -148,4 +148,7 @@ def test_sprites_have_numbers_of_their_own():
     first, second = album.sprite(), album.sprite()
     view = album.add(second, np.zeros((1, 5, 5), np.uint8), None, "note")
     assert (first.number, second.number, view.block.sprite, view.block.number) == (0, 1, 1, 0)
-    assert (view.factor, view.large) == (13, 34)
+    assert (view.factor, view.large) == (13, 33)
+    for side, large in ((42, 4), (112, 1.5), (168, 1), (336, 0.5)):
+        wide = album.add(second, np.zeros((1, 5, side), np.uint8), None, "note")
+        assert wide.large == large

@@ -101,6 +101,27 @@ def wide_page(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def worth_page(tmp_path_factory):
+    """A page with effects of channels, and another network beside its own."""
+    import torch
+
+    net, other = pages.classifier(), pages.classifier()
+    other[3].weight.data[2] += 0.5
+    images = torch.rand(12, 3, 24, 32, generator=torch.Generator().manual_seed(3))
+    found = tv.survey(
+        net, [(images, torch.tensor([0, 1, 2] * 4))], ["0", "3"], loss="cross_entropy", progress=False
+    )
+    return tv.report(
+        net,
+        {"image": photograph()},
+        tmp_path_factory.mktemp("worth") / "page.html",
+        survey=found,
+        comparison=tv.compare(net, other, [images]),
+        max_channels=5,
+    )
+
+
+@pytest.fixture(scope="session")
 def split_page(tmp_path_factory):
     """A page whose pictures lie beside it, with hostile names of layers, images, and of the folder itself."""
     folder = tmp_path_factory.mktemp("split")

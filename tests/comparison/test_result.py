@@ -46,6 +46,11 @@ def test_the_grid_has_a_row_per_channel_with_both_and_the_difference():
     assert other[0, 0, 0][0] > other[0, 0, 0][2]
     assert (other[:, 2] == 255).all()
     assert tuple(worst[0, 0, 0]) not in (white, blue, red)
+    wide = found.grid("0", upscale=1, padding=0, value_range=(-100.0, 100.0)).convert("RGB")
+    wide = np.asarray(wide).reshape(2, 2, 3, 2, 3)
+    assert (wide[:, :, :2] > 240).all()  # 2 in 100 is next to white
+    assert np.array_equal(wide[:, :, 2], sheet[:, :, 2])  # the difference keeps a range of its own
+    assert found.grid("0", upscale=1, padding=0, value_range="robust").size == (6, 4)
 
 
 def test_the_grid_of_the_first_layer_is_drawn_unless_another_is_named():

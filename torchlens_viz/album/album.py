@@ -10,7 +10,8 @@ from torchlens_viz.album.shelf import Shelf
 from torchlens_viz.album.sprite import Block, Pixels, Range, Sprite
 
 _TILE: Final = 64  # CSS pixels, at least, to which a tile is enlarged by a whole factor
-_LARGE: Final = 168  # and where it stands by itself
+_LARGE: Final = 168  # its longer side where it stands by itself
+_COARSE: Final = 42  # pixels a side, up to which a tile is enlarged by a whole factor there too
 _PITCH: Final = 42  # CSS pixels, at most, from part to part of a strip: a telephone holds eight
 
 
@@ -34,9 +35,10 @@ class View:
     pitch: int = 0
 
     @property
-    def large(self) -> int:
-        """The factor by which a tile is enlarged where its channel is shown by itself."""
-        return max(1, round(_LARGE / max(self.block.height, self.block.width)))
+    def large(self) -> float:
+        """The factor for a tile whose channel is shown by itself; that of few pixels is whole."""
+        longest = max(self.block.height, self.block.width)
+        return _LARGE // longest if longest <= _COARSE else _LARGE / longest
 
 
 @final

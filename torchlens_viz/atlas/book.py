@@ -17,13 +17,16 @@ from torchlens_viz.album.shelf import Shelf
 from torchlens_viz.album.sprite import as_bytes, photograph
 from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.atlas import chapters, evidence, page
-from torchlens_viz.atlas.chapters import Anchors, ImageChapter, Place
+from torchlens_viz.atlas.chapters import Anchors, ImageChapter, Place, link
+from torchlens_viz.atlas.contrast import Contrast, contrast_of
 from torchlens_viz.atlas.entries import Voice, entry_of
 from torchlens_viz.atlas.evidence import Evidence, LayerEvidence
 from torchlens_viz.atlas.health import health_of
 from torchlens_viz.atlas.layers import LayerPictures, draw_layer
 from torchlens_viz.atlas.units import draw_units
+from torchlens_viz.atlas.worth import columns_of
 from torchlens_viz.attribution.projection import Projection
+from torchlens_viz.comparison.result import Comparison
 from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.files.tensors import checksum
@@ -50,6 +53,7 @@ class Wishes:
     """What `report` was asked for, checked; its options say what each is."""
 
     survey: Survey | None
+    comparison: Comparison | None
     source: Source | None
     maximized: Mapping[str, Maximization]
     preprocess: Callable[[Any], torch.Tensor] | None
@@ -126,6 +130,10 @@ def written(
         health=health,
         layers=layers,
         places=places,
+        contrast=_contrast(wishes.comparison, places, shelf),
+        orders={
+            column.key: column.name for name in seen.layers for column in columns_of(surveys[name], name)
+        },
         classes=[(target, voice.name_of(target)) for target in sorted(set(wishes.targets or ()))],
         album=album,
         overlays=overlays,
@@ -149,6 +157,12 @@ def _surveys(
 
 def _differs(survey: Survey | None, layer: LayerEvidence) -> bool:
     return survey is not None and survey.stats[layer.name].channels != layer.channels
+
+
+def _contrast(comparison: Comparison | None, places: Mapping[str, Place], shelf: Shelf) -> Contrast | None:
+    if comparison is None:
+        return None
+    return contrast_of(comparison, {name: link(place.anchor) for name, place in places.items()}, shelf)
 
 
 def _places(seen: Evidence, max_channels: int | None) -> dict[str, Place]:

@@ -13,6 +13,7 @@ from torchlens_viz.album.album import View
 from torchlens_viz.atlas.evidence import LayerEvidence
 from torchlens_viz.atlas.health import Trouble, figure, percent
 from torchlens_viz.atlas.layers import LayerPictures
+from torchlens_viz.atlas.worth import Ranking, Ranks, Worth
 from torchlens_viz.stats.channels import ChannelStats
 
 AT_ONCE: Final = 64  # tiles of a sheet that stand open
@@ -75,12 +76,13 @@ class Place(NamedTuple):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A small picture: the classes that show it, what it is, where it leads and which trouble it has."""
+    """A small picture: the classes that show it, what it is, where it leads, its troubles and its ranks."""
 
     classes: str
     label: str
     href: str = ""
     keys: str = ""
+    ranks: Ranks = ()
 
 
 @final
@@ -134,6 +136,7 @@ class Channel:
     href: str
     name: str
     keys: str
+    ranks: Ranks
     badges: tuple[str, ...]
     figures: tuple[Figure, ...]
     patches: tuple[Figure, ...]
@@ -153,6 +156,7 @@ class Row:
     anchor: str
     cells: tuple[str, ...]
     keys: str
+    ranks: Ranks
 
 
 @final
@@ -185,6 +189,7 @@ class Layer:
     sheets: tuple[Sheet, ...]
     channels: tuple[Channel, ...]
     rest: Rest | None
+    rankings: tuple[Ranking, ...]
     troubles: tuple[Trouble, ...]
     total: int
 
@@ -266,6 +271,7 @@ def sheets_of(
     order: Sequence[int],
     hrefs: Mapping[int, str],
     keys: Mapping[int, str],
+    worth: Worth,
     names: Sequence[str],
 ) -> tuple[Sheet, ...]:
     """Return the sheets of a layer: its kernels, and its maps of each image."""
@@ -274,7 +280,13 @@ def sheets_of(
     found = []
     for title, view in views:
         tiles = [
-            Tile(classes=view.block.tile(place), label=str(channel), href=hrefs[channel], keys=keys[channel])
+            Tile(
+                classes=view.block.tile(place),
+                label=str(channel),
+                href=hrefs[channel],
+                keys=keys[channel],
+                ranks=worth.ranks(channel),
+            )
             for place, channel in enumerate(order)
         ]
         sheet = Sheet(

@@ -13,6 +13,7 @@ from torchlens_viz.atlas.evidence import LayerEvidence
 from torchlens_viz.atlas.health import Health, figure, histogram, percent
 from torchlens_viz.atlas.layers import ACROSS, LayerPictures
 from torchlens_viz.atlas.units import Units
+from torchlens_viz.atlas.worth import Worth, columns_of
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.stats.channels import ChannelStats
 
@@ -59,6 +60,8 @@ def entry_of(
         voice: What things are called.
     """
     marks, classes = health.marks[layer.name], _classes(layer, survey, voice.targets)
+    hrefs = place.hrefs
+    worth = Worth(columns_of(survey, layer.name), hrefs)
     badges = {
         channel: (
             *marks.get(channel, ()),
@@ -68,11 +71,14 @@ def entry_of(
     }
     keys = {
         channel: " ".join(
-            [*marks.get(channel, ()), *([f"class-{classes[channel]}"] if channel in classes else [])]
+            [
+                *marks.get(channel, ()),
+                *([f"class-{classes[channel]}"] if channel in classes else []),
+                *worth.marks(channel),
+            ]
         )
         for channel in range(layer.channels)
     }
-    hrefs = place.hrefs
     neighbours = chapters.neighbours_of(layer.likeness(), place.order, hrefs)
     stats, inputs = survey.stats[layer.name], survey.inputs_seen[layer.name]
     channels = tuple(
@@ -81,11 +87,12 @@ def entry_of(
             href=hrefs[channel],
             name=f"{layer.name or '(the model)'}:{channel}",
             keys=keys[channel],
+            ranks=worth.ranks(channel),
             badges=badges[channel],
             figures=(*_pictures(drawn, number, channel, voice.images), *units.figures.get(channel, ())),
             patches=tuple(units.patches.get(channel, ())),
             relevant=tuple(units.relevant.get(channel, ())),
-            facts=chapters.facts_of(stats, channel, inputs),
+            facts=(*chapters.facts_of(stats, channel, inputs), *worth.facts(channel)),
             peaks=chapters.peaks_of(layer, channel, voice.images),
             verdict=units.verdicts.get(channel, ""),
             curve=units.curves.get(channel),
@@ -102,9 +109,10 @@ def entry_of(
         lines=(*_lines(layer, place, drawn), *units.notes),
         bars=chapters.bars(histogram(layer.maps, low, high)),
         limits=(figure(low), "0" if low < 0 < high else "", figure(high)),
-        sheets=chapters.sheets_of(drawn, place.order, hrefs, keys, voice.images),
+        sheets=chapters.sheets_of(drawn, place.order, hrefs, keys, worth, voice.images),
         channels=channels,
-        rest=_rest(layer, place, drawn, stats, keys, badges) if place.rest else None,
+        rest=_rest(layer, place, drawn, stats, worth, keys, badges) if place.rest else None,
+        rankings=worth.rankings(),
         troubles=tuple(each for each in health.troubles if each.layer == layer.name),
         total=layer.channels,
     )
@@ -161,6 +169,7 @@ def _rest(
     place: Place,
     drawn: LayerPictures,
     stats: ChannelStats,
+    worth: Worth,
     keys: Mapping[int, str],
     badges: Mapping[int, Sequence[str]],
 ) -> Rest:
@@ -181,8 +190,9 @@ def _rest(
         rows = [
             Row(
                 anchor=place.rest[channel],
-                cells=(str(channel), *cells, ", ".join(badges[channel])),
+                cells=(str(channel), *cells, *worth.cells(channel), ", ".join(badges[channel])),
                 keys=keys[channel],
+                ranks=worth.ranks(channel),
             )
             for channel, *cells in zip(order, *written, zeros, strict=True)
         ]
@@ -193,6 +203,6 @@ def _rest(
         note=f"Of each channel {drawn.strips.note}, shrunk, in the colours above; the highest value first.",
         classes=f"s{drawn.strips.block.number}",
         strips=tuple(strips),
-        heads=("channel", "highest here", "mean", "std", "least", "most", "zeros", ""),
+        heads=("channel", "highest here", "mean", "std", "least", "most", "zeros", *worth.heads, ""),
         rows=tuple(rows),
     )

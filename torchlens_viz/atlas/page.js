@@ -81,7 +81,29 @@
     at("page:count").textContent = filter.value ? `${count} channel${count === 1 ? "" : "s"}` : "";
   };
 
+  const order = at("page:order");
+  // Each group is filled anew from its parts: so many of the first, the rest into the second.
+  const groups = [".sheet .tiles", ".channels", ".rest tbody"].flatMap((where) => {
+    const parents = new Set([...document.querySelectorAll(where)].map((each) => each.closest(".sheet") || each));
+    return [...parents].map((parent) => {
+      const boxes = parent.matches(".sheet") ? [...parent.querySelectorAll(".tiles")] : [parent];
+      const own = boxes.map((box) => [...box.children].filter((each) => each.matches("a, article, tr")));
+      return { boxes, sizes: own.map((each) => each.length), members: own.flat() };
+    });
+  });
+  const arrange = () => {
+    for (const { boxes, sizes, members } of groups) {
+      const rank = (each) => Number(each.dataset[order.value] ?? members.length);
+      const sorted = order.value ? [...members].sort((one, other) => rank(one) - rank(other)) : [...members];
+      boxes.forEach((box, place) => box.append(...sorted.splice(0, sizes[place])));
+    }
+  };
+
   at("page:tools").hidden = false;
+  if (order) {
+    order.addEventListener("change", arrange);
+    if (order.value) arrange();
+  }
   search.addEventListener("input", look);
   search.addEventListener("keydown", (event) => {
     const first = found.querySelector("a");

@@ -12,13 +12,15 @@ from typing import Any, Final, final
 from torchlens_viz.album.album import Album
 from torchlens_viz.album.sprite import gradient
 from torchlens_viz.atlas.chapters import ImageChapter, Layer, Place, link
+from torchlens_viz.atlas.contrast import Contrast
 from torchlens_viz.atlas.health import KINDS, Health, figure, percent
+from torchlens_viz.atlas.worth import CHOICES
 from torchlens_viz.errors import needed
 from torchlens_viz.receptive.field import ReceptiveField
 
 OWN_ANCHORS: Final = (
     *("page:top", "page:main", "page:images", "page:health", "page:layers", "page:search"),
-    *("page:found", "page:filter", "page:list", "page:tools", "page:count"),
+    *("page:found", "page:filter", "page:list", "page:tools", "page:count", "page:order", "page:comparison"),
 )
 CHECKSUM: Final = "checksum of the weights"
 PREPROCESSING: Final = "preprocessing"
@@ -87,6 +89,8 @@ def rendered(
     health: Health,
     layers: Sequence[Layer],
     places: Mapping[str, Place],
+    contrast: Contrast | None,
+    orders: Mapping[str, str],
     classes: Sequence[tuple[int, str]],
     album: Album,
     overlays: Overlays,
@@ -114,6 +118,9 @@ def rendered(
         layers=layers,
         hrefs={name: link(place.anchor) for name, place in places.items()},
         channel_hrefs={name: place.hrefs for name, place in places.items()},
+        contrast=contrast,
+        orders=orders,
+        choices={key: name for key, name in CHOICES.items() if key.partition("-")[0] in orders},
         classes=classes,
         kinds=KINDS,
         by_kind=[
@@ -165,7 +172,7 @@ def _rules(album: Album, overlays: Overlays, images: Sequence[ImageChapter]) -> 
         rules.append(
             f".b{block.number}{{--w:{block.width};--h:{block.height};--y:{block.y};"
             f"--fx:{view.factor};--fy:{view.factor}}}"
-            f".b{block.number}.large{{--fx:{view.large};--fy:{view.large}}}"
+            f".b{block.number}.large{{--fx:{view.large:.5g};--fy:{view.large:.5g}}}"
         )
         if view.pitch:
             rules.append(f".s{block.number}{{tab-size:{view.pitch}px}}")

@@ -16,6 +16,7 @@ from torchlens_viz.arguments import flag, integer, shown
 from torchlens_viz.ascent.result import Maximization
 from torchlens_viz.atlas.book import Wishes, written
 from torchlens_viz.atlas.page import require_engine
+from torchlens_viz.comparison.result import Comparison
 from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
@@ -35,6 +36,7 @@ def report(
     *,
     layers: Selector | None = None,
     survey: Survey | None = None,
+    comparison: Comparison | None = None,
     source: Any = None,
     maximized: Maximization | Iterable[Maximization] | Mapping[str, Maximization] | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
@@ -67,7 +69,9 @@ def report(
         path: The file, which is replaced in one step.
         layers: Which layers, by any selector; None is every convolution.
         survey: What `torchlens_viz.survey` found over a data set: the health of the layers in it rests on it.
-            That of others, and of all without it, rests on the images.
+            That of others, and of all without it, rests on the images. Of a survey with a `loss`, the page
+            also shows the effect of each channel.
+        comparison: What `torchlens_viz.compare` found between this network and another one.
         source: The inputs that were surveyed, as in `Survey.patches`: with it the page shows for each channel
             what drives it hardest.
         maximized: What `torchlens_viz.maximize` found, for one layer or several. A mapping says by its keys
@@ -131,6 +135,8 @@ def report(
     flag(explain, "explain")
     if survey is not None and not isinstance(survey, Survey):
         raise InvalidTypeError(f"`survey` must be a Survey or None, got {shown(survey)}")
+    if comparison is not None and not isinstance(comparison, Comparison):
+        raise InvalidTypeError(f"`comparison` must be a Comparison or None, got {shown(comparison)}")
     if source is not None and survey is None:
         raise InvalidArgumentError("`source` has no effect without a `survey`; leave it out, or pass both")
     model = called_with(model, inputs)
@@ -142,6 +148,7 @@ def report(
     wishes = Wishes(
         survey=survey,
         source=None if source is None else Source(source, preprocess, invert, None, bands),
+        comparison=comparison,
         maximized=_by_layer(maximized),
         preprocess=preprocess,
         invert=invert,

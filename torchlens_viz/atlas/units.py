@@ -226,6 +226,6 @@ def _add_patches(
             Figure(
                 classes=view.block.tile(tile),
                 alt=f"what channel {channel} sees of input {sample}: {value}",
-                caption=f"{value} #{sample}",
+                caption=f"{value}, input {sample}",
             )
         )

@@ -64,5 +64,7 @@ def compare_models(
     with torch.inference_mode(), told_as_model_error(theirs, f"what the preprocessing of {ours.name} makes"):
         found = compare(ours.on_images, theirs.on_images, batches, chosen, **options)
     notes = [f"{loaded.name}: {loaded.weights_note}" for loaded in (ours, theirs)]
-    paths = [] if out is None else [save_picture(found.grid(labels=True, legend=True), out)]
+    paths = []
+    if out is not None:
+        paths = [save_picture(found.grid(value_range="robust", labels=True, legend=True), out)]
     return Verdict(table=repr(found), is_same=found.first is None, outcome=Outcome(paths=paths, notes=notes))

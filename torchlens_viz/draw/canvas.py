@@ -81,7 +81,15 @@ def draw_chosen(
         An image of mode "RGB".
     """
     own = choice.labels(own_labels(style, choice.count) or labels)
-    plain = replace(style, normalize=False, upscale=1, interpolation="nearest", cmap="auto")
+    plain = replace(
+        style,
+        normalize=False,
+        scale_each=False,
+        value_range=None,
+        upscale=1,
+        interpolation="nearest",
+        cmap="auto",
+    )
     return _draw(tiles, plain, own, [*choice.lines, *lines], (), scale=False)
 
 
