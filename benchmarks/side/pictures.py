@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,26 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 from torchvision.utils import make_grid as torchvision_grid
 from torchvision.utils import save_image
 
 from benchmarks.side.limits import Limit, moved
 from benchmarks.side.timing import Claim, Pair, Setting
-from torchlens_viz import RunningStats, make_grid, save_kernel_grid
+from torchlens_viz import (
+    RunningStats,
+    capture,
+    feature_grid,
+    make_grid,
+    save_feature_grid,
+    save_feature_maps,
+    save_kernel_grid,
+)
 
 MAPS = (64, 1, 224, 224)
+DPI = 100
+NO_MARGINS = {"left": 0, "bottom": 0, "right": 1, "top": 1, "wspace": 0, "hspace": 0}
 LARGE = 2**22  # bytes: an allocation of that size gets new pages each time
 
 
@@ -33,7 +46,10 @@ def grids(*shape: int) -> Callable[[Setting], Pair]:
             lambda: make_grid(batch, **options),
             lambda: torchvision_grid(batch, **options),
             limit=moved(batch.nbytes + grid.nbytes, is_fresh=grid.nbytes > LARGE),
-            note="one read and one write; the range of each tile takes another read before" * (shape == MAPS),
+            gap="the limit is one read and one write; the range of each tile takes two reads before, "
+            "normalising a copy of the batch, and three planes are written where the batch has one"
+            if shape == MAPS
+            else "a grid this small is a dozen calls of torch, each of one to three microseconds",
         )
 
     return build
@@ -71,9 +87,97 @@ def sheets(*shape: int) -> Callable[[Setting], object]:
                 ),
                 note=f"{sizes[0]:.3g} against {sizes[1]:.3g} kB; the limit is one thread's, zlib's level 1 "
                 "on pixels as they are, which a strategy that suits the picture can beat",
+                gap="drawing and replacing a file of that name take as long as deflating so little",
             )
 
     return build
+
+
+def smooth_maps(channels: int, side: int) -> torch.Tensor:
+    """Return maps (1, C, H, W) as a layer has them."""
+    return F.avg_pool2d(torch.randn(1, channels, side, side).relu_(), 9, 1, 4)
+
+
+@contextmanager
+def figures(setting: Setting) -> Iterator[Pair]:
+    """Save maps as one sheet, against a matplotlib figure of subplots as the usual snippet draws it."""
+    from matplotlib import pyplot
+
+    side = 56 if setting.is_quick else 224
+    maps = smooth_maps(64, side)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs, least = (Path(folder) / f"{name}.png" for name in ("ours", "theirs", "least"))
+
+        def save_theirs() -> None:
+            size = (8 * side / DPI, 2 * side / DPI)
+            figure, axes = pyplot.subplots(2, 8, figsize=size, dpi=DPI, gridspec_kw=NO_MARGINS)
+            for axis, tile in zip(axes.flat, maps[0].numpy(), strict=False):
+                axis.imshow(tile, cmap="gray")
+                axis.set_xticks([])
+                axis.set_yticks([])
+            figure.savefig(theirs)
+            pyplot.close(figure)
+
+        pixels = feature_grid(maps, cmap="gray", scale_each=True).convert("L").tobytes()
+        yield Pair(
+            lambda: save_feature_grid(maps, ours, cmap="gray", scale_each=True),
+            save_theirs,
+            share=1 / 4,
+            limit=Limit(
+                f"{len(pixels) / 1e6:.3g} MB deflated and written",
+                work=lambda: least.write_bytes(zlib.compress(pixels, 1)),
+            ),
+            note="theirs 16 of the 64 maps and scaled up",
+        )
+
+
+def folders(save: Callable[[torch.Tensor, Path], object]) -> Callable[[Setting], object]:
+    """Save every map in a file of its own, against a loop."""
+
+    @contextmanager
+    def build(setting: Setting) -> Iterator[Pair]:
+        channels, every, side = (64, 4, 56) if setting.is_quick else (256, 8, 224)
+        model = nn.Sequential(OrderedDict(layer=nn.Identity()))
+        maps = smooth_maps(channels, side)
+        with capture(model, "layer") as acts:
+            model(maps)
+        with tempfile.TemporaryDirectory() as folder:
+            ours, theirs, least = (Path(folder) / name for name in ("ours", "theirs", "least"))
+            theirs.mkdir()
+            least.mkdir()
+
+            def save_theirs() -> None:
+                for channel, tile in enumerate(maps[0, ::every]):
+                    save(tile, theirs / f"{channel}.png")
+
+            tile = feature_grid(maps[:, :1], cmap="gray").convert("L").tobytes()
+
+            def save_least() -> None:
+                for channel in range(channels):
+                    (least / f"{channel}.png").write_bytes(zlib.compress(tile, 1))
+
+            yield Pair(
+                lambda: save_feature_maps(acts, ours, cmap="gray", progress=False),
+                save_theirs,
+                share=1 / every,
+                limit=Limit(f"{channels} files deflated and created, one by one", work=save_least),
+                note=f"{channels} files of {side} x {side}, theirs one in {every} and scaled up; ours by "
+                "several threads",
+                gap="each file is written beside the one it replaces and takes its name, so that none is "
+                "ever half there; to overwrite costs less",
+            )
+
+    return build
+
+
+def by_save_image(tile: torch.Tensor, path: Path) -> None:
+    save_image(tile, path, normalize=True)
+
+
+def by_imsave(tile: torch.Tensor, path: Path) -> None:
+    from matplotlib import pyplot
+
+    pyplot.imsave(path, tile.numpy(), cmap="gray")
 
 
 def running_stats(setting: Setting) -> Pair:
@@ -94,10 +198,10 @@ def running_stats(setting: Setting) -> Pair:
     mean = torch.as_tensor(ours().mean).cpu().double()
     if not torch.allclose(mean, theirs()[0].cpu(), rtol=1e-5):
         raise AssertionError("the means differ")
-    note = (
+    gap = (
         "the limit is one read; eight operations in float64 for each value take longer ([speed.md](speed.md))"
     )
-    return Pair(ours, theirs, limit=moved(values.nbytes), note=note)
+    return Pair(ours, theirs, limit=moved(values.nbytes), gap=gap)
 
 
 CLAIMS = [
@@ -117,6 +221,29 @@ CLAIMS = [
         "`save_kernel_grid`, 128 x 128 kernels 3 x 3",
         "`save_image`",
         sheets(128, 128, 3, 3),
+        on_cuda=False,
+    ),
+    Claim(
+        "sheet_matplotlib",
+        "`save_feature_grid`, 64 maps, `scale_each`",
+        "matplotlib subplots, `savefig`",
+        figures,
+        "matplotlib",
+        on_cuda=False,
+    ),
+    Claim(
+        "folder_save_image",
+        "`save_feature_maps`, a file each",
+        "`save_image`",
+        folders(by_save_image),
+        on_cuda=False,
+    ),
+    Claim(
+        "folder_imsave",
+        "`save_feature_maps`, a file each",
+        "matplotlib `imsave`",
+        folders(by_imsave),
+        "matplotlib",
         on_cuda=False,
     ),
     Claim("running_stats", "`RunningStats`, 64 channels of 56 x 56", "plain torch in float64", running_stats),

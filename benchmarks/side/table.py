@@ -6,29 +6,40 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.side.growth import Growth
 from benchmarks.side.machine import BUSY
 from benchmarks.side.timing import Row
 
 BEGIN = "<!-- written by python -m benchmarks --write-docs: begin -->"
 END = "<!-- written by python -m benchmarks --write-docs: end -->"
+BRIEF = (  # the rows that the README shows
+    "grid_kernels", "grid_large", "sheet_colour", "sheet_deep", "sheet_matplotlib", "folder_save_image",
+    "capture_hooks", "capture_captum", "capture_torchlens", "survey_16", "survey_32", "survey_collect",
+    "maximize_plain", "maximize_lucent", "explain_gradcam", "project_deconvnet", "ablate",
+)  # fmt: skip
+HALF = 0.5
 PAGE = f"""# Performance
 
 How long others take for the same work, over what it takes here, next to the limit of the hardware. One
 command measures it, installs nothing, and writes this page:
 
 ```
-python -m benchmarks [--quick] [--json FILE] [--only NAME] [--write-docs]
+python -m benchmarks [--quick] [--json FILE] [--resume] [--only NAME] [--write-docs]
 ```
 
 A and B run in turn, A B A B ..., in one process; a ratio is their time over ours in one pair, so that above 1
 ours is faster. Against a bare forward pass or loop, which does less, it can at best be 1. The limit is the
 least that the work can take: bytes moved at the rate of a large copy, FLOP at the rate of a matrix product,
 or other work that cannot be left out, timed in the same turns; the last column is how much of it is reached.
-What fits the cache can be above 1. More rows, and what stands in the way where there is room, are in
-[speed.md](speed.md).
+What fits the cache can be above 1. Where it is under a half, a remark says what stands in the way. More rows
+are in [speed.md](speed.md).
 
 A quick run, which this is if the table says so, has small networks, images of 112 pixels, batches of four and
 few pairs: what is added to a forward pass weighs more there than in a full run.
+
+How cost grows is measured in processor time at several sizes, each with as much more work: the exponent of a
+power of the size, fitted to all points, and to the larger half of them, where what does not grow weighs
+least. 1 is in proportion. What grows faster than that by more than 0.2 at the end is marked.
 
 {BEGIN}
 {END}
@@ -36,8 +47,8 @@ few pairs: what is added to a forward pass weighs more there than in a full run.
 HEADER = ("name", "what", "against", "ours", "theirs", "min", "median", "max", "limit", "reached")
 
 
-def render(found: dict[str, Any], rows: Sequence[Row]) -> str:
-    """Return what is printed: where and when, the table, what did not run, and remarks."""
+def render(found: dict[str, Any], rows: Sequence[Row], grown: Sequence[Growth] = ()) -> str:
+    """Return what is printed: where and when, the table, what did not run, remarks, and how cost grows."""
     is_on_cuda = any(row.peak_bytes for row in rows)
     header = (*HEADER, "peak memory, ours / theirs") if is_on_cuda else HEADER
     lines = [*_above(found), "", "| " + " | ".join(header) + " |", "|---|---|---|" + "--:|" * 5 + "---|--:|"]
@@ -45,11 +56,48 @@ def render(found: dict[str, Any], rows: Sequence[Row]) -> str:
     for row in rows:
         cells = (*_cells(row), _memory(row)) if is_on_cuda else _cells(row)
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    remarks = [f"- `{row.name}`: {row.note}." for row in rows if row.note]
+    remarks = [f"- `{row.name}`: {'; '.join(said)}." for row in rows if (said := _said(row))]
     lines += ["", *remarks] if remarks else []
+    lines += ["", *_growth(grown)] if grown else []
     if found["cuda"] != "ran":
         lines += ["", f"Rows on CUDA did not run: {found['cuda']}."]
     return "\n".join(lines)
+
+
+def brief(rows: Sequence[Row], names: Sequence[str] = BRIEF) -> str:
+    """Return the README's table: some of the rows, with the very figures of the page."""
+    lines = ["| what | ours | theirs | ratio |", "|---|--:|--:|--:|"]
+    for row in rows:
+        if row.name in names and not row.error and row.device == "cpu":
+            _, what, against, ours, theirs, _, ratio, *_ = _cells(row)
+            lines.append(f"| {what} | {ours} | {against}: {theirs} | {ratio} |")
+    return "\n".join(lines)
+
+
+def _said(row: Row) -> list[str]:
+    is_short = row.reached is not None and row.reached < HALF
+    return [text for text in (row.note, row.gap if is_short else "") if text]
+
+
+def _growth(grown: Sequence[Growth]) -> list[str]:
+    lines = [
+        "| name | what | of | least, most | seconds | exponent | at the end |",
+        "|---|---|---|---|---|--:|--:|",
+    ]
+    for each in grown:
+        name = f"`{each.name}`" + (" (CUDA)" if each.device == "cuda" else "")
+        if each.error:
+            lines.append(f"| {name} | {each.what} | {each.of} | did not run: {each.error} | | | |")
+            continue
+        sizes, times = (
+            f"{show(values[0])} to {show(values[-1])}"
+            for values, show in ((each.sizes, "{:,}".format), (each.seconds, _time))
+        )
+        last = f"{each.last:.2f}" + (", faster than its work" if each.is_too_fast else "")
+        lines.append(
+            f"| {name} | {each.what} | {each.of} | {sizes} | {times} | {each.exponent:.2f} | {last} |"
+        )
+    return lines
 
 
 def with_block(page: str, block: str) -> str:

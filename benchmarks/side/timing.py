@@ -17,6 +17,7 @@ from benchmarks.side.limits import Limit, Rates
 
 BLOCK = 0.01  # seconds: what is shorter runs several times in a row, so that the clock does not count
 FEWEST = 3  # pairs of a row, however long they take
+QUICK, FULL = (5, 1.5), (15, 12.0)  # pairs of a row at most, and seconds after which no more are begun
 
 Work = Callable[[], object]
 
@@ -39,6 +40,7 @@ class Pair:
     share: float = 1.0
     limit: Limit | None = None
     note: str = ""
+    gap: str = ""  # what stands in the way, where less than half of the limit is reached
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Row:
     limit: str = ""
     limit_s: float | None = None
     note: str = ""
+    gap: str = ""
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -136,10 +139,15 @@ def measure(claim: Claim, setting: Setting, clock: Clock, rates: Rates) -> Row:
             with _opened(claim.build(setting)) as pair:
                 _fill(row, pair, setting, clock, rates)
         except Exception as error:  # a peer may fail in any way
-            lines = str(error).strip().splitlines() or [""]
-            row.error = f"{type(error).__name__}: {lines[0]}"[:160]
+            row.error = reason(error)
             row.ours_s, row.theirs_s, row.limit_s = [], [], None
     return row
+
+
+def reason(error: Exception) -> str:
+    """Return what went wrong, in one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
 
 
 @contextmanager
@@ -158,7 +166,7 @@ def _fill(row: Row, pair: Pair, setting: Setting, clock: Clock, rates: Rates) ->
     if setting.device.type == "cuda":
         row.peak_bytes = {"ours": clock.peak(pair.ours), "theirs": clock.peak(pair.theirs)}
     times = [_times(clock, work, seconds) for work, seconds in zip(works, first, strict=True)]
-    pairs, budget = (5, 3.0) if setting.is_quick else (15, 60.0)
+    pairs, budget = QUICK if setting.is_quick else FULL
     start, order, limits = clock.now(), [], []
     for index in range(pairs):
         row.ours_s.append(clock.seconds(pair.ours, times[0]))
@@ -168,7 +176,7 @@ def _fill(row: Row, pair: Pair, setting: Setting, clock: Clock, rates: Rates) ->
             limits.append(clock.seconds(bare, times[2]))
         if index + 1 >= FEWEST and clock.now() - start > budget:
             break
-    row.order, row.note = "".join(order), pair.note
+    row.order, row.note, row.gap = "".join(order), pair.note, pair.gap
     if pair.limit is not None:
         row.limit = pair.limit.name
         if pair.limit.is_theirs:
