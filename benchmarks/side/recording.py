@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +23,10 @@ EIGHT = "eight operations in float64 for every value, beside a network that is s
 Run = Callable[[torch.Tensor], object]
 
 
-def network(setting: Setting) -> tuple[nn.Module, torch.Tensor]:
+def network(setting: Setting, name: str | None = None) -> tuple[nn.Module, torch.Tensor]:
     """Return the network to look at and a batch of four."""
-    name, side = ("resnet18", 112) if setting.is_quick else ("resnet50", 224)
-    model = models.get_model(name, weights=None).eval().to(setting.device)
+    usual, side = ("resnet18", 112) if setting.is_quick else ("resnet50", 224)
+    model = models.get_model(name or usual, weights=None).eval().to(setting.device)
     return model, torch.randn(4, 3, side, side, device=setting.device)
 
 
@@ -101,11 +102,13 @@ def by_nnsight(model: nn.Module) -> Run:
     return forward
 
 
-def capturing(peer: Callable[[nn.Module], Run]) -> Callable[[Setting], Pair]:
+def capturing(
+    peer: Callable[[nn.Module], Run], name: str | None = None, **how: Any
+) -> Callable[[Setting], Pair]:
     """Record all convolutions, entering and leaving included, against a peer; the limit is running bare."""
 
     def build(setting: Setting) -> Pair:
-        return recorded(*network(setting), peer)
+        return recorded(*network(setting, name), peer, **how)
 
     return build
 
@@ -122,12 +125,12 @@ def capturing_small_layers(setting: Setting) -> Pair:
     return pair
 
 
-def recorded(model: nn.Module, batch: torch.Tensor, peer: Callable[[nn.Module], Run]) -> Pair:
+def recorded(model: nn.Module, batch: torch.Tensor, peer: Callable[[nn.Module], Run], **how: Any) -> Pair:
     run = peer(copy.deepcopy(model))  # of its own: some peers leave hooks or wrappers in the model
 
     @torch.no_grad()
     def ours() -> object:
-        with capture(model, nn.Conv2d) as acts:
+        with capture(model, nn.Conv2d, **how) as acts:
             model(batch)
         return acts
 
@@ -210,6 +213,15 @@ def monitoring(setting: Setting) -> Iterator[Pair]:
 ALL = "`capture` of all convolutions, batch 4"
 CLAIMS = [
     Claim("capture_hooks", ALL, "hooks by hand, `detach().clone()`", capturing(by_hand)),
+    Claim(
+        "capture_vgg16",
+        "`capture` of VGG16's convolutions, batch 4",
+        "hooks by hand",
+        capturing(by_hand, "vgg16"),
+    ),
+    Claim(
+        "capture_lazy", '`capture(copy="lazy")`, batch 4', "hooks by hand", capturing(by_hand, copy="lazy")
+    ),
     Claim("capture_calls", "`capture` of 100 tiny layers", "hooks by hand", capturing_small_layers),
     Claim("capture_torchvision", ALL, "torchvision (references)", capturing(by_torchvision)),
     Claim(
