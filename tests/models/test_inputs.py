@@ -11,13 +11,12 @@ from torch import nn
 from torchlens_viz import maximize, overlay_grid, pair_grid
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import read_image
+from torchlens_viz.models.calls import called_with, inputs_like
 from torchlens_viz.models.inputs import (
     as_batch,
-    called_with,
     image_batch,
     images_in,
     input_of,
-    inputs_like,
     model_input,
     require_usual_shape,
     shown_to,

@@ -13,7 +13,8 @@ from torchlens_viz.ablation.result import Ablation
 from torchlens_viz.ablation.rewrite import NOTHING, Filling, Rewritten
 from torchlens_viz.arguments import indices_of, integer, one_of, wide
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError
-from torchlens_viz.models.inputs import InputOf, arguments_of, images_in
+from torchlens_viz.models.calls import arguments_of
+from torchlens_viz.models.inputs import InputOf, images_in
 from torchlens_viz.models.inputs import input_of as part_for
 from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.models.state import device_of, like_parameters, same_random_numbers

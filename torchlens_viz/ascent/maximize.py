@@ -42,7 +42,7 @@ from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.distributed import gathered, world
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.hooks.forward import refuse_torchscript
-from torchlens_viz.models.inputs import ModelInputs, called_with
+from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import device_of

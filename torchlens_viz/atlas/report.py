@@ -21,8 +21,8 @@ from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 from torchlens_viz.files.paths import as_path, is_there, write_together
+from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, bands_note, inverted
-from torchlens_viz.models.inputs import ModelInputs, called_with
 from torchlens_viz.models.kernels import convolutions
 from torchlens_viz.models.layers import Selector, require_module, select, unwrap
 

@@ -18,6 +18,7 @@ from torchlens_viz.attribution.twin import Twin
 from torchlens_viz.attribution.way import AT_PIXELS, Method, Way
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import is_compiled
+from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import (
     Bands,
     as_pixels,
@@ -26,7 +27,7 @@ from torchlens_viz.models.colours import (
     inverted,
     known_colours,
 )
-from torchlens_viz.models.inputs import AXES, ModelInputs, called_with, model_input
+from torchlens_viz.models.inputs import AXES, model_input
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, select
 

@@ -16,8 +16,9 @@ from torchlens_viz.backprop.device import isolated
 from torchlens_viz.backprop.rules import Rule
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import refuse_torchscript
+from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, checked_bands, known_colours
-from torchlens_viz.models.inputs import ModelInputs, called_with, model_input
+from torchlens_viz.models.inputs import model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector
 from torchlens_viz.models.state import device_of, same_random_numbers

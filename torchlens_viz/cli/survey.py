@@ -263,7 +263,7 @@ def survey_folder(
 
 def _outputs_of(loaded: LoadedModel, batch: torch.Tensor) -> int:
     with torch.no_grad(), told_as_model_error(loaded, "these pictures"):
-        output = loaded.run(batch.to(device_of(loaded.model)))
+        output = loaded.on_images(batch.to(device_of(loaded.model)))
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         what = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise InvalidArgumentError(f"`--loss` needs a network that puts out (N, classes), got {what}")

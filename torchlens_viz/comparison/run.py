@@ -13,7 +13,8 @@ from torchlens_viz.comparison.matching import Call, by_name, has_place, is_layer
 from torchlens_viz.comparison.rounding import Rounding, Shaken
 from torchlens_viz.comparison.side import OUTPUT, Other, Reference, Row, Side
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.inputs import Arguments, InputOf, arguments_of, input_of
+from torchlens_viz.models.calls import Arguments, arguments_of
+from torchlens_viz.models.inputs import InputOf, input_of
 from torchlens_viz.nested import tensors
 
 

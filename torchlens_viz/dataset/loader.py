@@ -20,14 +20,8 @@ from torchlens_viz.dataset.order import (
     sampler_of,
 )
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.inputs import (
-    InputOf,
-    ModelInputs,
-    arguments_of,
-    images_in,
-    input_of,
-    inputs_like,
-)
+from torchlens_viz.models.calls import ModelInputs, arguments_of, inputs_like
+from torchlens_viz.models.inputs import InputOf, images_in, input_of
 from torchlens_viz.nested import map_tensors
 
 Indices: TypeAlias = Sequence[int] | torch.Tensor | Callable[[Any], Any] | None

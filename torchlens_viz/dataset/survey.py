@@ -31,7 +31,8 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.models.inputs import InputOf, ModelInputs, called_with
+from torchlens_viz.models.calls import ModelInputs, called_with
+from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.models.state import inference, usable_device
 from torchlens_viz.progress import counter, is_shown

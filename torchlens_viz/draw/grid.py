@@ -129,10 +129,9 @@ def compose(
     if frame is not None and padding:
         step, size = (cell_height, cell_width), (height * upscale, width * upscale)
         in_last = count - (rows - 1) * columns
-        for first, cells in ((0, (rows - 1, columns)), (rows - 1, (1, in_last))):
-            _frame(
-                grid[:distinct], (padding + header + first * cell_height, padding), cells, step, size, frame
-            )
+        for first, tiled in ((0, (rows - 1, columns)), (rows - 1, (1, in_last))):
+            corner = padding + header + first * cell_height, padding
+            _frame(grid[:distinct], corner, tiled, step, size, frame)
     plane, row, pixel = grid.stride()
     top = (padding + header) * row
     cells = grid.as_strided(

@@ -25,8 +25,9 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
+from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, as_signal, bands_note, inverted
-from torchlens_viz.models.inputs import AXES, ModelInputs, called_with, model_input, shown_to
+from torchlens_viz.models.inputs import AXES, model_input, shown_to
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, require_module, select_one
 from torchlens_viz.models.state import inference, like_parameters

@@ -21,7 +21,8 @@ from torchlens_viz.draw.style import Style, choose
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
-from torchlens_viz.models.inputs import ModelInputs, called_with, model_input, shown_to
+from torchlens_viz.models.calls import ModelInputs, called_with
+from torchlens_viz.models.inputs import model_input, shown_to
 from torchlens_viz.models.kernels import image_channels, kernels_of
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import inference, like_parameters

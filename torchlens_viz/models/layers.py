@@ -47,7 +47,7 @@ def require_module(model: object) -> None:
 class OnImages(nn.Module):
     """A model that takes images and nothing else, around one that takes more.
 
-    `torchlens_viz.models.inputs.called_with` makes it. As a wrapper it does not show in names of layers.
+    `torchlens_viz.models.calls.called_with` makes it. As a wrapper it does not show in names of layers.
 
     Args:
         module: The model.

@@ -16,7 +16,8 @@ from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
-from torchlens_viz.models.inputs import ModelInputs, called_with, shown_to
+from torchlens_viz.models.calls import ModelInputs, called_with
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference, like_parameters, refuse_quantized
 from torchlens_viz.nested import tensors

@@ -107,9 +107,7 @@ class RunningStats:
     __slots__ = ("_edges", "_gathered", "bins", "channel_dim")
 
     def __init__(self, *, channel_dim: int | None = None, bins: Bins = None) -> None:
-        self.channel_dim: int | None = (
-            channel_dim if channel_dim is None else integer(channel_dim, "channel_dim")
-        )
+        self.channel_dim: int | None = None if channel_dim is None else integer(channel_dim, "channel_dim")
         self.bins: tuple[float, ...] | None = edges_of(bins)
         self._gathered = _Gathered()  # changed in one step, so that Ctrl-C counts nothing twice
         self._edges: torch.Tensor | None = None

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from torchlens_viz.errors import ModelLoadError, TorchlensVizError, one_line
 from torchlens_viz.files.pictures import as_rgb
-from torchlens_viz.models.inputs import Arguments, ModelInputs, called_with, require_usual_shape
+from torchlens_viz.models.calls import Arguments, ModelInputs, called_with
+from torchlens_viz.models.inputs import require_usual_shape
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import OnImages
 
@@ -47,7 +48,7 @@ class LoadedModel:
         name: What was asked for.
         weights_note: Which weights and which preprocessing these are, in one line.
         names: What the outputs of a classifier stand for, in their order; empty where that is not known.
-        inputs: What the network takes beside that, or how it takes it, as in `models.inputs.called_with`.
+        inputs: What the network takes beside that, or how it takes it, as in `models.calls.called_with`.
     """
 
     model: nn.Module

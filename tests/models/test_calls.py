@@ -19,7 +19,7 @@ from torchlens_viz import (
     survey,
 )
 from torchlens_viz.errors import ArchiveError, InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.inputs import called_with
+from torchlens_viz.models.calls import called_with
 from torchlens_viz.models.layers import select_one
 
 SEED = torch.Generator().manual_seed(3)
