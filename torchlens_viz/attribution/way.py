@@ -15,6 +15,9 @@ from torchlens_viz.attribution.twin import Maps, Twin
 from torchlens_viz.draw.blend import placed
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
 from torchlens_viz.models.inputs import AXES
+from torchlens_viz.models.layers import select
+from torchlens_viz.receptive.everywhere import receptive_fields
+from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
 
 Method: TypeAlias = Literal[
@@ -83,10 +86,12 @@ class Way:
         scores, found = twin.maps(batch, self.layers, goal, gradients=needs_gradients)
         if needs_gradients and not self.places:
             found = self._connected(found, is_ours=is_ours)
+        new = [maps for maps in found if maps.layer not in self.places]
+        fields = _fields_of_several(twin, batch, new) if len(new) > 1 else {}
         heatmaps = []
         for maps in found:
             if maps.layer not in self.places:
-                self.places[maps.layer] = self._place(twin, batch, maps)
+                self.places[maps.layer] = self._place(twin, batch, maps, fields.get(maps.layer))
             values = self._combined(twin, batch, maps, goal, scores)
             heatmaps.append(_placed(values, batch.shape[2:], *self.places[maps.layer]))
         if len(heatmaps) > 1 and not any("maximum" in note for note in self.notes):
@@ -116,7 +121,9 @@ class Way:
         self.layers = [maps.layer for maps in kept]
         return kept
 
-    def _place(self, twin: Twin, batch: torch.Tensor, maps: Maps) -> tuple[Sequence[float], Sequence[float]]:
+    def _place(
+        self, twin: Twin, batch: torch.Tensor, maps: Maps, seen: ReceptiveField | None
+    ) -> tuple[Sequence[float], Sequence[float]]:
         """Return the pixel under the first position and the pixels from one to the next."""
         size = tuple(maps.values.shape[2:])
         if len(size) != batch.ndim - 2:
@@ -126,7 +133,7 @@ class Way:
             )
         reason = ""
         try:
-            seen = receptive_field(twin.model, maps.layer, batch.shape, channel_dim=maps.channel_dim)
+            seen = seen or receptive_field(twin.model, maps.layer, batch.shape, channel_dim=maps.channel_dim)
             if seen.map_shape == size:
                 first = seen.center((0,) * len(size))
                 if _is_within(first, seen.stride, size, batch.shape[2:]):
@@ -140,6 +147,12 @@ class Way:
             )
         origin, step = _EVENLY
         return [origin] * len(size), [step] * len(size)
+
+
+def _fields_of_several(twin: Twin, batch: torch.Tensor, found: Sequence[Maps]) -> dict[str, ReceptiveField]:
+    """Return what can be told of several layers in one pass."""
+    dims = {maps.layer: maps.channel_dim for maps in found}
+    return receptive_fields(twin.model, select(twin.model, list(dims)), [batch[:1]], {}, dims)
 
 
 def _chosen(twin: Twin, batch: torch.Tensor, goal: Goal, method: str) -> list[str]:
