@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from tests.nets import contents
-from tests.pixels import colours
+from tests.pixels import colours, same
 from tests.processes import said
 from torchlens_viz import Maximization, feature_grid, kernel_grid, maximize
 from torchlens_viz.ascent.checkpoint import Resumption
@@ -235,6 +235,10 @@ def clips():
     return Clips(), clip
 
 
+def judged():
+    return nn.Sequential(Clips(), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)), clip
+
+
 def preprocess(image):
     values = torch.tensor(list(image.resize((20, 18)).convert("RGB").tobytes())).view(18, 20, 3)
     return (values.permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.25
@@ -420,3 +424,33 @@ def test_a_network_over_signals_gets_them_as_they_are(tmp_path, model_folder, ca
     assert "cannot take images of shape (12, 60, 2)" in capsys.readouterr().err
     assert main([*words, "--size", "wide"]) == 2
     assert "must be a number or as many as 16x112x112, got 'wide'" in capsys.readouterr().err
+
+
+def test_maps_of_clips_are_sheets_of_slices(model_folder, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 28, 3), np.uint8)).save("photo.png")
+    words = ["maps", "mymodels:clips", "photo.png", "--full-range", "-o"]
+    assert main([*words, "out"]) == 0
+    loaded = load_model("mymodels:clips")
+    values = loaded.model(loaded.preprocess(read_image("photo.png"))).detach()
+    with Image.open("out/first.png") as drawn:
+        assert same(drawn, feature_grid(values))
+    assert main([*words, "rows", "--slices", "0-2", "--plane", "height", "--channels", "1,3", "--labels"]) == 0
+    with Image.open("rows/first.png") as drawn:
+        expected = feature_grid(values, plane="height", slices=[0, 1, 2], channels=[1, 3], labels=True)
+        assert same(drawn, expected)
+    assert main([*words, "most", "--slices", "max"]) == 0
+    with Image.open("most/first.png") as drawn:
+        assert same(drawn, feature_grid(values.amax(2)[0], labels=False))
+    capsys.readouterr()
+    assert main([*words, "none", "--plane", "time"]) == 2
+    assert "`plane` must be" in capsys.readouterr().err
+
+
+def test_clips_are_explained_slice_by_slice(model_folder, capsys):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 28, 3), np.uint8)).save("photo.png")
+    words = ["explain", "mymodels:judged", "photo.png", "--method", "hirescam", "-o"]
+    assert main([*words, "out"]) == 0
+    assert main([*words, "all", "--slices", "all"]) == 0
+    with Image.open("out/photo.png") as one, Image.open("all/photo.png") as five:
+        assert five.height > one.height + 4 * 128
+        assert one.width >= 3 * 128

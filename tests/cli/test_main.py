@@ -68,7 +68,8 @@ REFUSED = [
     (("maps", "alexnot", "photo.png", "-o", "new"), "did you mean alexnet"),
     (("maps", "tiny_net:four", "photo.png", "-o", "new"), "put a function preprocess(image) that fits"),
     (("maps", "tiny_net:dense", "photo.png", "-o", "new"), "Conv2d"),
-    (("maps", "r3d_18", "photo.png", "-o", "new", "--weights", "none"), "the model has no Conv2d"),
+    ((*MAPS, "-o", "new", "--slices", "0"), "`slices` has no effect on maps of"),
+    ((*MAPS, "-o", "new", "--slices", "some"), "must be numbers and ranges"),
     ((*MAPS, "-o", "new", "--layer", "first", "--layer", "secnd"), "second"),
     ((*MAPS, "-o", "new", "--layer", "x*"), "no layer"),
     (

@@ -10,6 +10,7 @@ from torchlens_viz.cli.options import (
     add_device,
     add_folder,
     add_model,
+    add_slices,
     numbers,
     position,
     sides,
@@ -207,6 +208,7 @@ def add_explain(commands: Any) -> None:
     parser.add_argument("--noise", type=float, metavar="SHARE", help="of smoothgrad, of the range of values")
     parser.add_argument("--seed", type=int, metavar="N", help="of smoothgrad's noise (default: 0)")
     parser.add_argument("--cmap", metavar="NAME", help="hot, viridis, RdBu_r, ... (default: auto)")
+    add_slices(parser, default="the one with the most evidence")
     add_channel_dim(parser)
     add_device(parser)
 

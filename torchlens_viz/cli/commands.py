@@ -30,12 +30,14 @@ from torchlens_viz.grids.features import feature_sheet
 from torchlens_viz.grids.kernels import save_kernel_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.colours import Colours, colours_of
-from torchlens_viz.models.inputs import as_batch
+from torchlens_viz.models.inputs import AXES, as_batch
 from torchlens_viz.models.kernels import image_axes
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import device_of, usable_device
 from torchlens_viz.zoo.load import load_model
 from torchlens_viz.zoo.loaded import LoadedModel, is_usual
+
+_CONVOLUTIONS: Final = {4: nn.Conv2d, 5: nn.Conv3d}  # by the dimensions of what the network takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,17 +102,21 @@ def draw_maps(
     picture = read_image(image)
     require_folder(out)
     loaded = load_model(model, weights=weights)
-    selected = nn.Conv2d if layers is None else list(layers)
+    prepared = prepared_by(loaded, picture).to(device_of(loaded.model))
+    rank = prepared.ndim
+    selected = _CONVOLUTIONS[rank] if layers is None else list(layers)
     with torch.inference_mode(), capture(loaded.model, selected) as acts:
-        _forward(loaded, picture)
+        with told_as_model_error(loaded, f"this picture as an input of shape {tuple(prepared.shape)}"):
+            loaded.on_images(prepared)
 
     grid = options.get("grid")
-    maps = {name: list(_maps(name, acts.calls(name), grid)) for name in (*acts, *acts.not_called)}
+    ranks = {rank} if grid is None else {3, rank}
+    maps = {name: list(_maps(name, acts.calls(name), ranks)) for name in (*acts, *acts.not_called)}
     without = ", ".join(name for name, found in maps.items() if not found)
     labelled = [pair for found in maps.values() for pair in found]
     if not labelled:
         raise InvalidArgumentError(
-            f"`--layer` must select layers that put out maps (N, C, H, W), got {without}; "
+            f"`--layer` must select layers that put out maps (N, {AXES[rank - 2]}), got {without}; "
             "leave it out for every convolution, or give the rows and columns of tokens (N, L, C) with --grid"
         )
     sheets = [
@@ -121,7 +127,9 @@ def draw_maps(
     paths = [save_picture(sheet, out / f"{name}.png") for sheet, name in zip(sheets, names, strict=True)]
     notes = [f"{loaded.name}: {loaded.weights_note}"]
     if without:
-        notes.append(f"not drawn, because they did not run or put out no maps (N, C, H, W): {without}")
+        notes.append(
+            f"not drawn, because they did not run or put out no maps (N, {AXES[rank - 2]}): {without}"
+        )
     return Outcome(paths=paths, notes=notes)
 
 
@@ -224,12 +232,6 @@ def _counted(status: Sequence[str]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in Counter(status).most_common())
 
 
-def _forward(loaded: LoadedModel, picture: Image.Image) -> None:
-    prepared = prepared_by(loaded, picture).to(device_of(loaded.model))
-    with told_as_model_error(loaded, f"this picture as an input of shape {tuple(prepared.shape)}"):
-        loaded.on_images(prepared)
-
-
 def prepared_by(loaded: LoadedModel, picture: Image.Image, what: str = "this picture") -> Tensor:
     """Return what the model's preprocessing makes of a picture: (1, C, H, W), or a clip (1, C, T, H, W).
 
@@ -261,9 +263,8 @@ def told_as_model_error(loaded: LoadedModel, what: str) -> Iterator[None]:
         ) from error
 
 
-def _maps(name: str, calls: Sequence[object], grid: object) -> Iterator[tuple[str, Tensor]]:
+def _maps(name: str, calls: Sequence[object], ranks: set[int]) -> Iterator[tuple[str, Tensor]]:
     """Yield every output that can be drawn as maps, numbered where the layer ran several times."""
-    ranks = (4,) if grid is None else (3, 4)
     for index, values in enumerate(calls):
         if isinstance(values, Tensor) and values.ndim in ranks and values.numel() > 0:
             yield (name if len(calls) == 1 else f"{name}-call{index}"), values

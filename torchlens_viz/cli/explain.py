@@ -28,7 +28,7 @@ def explain_pictures(
     layers: Sequence[str] | None,
     weights: str,
     device: str | None,
-    cmap: str | None,
+    drawing: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Outcome:
     """Write, for each picture, where in it the evidence for an output lies, and a table.
@@ -43,7 +43,7 @@ def explain_pictures(
         layers: Names and globs; chosen as `explain` says where it is None.
         weights: What `load_model` takes.
         device: Where to run; None is a GPU where there is one.
-        cmap: The colours of the heatmaps.
+        drawing: What `Explanation.grid` takes by keyword.
         options: What `explain` takes by keyword.
 
     Returns:
@@ -55,7 +55,6 @@ def explain_pictures(
     loaded = load_model(model, weights=weights)
     chosen = _index(target, loaded)
     loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))
-    colours = "auto" if cmap is None else cmap
     rows, sheets, notes = [], [], [f"{loaded.name}: {loaded.weights_note}"]
     for path, picture in zip(images, pictures, strict=True):
         prepared = prepared_by(loaded, picture, repr(str(path)))
@@ -73,7 +72,7 @@ def explain_pictures(
         label = found.label(0, loaded.names)
         figures = [each[0].item() for each in (trust.kept, trust.lost, trust.rank_correlation)]
         rows.append([str(path), label, found.scores[0].item(), *figures])
-        sheets.append(found.grid(names=loaded.names, title=path.name, cmap=colours))
+        sheets.append(found.grid(names=loaded.names, title=path.name, **drawing))
         notes.append(f"{path.name}: {label}, {found.scores[0].item():.4g}; {'; '.join(found.legend())}")
     names = safe_names([path.stem for path in images])
     paths = [save_picture(sheet, out / f"{name}.png") for sheet, name in zip(sheets, names, strict=True)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _DRAWING_OPTIONS = (
     "cmap", "nrow", "padding", "scale_each", "value_range", "filters", "channels", "upscale",
     "interpolation", "labels", "legend", "title", "sort_by", "max_tiles", "page", "channel_dim", "grid",
+    "plane", "slices",
 )  # fmt: skip
 _CLIMBING_OPTIONS = (
     "channels", "size", "steps", "lr", "threshold", "objective", "transforms", "parametrization", "method",
@@ -26,6 +27,7 @@ _CLIMBING_OPTIONS = (
 )  # fmt: skip
 _PROJECTING_OPTIONS = ("channels", "rule", "position", "batch_size", "channel_dim")
 _EXPLAINING_OPTIONS = ("method", "grid", "samples", "noise", "seed", "channel_dim")
+_SLICING_OPTIONS = ("plane", "slices")
 _COMPARING_OPTIONS = ("match", "rtol", "atol", "isolate", "channel_dim")
 
 
@@ -114,7 +116,7 @@ def _run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
                 layers=arguments.layer,
                 weights=arguments.weights,
                 device=arguments.device,
-                cmap=arguments.cmap,
+                drawing=_chosen(arguments, ("cmap", *_SLICING_OPTIONS)),
                 options=_chosen(arguments, _EXPLAINING_OPTIONS),
             )
         )

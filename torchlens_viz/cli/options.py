@@ -108,6 +108,28 @@ def add_channel_dim(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_slices(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """Add which slices of volumes and clips are drawn."""
+    parser.add_argument(
+        "--plane",
+        metavar="AXIS",
+        help="of volumes and clips, the axis across which slices lie: depth (time in clips), height or width "
+        "(default: depth)",
+    )
+    parser.add_argument(
+        "--slices",
+        type=slices,
+        metavar="LIST|all|max",
+        help="of volumes and clips, which slices, e.g. 0-3,7; max is the maximum along the axis (default: "
+        f"{default})",
+    )
+
+
+def slices(text: str) -> str | list[int]:
+    """Read "all", "max", or numbers."""
+    return text if text in ("all", "max") else numbers(text)
+
+
 def numbers(text: str) -> list[int]:
     """Read "0-15,20" as the numbers 0 to 15 and 20."""
     found: list[int] = []

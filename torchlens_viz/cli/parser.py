@@ -16,7 +16,7 @@ from torchlens_viz.cli.arguments import (
     add_report,
     add_survey,
 )
-from torchlens_viz.cli.options import Parser, add_channel_dim, add_drawing, add_model, numbers
+from torchlens_viz.cli.options import Parser, add_channel_dim, add_drawing, add_model, add_slices, numbers
 
 PROGRAM: Final = "torchlens-viz"
 
@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
         metavar=("ROWS", "COLUMNS"),
         help="how the last ROWS * COLUMNS tokens (N, L, C) of a transformer lie in the picture",
     )
+    add_slices(maps, default="the middle one")
     add_channel_dim(maps)
     add_drawing(maps, channels="channels to draw, e.g. 0-15,20 (default: all)")
 
