@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -218,3 +221,10 @@ def test_slices_of_what_has_none_are_refused():
     found = explain(ResNet1d().eval(), torch.randn(12, 400))
     with pytest.raises(InvalidArgumentError, match="`slices` has no effect on maps of 400"):
         found.grid(slices=3)
+
+
+def test_the_examples_of_the_documentation_run():
+    page = Path(__file__).parents[2] / "docs" / "dimensions.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted >= 15
+    assert result.failed == 0
