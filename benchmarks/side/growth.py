@@ -286,7 +286,7 @@ FAMILIES = [
     Family("growth_images", "`survey` of a data set", "images", (128, 256, 512, 1024, 2048), by_images),
     Family("growth_ranks", "`Survey.merge` of what processes found", "ranks", (4, 8, 16, 32, 64), by_ranks),
     Family("growth_tiles", "`make_grid`, `scale_each`", "tiles", (256, 512, 1024, 2048, 4096), by_tiles),
-    Family("growth_files", "`save_feature_maps`", "files", (64, 128, 256, 512, 1024), by_files),
+    Family("growth_files", "`save_feature_maps`", "files", (32, 64, 128, 256, 512), by_files),
 ]
 
 

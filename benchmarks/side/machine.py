@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from torchlens_viz import __version__
+
 ROOT = Path(__file__).parents[2]
-OURS = ("torch", "torchvision", "numpy", "torchlens_viz")
+OTHERS = ("torch", "torchvision", "numpy")
 PEERS = (
     "captum",
     "grad-cam",
@@ -49,7 +51,8 @@ def machine(seed: int) -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Return the versions, None for what is not installed."""
-    return {name: _version(name) for name in (*OURS, *PEERS)}
+    here = {"torchlens_viz": __version__}  # of what is imported, be it installed or not
+    return {name: _version(name) for name in OTHERS} | here | {name: _version(name) for name in PEERS}
 
 
 def _version(name: str) -> str | None:

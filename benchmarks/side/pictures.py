@@ -128,6 +128,7 @@ def figures(setting: Setting) -> Iterator[Pair]:
                 work=lambda: least.write_bytes(zlib.compress(pixels, 1)),
             ),
             note="theirs 16 of the 64 maps and scaled up",
+            gap="the limit has neither range nor levels nor layout, and overwrites its file",
         )
 
 

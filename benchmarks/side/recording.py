@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torchvision import models
 
+from benchmarks.side.findings import EIGHT
 from benchmarks.side.limits import Limit
 from benchmarks.side.timing import Claim, Pair, Setting
 from torchlens_viz import Monitor, RunningStats, capture, survey
 from torchlens_viz.models.demo_net import DemoNet
 
 EVERY = 100
-EIGHT = "eight operations in float64 for every value, beside a network that is small"
 Run = Callable[[torch.Tensor], object]
 
 
