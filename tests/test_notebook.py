@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import re
 import sys
@@ -276,8 +277,14 @@ def test_in_a_notebook_the_bar_is_tqdm_s_own_for_notebooks(monkeypatch):
     monkeypatch.setattr(tqdm, "tqdm", lambda items, **_: made.append("terminal") or items)
     assert list(tracked([1, 2], shown=True, total=2, unit="x")) == [1, 2]
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=ZMQInteractiveShell))
-    assert list(tracked([3], shown=True, total=1, unit="x")) == [3]
-    assert made == ["terminal", "notebook"]
+    found = importlib.util.find_spec
+    for has_widgets in (True, False):  # without them tqdm's own bar for notebooks is a warning in red
+        spec = object() if has_widgets else None
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, spec=spec: spec if name == "ipywidgets" else found(name)
+        )
+        assert list(tracked([3], shown=True, total=1, unit="x")) == [3]
+    assert made == ["terminal", "notebook", "terminal"]
 
 
 def test_statistics_of_no_channel_are_shown():

@@ -18,8 +18,8 @@ _MOST_OF_PICTURES: Final = 200_000  # of which pictures may take so much
 _OPEN_ROWS: Final = 12
 _LONGEST: Final = 160  # letters of a cell
 _STYLE: Final = (
-    "<style>.tlv table{border-collapse:collapse;margin:.4em 0}.tlv th,.tlv td{padding:2px 8px;"
-    "text-align:left;vertical-align:middle}.tlv td.n{text-align:right;font-variant-numeric:tabular-nums}"
+    "<style>.tlv table{border-collapse:collapse;margin:.4em 0}.tlv.tlv th,.tlv.tlv td{padding:2px 8px;"
+    "text-align:left;vertical-align:middle}.tlv.tlv .n{text-align:right;font-variant-numeric:tabular-nums}"
     ".tlv tr{border-bottom:1px solid rgba(128,128,128,.3)}.tlv summary{cursor:pointer}"
     ".tlv img{image-rendering:pixelated;max-width:100%}</style>"
 )
@@ -64,10 +64,13 @@ class Page:
             rows: A cell for each column, text or `Markup`; made one by one, and only as far as there is room.
             count: How many rows there are.
         """
-        head = "".join(f"<th>{escaped(word)}</th>" for word in heads)
+        given = iter(rows)
+        first = list(itertools.islice(given, 1))
+        kinds = [_kind(cell) for cell in first[0]] if first else [""] * len(heads)
+        head = "".join(f"<th{kind}>{escaped(word)}</th>" for word, kind in zip(heads, kinds, strict=True))
         shown: list[str] = []
         room = self._left - 2 * _size(head) - 1000
-        for row in _cells(rows):
+        for row in _cells(itertools.chain(first, given)):
             room -= _size(row)
             if room < 0:
                 break

@@ -92,5 +92,7 @@ def counter(*, shown: bool, total: int | None, unit: str) -> Iterator[Callable[[
 
 
 def _tqdm() -> Any:
-    package = "tqdm.auto" if _is_notebook() else "tqdm"  # in a notebook a bar of its own, no red text
+    # In a notebook a bar of its own, no red text; without ipywidgets there is none, only a warning.
+    has_own = _is_notebook() and importlib.util.find_spec("ipywidgets") is not None
+    package = "tqdm.auto" if has_own else "tqdm"
     return needed(package, "`progress=True` needs tqdm", "progress").tqdm

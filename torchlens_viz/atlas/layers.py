@@ -21,6 +21,7 @@ from torchlens_viz.album.sprite import (
     shrunk,
 )
 from torchlens_viz.atlas.evidence import LayerEvidence
+from torchlens_viz.atlas.health import figure
 from torchlens_viz.draw.palette import PADDING
 from torchlens_viz.errors import TorchlensVizError
 from torchlens_viz.models.kernels import has_kernels, kernels_of
@@ -82,7 +83,7 @@ def draw_layer(
         limits = robust_range([weight], signed=bool((weight < 0).any()))
         placed = ((weight - limits.low) / (limits.high - limits.low)).clamp(0, 1).nan_to_num(0.0)
         pixels: Pixels = (placed * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        about = f"in colour: a tile per filter, values from {limits.low:.3g} to {limits.high:.3g}"
+        about = f"in colour: a tile per filter, values from {figure(limits.low)} to {figure(limits.high)}"
         kernels = album.add(sprite, pixels, None, f"{about}, and gray is zero" if limits.signed else about)
         album.close(sprite, sprite.as_colours(), f"{evidence.name}-kernels")
     maps = [each[list(channels)] for each in evidence.maps]

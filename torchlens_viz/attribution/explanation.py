@@ -259,7 +259,7 @@ class Explanation:
         return "\n".join([head, f"  {'target':>12}  {'score':>12}", *lines, *more])
 
     def _repr_html_(self) -> str:
-        page = Page(f"Explanation of {len(self.scores)} images")
+        page = Page(f"Explanation of {len(self.scores)} image{'' if len(self.scores) == 1 else 's'}")
         for line in self.legend():
             page.text(line)
 
