@@ -339,8 +339,8 @@ def row_of(family: str, name: str, spec: str, photo: Path, out: Path) -> Row:
     return row
 
 
-def render(rows: Sequence[Row]) -> str:
-    """Return the table, with the reasons below it."""
+def render(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
+    """Return the table, with the reasons below it and the names of networks that were left out."""
     reasons: dict[str, int] = {}
     lines = ["| network | " + " | ".join(COMMANDS) + " |", "|---" * (1 + len(COMMANDS)) + "|"]
     family = ""
@@ -364,6 +364,8 @@ def render(rows: Sequence[Row]) -> str:
         **{name: __import__(name).__version__ for name in ("torchvision", "timm", "transformers")},
     }  # fmt: skip
     made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if left_out:
+        notes += ["", f"Not tried in this run: {', '.join(f'`{name}`' for name in left_out)}."]
     return "\n".join([*lines, "", *notes, "", f"Made with {made}."])
 
 
@@ -389,6 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         read = [Row(**each) for each in json.loads(options.keep.read_text("utf-8"))]
         known = {row.name: row for row in read if not row.is_bad}
     rows: list[Row] = []
+    left_out: list[str] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         photo = folder / "photo.png"
@@ -408,9 +411,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )
             if name in known:
                 rows.append(known[name])
-    print(render(rows))
+            else:
+                left_out.append(name)
+    print(render(rows, left_out))
     if options.write_docs:
-        PAGE.write_text(with_block(PAGE.read_text("utf-8"), render(rows)), "utf-8")
+        PAGE.write_text(with_block(PAGE.read_text("utf-8"), render(rows, left_out)), "utf-8")
     return int(any(row.is_bad for row in rows))
 
 

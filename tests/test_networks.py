@@ -77,10 +77,12 @@ def test_a_refusal_is_a_reason_and_an_exception_a_failure(own, monkeypatch, caps
     assert "1. refused: not today\n2. failed: ValueError: broken on purpose" in out
 
 
-def test_the_page_has_a_row_for_every_network(tmp_path):
+def test_the_page_tells_of_every_network(tmp_path):
     page = networks.PAGE.read_text("utf-8")
     names = [name for _, name, _ in networks.specs(tmp_path)]
     assert len(names) == len(set(names)) == 78
-    assert [name for name in names if f"| `{name}` |" not in page] == []
+    rows, _, left_out = page.partition("Not tried in this run:")
+    told = [name for name in names if f"| `{name}` |" in rows]
+    assert [name for name in names if name not in told and f"`{name}`" not in left_out] == []
     assert "wrong:" not in page
     assert "failed:" not in page

@@ -434,7 +434,9 @@ def test_maps_of_clips_are_sheets_of_slices(model_folder, capsys):
     values = loaded.model(loaded.preprocess(read_image("photo.png"))).detach()
     with Image.open("out/first.png") as drawn:
         assert same(drawn, feature_grid(values))
-    assert main([*words, "rows", "--slices", "0-2", "--plane", "height", "--channels", "1,3", "--labels"]) == 0
+    assert (
+        main([*words, "rows", "--slices", "0-2", "--plane", "height", "--channels", "1,3", "--labels"]) == 0
+    )
     with Image.open("rows/first.png") as drawn:
         expected = feature_grid(values, plane="height", slices=[0, 1, 2], channels=[1, 3], labels=True)
         assert same(drawn, expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeAlias, final
+from typing import Any, TypeAlias, final
 
 import torch
 
@@ -12,11 +12,6 @@ from torchlens_viz.arguments import indices_of, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, TorchlensVizError, one_line
 
 Target: TypeAlias = int | Sequence[int] | torch.Tensor | Callable[[Any], torch.Tensor] | None
-
-_BY_FUNCTION: Final = (
-    "pass a function `f(output) -> (N,)` that makes a number per image of it, such as "
-    "`target=lambda output: output[:, 3].mean((1, 2))`"
-)
 
 
 @final
@@ -121,14 +116,17 @@ def _logits(output: Any, rows: int) -> torch.Tensor:
     if not output.is_floating_point() or output.ndim not in (1, 2) or len(output) != rows:
         raise InvalidArgumentError(
             f"`target` must be a function where the model puts out {_kind(output)} for {rows} images, not "
-            f"(N, classes): {_BY_FUNCTION}"
+            f"(N, classes): pass a function `f(output) -> (N,)` that makes a number per image of it, such as "
+            f"`target=lambda output: {_example(output, 'output')}`"
         )
     return output[:, None] if output.ndim == 1 else output
 
 
 def _example(value: Any, text: str) -> str:
     """Return an expression that makes a number per image of such a value, which `text` stands for."""
-    if isinstance(value, torch.Tensor) and value.ndim > 1:
+    if isinstance(value, torch.Tensor):
+        if value.ndim < 2:
+            return f"{text}.float()"
         rest = ".flatten(1).mean(1)" if value.ndim > 2 else ""
         return f"{text}[:, {min(3, value.shape[1] - 1)}]{rest}"
     if isinstance(value, Mapping):
