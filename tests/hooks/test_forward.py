@@ -334,8 +334,9 @@ def test_compiled_parts_of_a_model_are_captured_with_inputs_and_outputs(bare_net
 
 def run_alone(source: str) -> str:
     """Run a program in a fresh process, where nothing has been compiled yet, and return what it prints."""
+    torch_s = "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning"
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(source)],
+        [sys.executable, "-W", "error", "-W", torch_s, "-c", textwrap.dedent(source)],
         capture_output=True,
         text=True,
         timeout=240,

@@ -159,7 +159,7 @@ def test_a_probe_makes_nothing_compile_again():
 def test_a_watched_compiled_training_is_that_with_logged_steps_run_eagerly_and_says_so_once():
     with pytest.warns(MonitorWarning, match="the model is compiled") as caught:
         with_monitor = train("watch", compiled=True)
-    assert len(caught) == 1
+    assert [warning.category for warning in caught].count(MonitorWarning) == 1
     assert_same(with_monitor, train("eager", compiled=True))
 
 

@@ -134,6 +134,7 @@ def test_wandb_s_own_records_hold_an_offline_run(tmp_path, monkeypatch):
     reference = logged(run)
     run.log({"loss": 0.5})
     run.finish()
+    wandb.teardown()  # waits for the process that writes the file, which goes on after `finish`
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     rows = []
     for data in records_of(path):
