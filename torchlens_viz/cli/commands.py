@@ -229,7 +229,8 @@ def own_gpu() -> str | None:
 
 
 def _counted(status: Sequence[str]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(status).most_common())
+    words = {"steps": "made all steps", "threshold": "passed the threshold", "nonfinite": "not finite"}
+    return ", ".join(f"{count} {words.get(kind, kind)}" for kind, count in Counter(status).most_common())
 
 
 def prepared_by(loaded: LoadedModel, picture: Image.Image, what: str = "this picture") -> Tensor:
