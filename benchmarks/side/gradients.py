@@ -19,7 +19,7 @@ from torchlens_viz import explain, maximize, project
 from torchlens_viz.backprop.device import resolve_precision
 
 CHANNELS = 8
-STEPS = 24
+STEPS = 12
 THEIR_STEPS = 2
 CROPS = 6  # Horama's default: the network sees six crops of one image at each step
 FIXED = (
