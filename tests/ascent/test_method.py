@@ -78,4 +78,4 @@ def test_the_classic_recipe_takes_the_smoothing_of_pixels_and_nothing_else():
 
 
 def test_maximize_has_a_signature_one_can_read():
-    assert len(inspect.signature(maximize).parameters) <= 21
+    assert len(inspect.signature(maximize).parameters) <= 20
