@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil, sqrt
+from math import ceil, isfinite, sqrt
 from typing import NamedTuple, final
 
 import torch
@@ -121,17 +121,19 @@ class Gap:
         self, a: torch.Tensor, b: torch.Tensor, rtol: float, atol: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the distance of every two values, and in parts of what is allowed."""
-        is_same = (a == b) | (a.isnan() & b.isnan())
-        distance = (a - b).abs_().masked_fill_(is_same, 0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        is_finite = a.isfinite() & b.isfinite()
-        inside, other = (side.masked_fill(~is_finite, 0) for side in (a, b))
-        of_a = inside.square().sum().item()
-        found = (of_a, other.square().sum().item(), (inside * other).sum().item())
-        for place, value in enumerate((*found, distance.square().sum().item())):
+        count, distance = a.numel(), (a - b).abs_()
+        if not isfinite(_dot(a, a) + _dot(b, b)):
+            is_same = (a == b) | (a.isnan() & b.isnan())
+            distance.masked_fill_(is_same, 0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+            is_finite = a.isfinite() & b.isfinite()
+            a, b = (side.masked_fill(~is_finite, 0) for side in (a, b))
+            count = max(1, int(is_finite.sum()))
+        of_a = _dot(a, a)
+        for place, value in enumerate((of_a, _dot(b, b), _dot(a, b), _dot(distance, distance))):
             self._squares[place] += value
         self.max_abs = max(self.max_abs, distance.max().item())
-        level = sqrt(of_a / max(1, int(is_finite.sum())))
-        allowed = inside.abs().clamp_(min=level).mul_(rtol).add_(atol)
+        level = sqrt(of_a / count)
+        allowed = a.abs().clamp_(min=level).mul_(rtol).add_(atol)
         return distance, (distance / allowed).masked_fill_(distance == 0, 0)
 
     def _shown(self, a: torch.Tensor, b: torch.Tensor, ratio: torch.Tensor, dim: int) -> Exhibit:
@@ -169,6 +171,10 @@ def deviation(a: torch.Tensor, b: torch.Tensor) -> float:
     level = ours.square().mean().sqrt()
     distance = (theirs - ours).abs()
     return (distance / ours.abs().clamp_(min=level)).nan_to_num_(0, 0, 0).max().item()
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.dot(a.flatten(), b.flatten()).item()
 
 
 def numbers_of(tensor: torch.Tensor) -> torch.Tensor:
