@@ -99,7 +99,9 @@ def test_colours_are_those_of_the_picture():
 def test_other_than_three_channels_are_drawn_in_gray():
     images = torch.zeros(2, 2, 8, 8)
     images[0, 0, 2, 2] = 1
-    projection, _ = parts_of(plain(made(images=images)), 0)
+    sheet, bottom = made(images=images).grid(**PLAIN), made().grid(**PLAIN).height
+    assert sheet.height > bottom  # a line below says so, without a legend too
+    projection, _ = parts_of(sheet.crop((0, bottom - SIDE - 2, sheet.width, bottom)), 0)
     assert projection[0, 0].tolist() == [255, 255, 255]
     assert (projection.reshape(-1, 3)[1:] == 128).all()
 
