@@ -1,12 +1,10 @@
-"""A survey against torchlens' extraction of a data set, and relevance against the backward pass it needs.
-
-`python -m benchmarks --only survey` has the bare loop, keeping everything, and a loss.
-"""
+"""A survey of all convolutions against the bare loop, against keeping everything, and against torchlens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +13,7 @@ from torchvision import models
 
 from torchlens_viz import survey
 
-IMAGES, BATCH = 128, 32
+IMAGES, BATCH = 512, 32  # the first few hundred cost more, while most of them get among the top 9
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +27,11 @@ def dataset() -> TensorDataset:
     return TensorDataset(torch.randint(0, 256, (IMAGES, 3, 224, 224), dtype=torch.uint8))
 
 
+@pytest.fixture
+def loader(dataset: TensorDataset) -> DataLoader:
+    return loader_of(dataset, BATCH)
+
+
 def loader_of(dataset: Dataset, batch: int) -> DataLoader:
     def collate(rows: list[tuple[torch.Tensor]]) -> torch.Tensor:
         return torch.stack([row[0] for row in rows]).float() / 255
@@ -38,6 +41,51 @@ def loader_of(dataset: Dataset, batch: int) -> DataLoader:
 
 def ours(model: nn.Module, loader: DataLoader, **options: object) -> Callable[[], object]:
     return lambda: survey(model, loader, nn.Conv2d, progress=False, **options)
+
+
+def bare(model: nn.Module, loader: DataLoader) -> None:
+    with torch.inference_mode():
+        for batch in loader:
+            model(batch)
+
+
+@pytest.mark.parametrize("batch", [BATCH, 16, 64])
+def test_statistics_and_top_9_against_the_bare_loop(model, dataset, batch, versus):
+    loader = loader_of(dataset, batch)
+    versus(ours(model, loader), lambda: bare(model, loader), target=">= 0.85", rounds=7)
+
+
+def test_statistics_alone_against_the_bare_loop(model, loader, versus):
+    versus(ours(model, loader, top_k=0), lambda: bare(model, loader), target="-", rounds=5)
+
+
+def test_statistics_and_top_9_against_collecting_everything(model, dataset, versus):
+    def collect() -> None:
+        """Keep what every convolution puts out, and compute the same with numpy in the end."""
+        kept: dict[str, list[np.ndarray]] = {}
+        convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+        hooks = [
+            m.register_forward_hook(lambda _, __, y, n=n: kept.setdefault(n, []).append(y.numpy().copy()))
+            for n, m in convolutions
+        ]
+        with torch.inference_mode():
+            for batch in few:
+                model(batch)
+        for hook in hooks:
+            hook.remove()
+        for maps in kept.values():
+            every = np.concatenate(maps)
+            by_channel = every.swapaxes(0, 1).reshape(every.shape[1], -1)
+            _ = by_channel.mean(1), by_channel.std(1), by_channel.min(1), by_channel.max(1)
+            _ = (by_channel == 0).mean(1)
+            flat = every.reshape(*every.shape[:2], -1)
+            place, peak = flat.argmax(2), flat.max(2)
+            order = np.argsort(-peak, axis=0, kind="stable")[:9]
+            _ = np.take_along_axis(place, order, 0)
+
+    # More would not fit the memory of a small machine.
+    few = loader_of(Subset(dataset, range(2 * BATCH)), BATCH)
+    versus(ours(model, few), collect, target=">= 1", rounds=5, note=f"{2 * BATCH} images")
 
 
 def test_statistics_and_top_9_against_torchlens(model, dataset, versus):
