@@ -281,7 +281,9 @@ def _weights(
     shares = torch.from_numpy(np.concatenate(parts)).float()
     places_in_it = torch.from_numpy(np.stack([rows, columns]))
     size = (len(places), count)
-    weights = torch.sparse_coo_tensor(places_in_it, shares, size, check_invariants=False).coalesce()
+    weights = torch.sparse_coo_tensor(
+        places_in_it, shares, size, device="cpu", check_invariants=False
+    ).coalesce()
     return weights if len(places) * count > _DENSE else weights.to_dense()
 
 

@@ -207,7 +207,8 @@ def kernel_sheet(
 
 def _part(weight: torch.Tensor, filters: Sequence[int], channels: Sequence[int]) -> torch.Tensor:
     """Return some kernels (O, I, ...); none of the others is copied on the way."""
-    return weight[torch.tensor(filters)[:, None], torch.tensor(channels)]
+    rows, columns = (torch.tensor(chosen, device="cpu") for chosen in (filters, channels))
+    return weight[rows[:, None], columns]
 
 
 def is_matrix(weight: torch.Tensor) -> bool:
