@@ -70,6 +70,7 @@ TO_COME: set[str] = set()  # rooms that have their place, and no module yet
 DOORS = {"testing"}  # rooms whose `__init__` hands names on
 HOOKS_ARE_REGISTERED_IN = "hooks.block"
 MOST_LINES, MOST_MODULES = 350, 12
+MOST_LINES_OF_TESTS = 600
 
 Sources = dict[str, str]  # dotted name below the package -> text
 
@@ -146,9 +147,9 @@ def registers_hooks(source: str) -> bool:
     return re.search(r"register_(module_)?forward_(pre_)?hook", source) is not None
 
 
-def too_long(sources: Sources) -> dict[str, int]:
+def too_long(sources: Sources, most: int = MOST_LINES) -> dict[str, int]:
     lines = {module: source.count("\n") for module, source in sources.items()}
-    return {module: count for module, count in lines.items() if count > MOST_LINES}
+    return {module: count for module, count in lines.items() if count > most}
 
 
 def too_full(sources: Sources) -> dict[str, int]:
@@ -238,6 +239,11 @@ def test_the_guard_on_names_of_rooms_can_fail():
 
 def test_no_module_is_two_concepts_long():
     assert too_long(SOURCES) == {}
+
+
+def test_no_file_of_tests_is_too_long():
+    tests = {str(path): path.read_text() for path in Path(__file__).parent.rglob("*.py")}
+    assert too_long(tests, MOST_LINES_OF_TESTS) == {}
 
 
 def test_the_guard_on_length_can_fail():

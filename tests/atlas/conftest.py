@@ -165,3 +165,11 @@ def tv_input(image):
     import torch
 
     return torch.from_numpy(np.array(image)).movedim(2, 0)[None] / 255
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(model, images, **options):
+        return tv.report(model, images, tmp_path / "page.html", **options).read_text("utf-8")
+
+    return write

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from html.parser import HTMLParser
+
 import torch
 from torch import nn
 
@@ -10,6 +13,9 @@ FILE = '"><img src=x onerror=alert(1)>.png'
 CLASS = "</style><svg onload=alert(2)>"
 TITLE = "a & b <b>bold</b> {{ 7 * 7 }}"
 ABOUT = {"note <i>": "--><script>alert(3)</script>\n'\""}
+
+
+IMAGE = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
 
 
 class Hostile(nn.Module):
@@ -61,3 +67,33 @@ def wide():
     net[0].weight.data[150:] = 0.0
     net[0].bias.data[150:] = -1.0
     return net.eval()
+
+
+class Text(HTMLParser):
+    """The words of a page, by the id of what they stand in."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.words, self.tags, self.ids, self._open = [], [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.ids += [value for name, value in attributes if name == "id"]
+        self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self._open):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def entry_of(page, anchor):
+    return re.search(rf'id="{anchor}" tabindex.*?</article>', page, re.DOTALL)[0]

@@ -9,8 +9,6 @@ import itertools
 import re
 import sys
 from functools import partial
-from html.parser import HTMLParser
-from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -21,11 +19,11 @@ from torch import nn
 import torchlens_viz as tv
 from tests.atlas import pages
 from tests.atlas.conftest import photograph, tv_input
+from tests.atlas.pages import IMAGE, Text, entry_of
 from torchlens_viz.atlas import book
 from torchlens_viz.atlas.book import _entries, _projected, _small
 from torchlens_viz.atlas.chapters import Place
 from torchlens_viz.atlas.evidence import name_of
-from torchlens_viz.atlas.worth import CHOICES, Column
 from torchlens_viz.errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -33,45 +31,7 @@ from torchlens_viz.errors import (
     MissingDependencyError,
     PictureError,
 )
-from torchlens_viz.files import paths
 from torchlens_viz.models.demo_net import DEMO_CLASSES, load_demo_net, preprocess
-
-
-class Text(HTMLParser):
-    """The words of a page, by the id of what they stand in."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.words, self.tags, self.ids, self._open = [], [], [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        self.ids += [value for name, value in attributes if name == "id"]
-        self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        while self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self._open):
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-
-@pytest.fixture
-def written(tmp_path):
-    def write(model, images, **options):
-        return tv.report(model, images, tmp_path / "page.html", **options).read_text("utf-8")
-
-    return write
-
-
-IMAGE = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
 
 
 def test_the_page_names_model_versions_weights_and_more(written):
@@ -286,67 +246,6 @@ def test_projections_are_spread_over_a_deep_network():
     assert _projected(["one"], None) == {"one": 8}
 
 
-LABELLED = torch.rand(12, 3, 24, 32, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 2] * 4)
-
-
-def test_effects_are_shown_with_error_and_rank(written):
-    net = pages.classifier()
-    found = tv.survey(net, [LABELLED], "0", loss="cross_entropy", progress=False)
-    change, error = found.effects.of("0")
-    page = written(net, IMAGE, survey=found, max_channels=4)
-    order = change.argsort(descending=True, stable=True).tolist()
-    for rank, channel in enumerate(order):
-        own = re.search(rf'<(?:article class="channel"|tr) id="0:{channel}"[^>]*>', page)[0]
-        assert f'data-effect="{rank}"' in own
-    channel = int(re.search(r'<article class="channel" id="0:(\d)"', page)[1])
-    told = re.search(r"effect on the loss <b>(\S+) ± (\S+), rank (\d) of 6", entry_of(page, f"0:{channel}"))
-    value, deviation = (float(each.replace("−", "-")) for each in told.groups()[:2])
-    assert value == pytest.approx(change[channel].item(), rel=6e-3)
-    assert deviation == pytest.approx(error[channel].item(), rel=6e-3)
-    assert int(told[3]) == order.index(channel) + 1
-    highest = re.search(r"<p>Highest: (.*?)</p>", page)[1]
-    assert re.findall(r'<a href="#0:(\d)">', highest) == [str(each) for each in order]
-    assert "over 12 inputs. Above zero, the network needs the channel" in Text(page).text
-    assert "data-effect" not in re.search(r'id="3:0"[^>]*>', page)[0]  # the survey has not seen that layer
-
-
-def test_effects_are_judged_by_their_errors():
-    values = torch.tensor([1.0, -1.0, 0.5, torch.nan, 1.0], dtype=torch.float64)
-    errors = torch.tensor([0.4, 0.4, 0.3, 0.1, torch.nan], dtype=torch.float64)
-    column = Column(key="effect", name="effect", meaning="", values=values, errors=errors)
-    marks = [column.mark(channel) for channel in range(5)]
-    assert marks == ["effect-above", "effect-below", "effect-unsure", "", ""]
-    assert column.order() == [0, 4, 2, 1, 3]
-    assert set(marks) - {""} == set(CHOICES)
-
-
-def test_without_effects_nothing_is_said_of_them(written):
-    page = written(pages.classifier(), IMAGE)
-    assert "effect" not in Text(page).text
-    assert 'id="page:order"' not in page
-
-
-def test_a_comparison_names_the_first_layer_that_differs(written):
-    net, other = pages.classifier(), pages.classifier()
-    other[3].weight.data[2] += 0.5
-    page = written(net, IMAGE, comparison=tv.compare(net, other, [LABELLED[0]]))
-    text = Text(page).text
-    assert "9 layers compared on 12 inputs: 6 beyond the tolerance, the first is 3." in text
-    rows = re.findall(r'<tr><th scope="row">(?:<a href="#\d">)?([^<]+).*?<td[^>]*>([a-z ]*)</td></tr>', page)
-    marks = dict(rows[-9:]) if len(rows) > 9 else dict(rows)
-    assert {layer: mark for layer, mark in marks.items() if mark} == {
-        "3": "first beyond", **dict.fromkeys(["4", "5", "6", "7", "(output)"], "beyond"),
-    }  # fmt: skip
-    assert '<figure class="contrast"><img src="data:image/png' in page
-
-
-def test_a_comparison_without_a_difference_says_so(written):
-    net = pages.classifier()
-    page = written(net, IMAGE, comparison=tv.compare(net, pages.classifier(), [LABELLED[0]]))
-    assert "9 layers compared on 12 inputs: none is beyond the tolerance." in Text(page).text
-    assert "first beyond" not in page
-
-
 def test_a_deep_network_has_projections(written):
     net = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(20))).eval()
     page = written(net, torch.rand(3, 6, 6), explain=False)
@@ -354,10 +253,6 @@ def test_a_deep_network_has_projections(written):
     assert len(with_them) == 16
     assert {0, 19} <= with_them
     assert page.count("Projections are made for 16 layers from first to last, without this.") == 4
-
-
-def entry_of(page, anchor):
-    return re.search(rf'id="{anchor}" tabindex.*?</article>', page, re.DOTALL)[0]
 
 
 def test_what_is_shown_small_has_bounds():
@@ -587,94 +482,6 @@ def test_the_demo_network_makes_a_small_page(tmp_path):
     image = photograph(size=(256, 192))
     page = tv.report(load_demo_net(), image, tmp_path / "p.html", preprocess=preprocess, names=DEMO_CLASSES)
     assert page.stat().st_size < 3_000_000
-
-
-def test_a_page_that_would_be_too_large_is_refused_and_nothing_written(tmp_path):
-    with pytest.raises(
-        InvalidArgumentError, match=r"would have 0\.\d MB, and `max_bytes` allows 0\.0 MB; .*`--assets DIR`"
-    ):
-        tv.report(pages.classifier(), IMAGE, tmp_path / "page.html", max_bytes=1000)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_with_assets_the_page_holds_no_picture(tmp_path):
-    (inline, page), folder = (tmp_path / "in.html", tmp_path / "page.html"), tmp_path / "its pictures (1)"
-    tv.report(pages.classifier(), IMAGE, inline)
-    tv.report(pages.classifier(), IMAGE, page, assets=folder, max_bytes=inline.stat().st_size - 1)
-    found, text = {each.name: each.read_bytes() for each in folder.iterdir()}, page.read_text("utf-8")
-    asked = set(re.findall(r'(?:url\(|src=")(its%20pictures%20%281%29/[^)"]*)', text))
-    assert {unquote(each).partition("/")[2] for each in asked} == set(found)
-    assert "data:" not in text
-    within = re.findall(r"data:image/\w+;base64,([A-Za-z0-9+/=]*)", inline.read_text("utf-8"))
-    assert {base64.b64decode(each) for each in within} == set(found.values())
-
-
-def test_a_page_that_is_too_large_even_so_is_refused(tmp_path):
-    with pytest.raises(InvalidArgumentError, match=r"allows 0\.0 MB; show fewer images"):
-        tv.report(pages.classifier(), IMAGE, tmp_path / "p.html", assets=tmp_path / "a", max_bytes=1000)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_names_of_files_are_safe(tmp_path):
-    net = nn.Sequential()
-    for name in ("a/b", "A/b", "nul", "x" * 300, "\ud800 \n'\"()"):
-        net.add_module(name, nn.Conv2d(3, 3, 1))
-    folder = tmp_path / "deep" / "assets"
-    page = tv.report(
-        net.eval(), {pages.FILE: photograph(), "../../up.png": IMAGE}, tmp_path / "p.html", assets=folder
-    )
-    names = [each.name for each in folder.iterdir()]
-    assert len(names) > 10
-    assert all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,160}", each) for each in names)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["deep", "p.html"]
-    assert "deep/assets/a_b-maps-" in page.read_text("utf-8", "surrogatepass")
-
-
-def test_what_fails_half_way_leaves_nothing_behind(tmp_path, monkeypatch):
-    page, folder = tmp_path / "page.html", tmp_path / "new" / "assets"
-    written, real = [], paths.write_whole
-
-    def write(path, data, error):
-        if len(written) == 3:
-            raise PictureError("the disk is full")
-        written.append(path)
-        real(path, data, error)
-
-    monkeypatch.setattr(paths, "write_whole", write)
-    with pytest.raises(PictureError, match="the disk is full"):
-        tv.report(pages.classifier(), IMAGE, page, assets=folder)
-    assert len(written) == 3
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_page_that_was_there_keeps_its_pictures_when_the_next_fails(tmp_path, monkeypatch):
-    page, folder = tmp_path / "page.html", tmp_path / "assets"
-    folder.mkdir()
-    (folder / "mine.txt").write_text("mine")
-    net = pages.classifier()
-    tv.report(net, IMAGE, page, assets=folder)
-    before = {each: each.read_bytes() for each in (page, *folder.iterdir())}
-    real = paths.write_whole
-
-    def write(path, data, error):
-        if path == page:
-            raise PictureError("the disk is full")
-        real(path, data, error)
-
-    monkeypatch.setattr(paths, "write_whole", write)
-    net[0].weight.data += 1
-    with pytest.raises(PictureError, match="the disk is full"):
-        tv.report(net, IMAGE, page, assets=folder)
-    assert {each: each.read_bytes() for each in (page, *folder.iterdir())} == before
-
-
-def test_assets_that_are_no_folder_are_refused_before_anything_runs(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(PictureError, match="`assets` must name a folder, got the file "):
-        tv.report(nn.Conv2d(3, 1, 1), IMAGE, tmp_path / "p.html", assets=tmp_path / "file")
-    with pytest.raises(PictureError, match=r"cannot write .*Not a directory"):
-        tv.report(nn.Conv2d(3, 1, 1), IMAGE, tmp_path / "p.html", assets=tmp_path / "file" / "in")
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(
