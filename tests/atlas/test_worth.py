@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from torch import nn
 
 import torchlens_viz as tv
 from tests.atlas import pages
@@ -34,6 +35,28 @@ def test_effects_are_shown_with_error_and_rank(written):
     assert re.findall(r'<a href="#0:(\d)">', highest) == [str(each) for each in order]
     assert "over 12 inputs. Above zero, the network needs the channel" in Text(page).text
     assert "data-effect" not in re.search(r'id="3:0"[^>]*>', page)[0]  # the survey has not seen that layer
+
+
+def test_scores_of_interpretability_are_shown_and_ordered(written):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    found = tv.survey(net.eval(), [LABELLED], "1", by_class=True, encoder="output", progress=False)
+    page = written(net, IMAGE, layers="1", survey=found)
+    for name, scores in (
+        ("selectivity", found.selectivity["1"]),
+        ("monosemanticity", found.monosemanticity["1"]),
+    ):
+        order = scores.nan_to_num(-2.0).argsort(descending=True, stable=True).tolist()
+        for rank, channel in enumerate(order):
+            assert (
+                f'data-{name}="{rank}"'
+                in re.search(rf'<article class="channel" id="1:{channel}"[^>]*>', page)[0]
+            )
+            told = re.search(rf"{name} <b>(\S+), rank (\d) of 6", entry_of(page, f"1:{channel}"))
+            value = float(told[1].replace("−", "-"))
+            assert value == pytest.approx(scores[channel].item(), rel=6e-3, nan_ok=True)
+            assert int(told[2]) == rank + 1
+    assert "A channel that is selective need not matter to the network." in Text(page).text
 
 
 def test_effects_are_judged_by_their_errors():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torchlens_viz import Explanation, explain
+from torchlens_viz.attribution.trust import verdict
 from torchlens_viz.errors import InvalidArgumentError, PictureError
 
 
@@ -68,8 +69,21 @@ def test_the_legend_says_how_it_was_made_and_trust_once_it_is_known(found):
     assert found.legend() == ["hirescam at 1"]
     trust = found.trust
     assert trust is found.trust
-    assert len(found.legend()) == 3
+    assert len(found.legend()) == 5
     assert f"keeps {trust.kept[0].item():.0%} of the score" in found.legend()[1]
+
+
+@pytest.mark.parametrize(
+    ("like", "words"),
+    [
+        (0.99, "much the same (rank correlation 0.99): it tells little of what was learnt"),
+        (-0.5, "partly the same (rank correlation -0.50)"),
+        (0.1, "different (rank correlation 0.10), as it should"),
+        (float("nan"), "cannot be told"),
+    ],
+)
+def test_a_rank_correlation_is_told_in_words(like, words):
+    assert verdict(like).endswith(words)
 
 
 def test_a_heatmap_of_zeros_can_be_drawn():

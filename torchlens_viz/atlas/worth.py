@@ -21,6 +21,14 @@ _EFFECT: Final = (
     "below zero, it would do better without it; within two standard errors of zero, the data do not tell. "
     "Channels that can stand in for one another each look worth less than both are together."
 )
+_SELECTIVITY: Final = (
+    "How far the class that drives the channel most stands out from the others: 0 where all drive it alike, "
+    "1 where one alone does. A channel that is selective need not matter to the network."
+)
+_MONOSEMANTICITY: Final = (
+    "How alike the inputs that drive the channel are to an encoder, from -1 to 1 (MonoScore). What the "
+    "encoder does not tell apart counts as alike."
+)
 
 
 @final
@@ -33,14 +41,14 @@ class Column:
         name: The same in words.
         meaning: What the figure is, and what it tells.
         values: (C,) float64, the more the higher it ranks.
-        errors: (C,) float64, the standard errors.
+        errors: (C,) float64, the standard errors, where there are some.
     """
 
     key: str
     name: str
     meaning: str
     values: torch.Tensor
-    errors: torch.Tensor
+    errors: torch.Tensor | None = None
 
     def order(self) -> list[int]:
         """Return the channels, the highest figure first; those without one come last."""
@@ -51,11 +59,15 @@ class Column:
     def words(self, channel: int) -> str:
         """Return the figure of a channel with its standard error."""
         value = self.values[channel].item()
+        if self.errors is None:
+            return figure(value)
         sign = "+" if value > 0 else ""
         return f"{sign}{figure(value)} ± {figure(self.errors[channel].item())}"
 
     def mark(self, channel: int) -> str:
         """Return under which choice of the filter the channel falls; none without an error to go by."""
+        if self.errors is None:
+            return ""
         value, reach = self.values[channel].item(), _SURE * self.errors[channel].item()
         if value - reach > 0:
             return f"{self.key}-above"
@@ -86,6 +98,12 @@ def columns_of(survey: Survey, layer: str) -> list[Column]:
                 errors=effect.error,
             )
         )
+    for key, name, meaning, scores in (
+        ("selectivity", "class selectivity", _SELECTIVITY, survey.selectivity),
+        ("monosemanticity", "monosemanticity", _MONOSEMANTICITY, survey.monosemanticity),
+    ):
+        if layer in scores:
+            columns.append(Column(key=key, name=name, meaning=meaning, values=scores[layer]))
     return columns
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from torchlens_viz.arguments import flag, integer
-from torchlens_viz.attribution.trust import Trust
+from torchlens_viz.attribution.trust import Trust, verdict
 from torchlens_viz.draw.blend import Blend
 from torchlens_viz.draw.canvas import check_size, draw_chosen, in_colour
 from torchlens_viz.draw.curves import curves, over_curves, size_of
@@ -167,7 +167,8 @@ class Explanation:
         tiles, words = [], []
         for place, slicing in enumerate(slicings):
             tiles.append(self._drawn(place, slicing, style, alpha=alpha, cmap=cmap)[:, columns].flatten(0, 1))
-            score = f"{self.label(place, names)}: {self.scores[place].item():.4g}"
+            what = "score" if self.targets is None else "output"
+            score = f"{self.label(place, names)}: {what} {self.scores[place].item():.4g}"
             if has_curves:
                 low, high = limits_of([self.heatmaps[place]])
                 words += [score, f"{self.method}: {low:.3g} to {high:.3g}"]
@@ -203,10 +204,12 @@ class Explanation:
                     each[place].item()
                     for each in (self.trust.kept, self.trust.lost, self.trust.rank_correlation)
                 )
-                lines.append(
-                    f"{place}: the hottest fifth alone keeps {kept:.0%} of the score, hiding it costs "
-                    f"{lost:.0%}; rank correlation with random weights {like:.2f}"
-                )
+                which = f"{place}: " if len(self.heatmaps) > 1 else ""
+                lines += [
+                    f"{which}the hottest fifth alone keeps {kept:.0%} of the score, "
+                    f"hiding it costs {lost:.0%}",
+                    f"{which}{verdict(like)}",
+                ]
         return lines
 
     def save(self, directory: str | os.PathLike[str], *, names: Sequence[str] | None = None) -> Path:

@@ -18,6 +18,8 @@ from torchlens_viz.errors import InvalidArgumentError
 _SHARE: Final = 0.2
 _BLUR: Final = 0.05  # its standard deviation, of the shorter side: about what a detail of an object is
 _SEED: Final = 0
+_ALIKE: Final = 0.7  # a rank correlation, from where on a heatmap tells little
+_PARTLY: Final = 0.4
 
 
 @final
@@ -183,3 +185,19 @@ def _scored(twin: Twin, images: torch.Tensor, goal: Goal) -> torch.Tensor:
             return twin.scores(images, goal).float().cpu()
     except InvalidArgumentError:  # `target` may find nothing in a blurred image
         return torch.full((len(images),), torch.nan, device="cpu")
+
+
+def verdict(like: float) -> str:
+    """Return what it means how alike a heatmap is to that of the same network with random weights.
+
+    Args:
+        like: Their rank correlation, from -1 to 1.
+    """
+    if like != like:
+        return "whether random weights would make it look alike cannot be told"
+    told = f"(rank correlation {like:.2f})"
+    if abs(like) >= _ALIKE:
+        return f"with random weights it looks much the same {told}: it tells little of what was learnt"
+    if abs(like) >= _PARTLY:
+        return f"with random weights it looks partly the same {told}"
+    return f"with random weights it looks different {told}, as it should"

@@ -73,7 +73,9 @@ def explain_pictures(
         figures = [each[0].item() for each in (trust.kept, trust.lost, trust.rank_correlation)]
         rows.append([str(path), label, found.scores[0].item(), *figures])
         sheets.append(found.grid(names=loaded.names, title=path.name, **drawing))
-        notes.append(f"{path.name}: {label}, {found.scores[0].item():.4g}; {'; '.join(found.legend())}")
+        notes.append(
+            f"{path.name}: {label}, output {found.scores[0].item():.4g}; {'; '.join(found.legend())}"
+        )
     names = safe_names([path.stem for path in images])
     paths = [save_picture(sheet, out / f"{name}.png") for sheet, name in zip(sheets, names, strict=True)]
     table = io.StringIO()

@@ -85,7 +85,12 @@ def add_drawing(parser: argparse.ArgumentParser, *, channels: str) -> None:
     group.add_argument("--full-range", action="store_true", help="draw the least and greatest value as such")
     group.add_argument("--nrow", type=int, metavar="N", help="tiles per row (default: near-square)")
     group.add_argument("--padding", type=int, metavar="PX", help="pixels between tiles")
-    group.add_argument("--upscale", type=int, metavar="N", help="enlarge each tile by this factor")
+    group.add_argument(
+        "--upscale",
+        type=int,
+        metavar="N",
+        help="enlarge each tile by this factor (default: to 32 pixels at least)",
+    )
     group.add_argument(
         "--interpolation", metavar="KIND", help="nearest, bilinear or bicubic (default: nearest)"
     )
