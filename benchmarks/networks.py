@@ -249,12 +249,14 @@ def layers(spec: str, network: Network, _photo: Path, _out: Path) -> None:
 def maps(spec: str, network: Network, photo: Path, out: Path) -> None:
     """Draw the maps of some convolutions, and count what they put out."""
     folder = out / "maps"
-    found = [name for name, each in network.loaded.model.named_modules() if isinstance(each, nn.Conv2d)]
+    rank = network.prepared.ndim
+    kind = nn.Conv3d if rank == 5 else nn.Conv2d
+    found = [name for name, each in network.loaded.model.named_modules() if isinstance(each, kind)]
     chosen = found[:: max(1, len(found) // _SHEETS)]
     words = [word for name in chosen for word in ("--layer", name)]
     refusal_of(run(["maps", spec, str(photo), "--weights", weights_of(spec), "-o", str(folder), *words]))
     _, calls = network.called(network.prepared)
-    expected = sum(output.ndim == 4 for name in chosen for output in calls.get(name, ()))
+    expected = sum(output.ndim == rank for name in chosen for output in calls.get(name, ()))
     drawn = len(list(folder.glob("*.png")))
     told(drawn == expected, f"{expected} outputs of convolutions, {drawn} sheets")
 
@@ -286,7 +288,7 @@ def maximize(spec: str, network: Network, _photo: Path, out: Path) -> None:
     words = ["--layer", layer, "--channels", "0", "--steps", "3"]
     refusal_of(run(["maximize", spec, "--weights", weights_of(spec), "-o", str(out / "max"), *words]))
     found = Maximization.load(out / "max" / safe_names([layer])[0])
-    batch = colours_of(network.loaded.preprocess).apply(found.images)
+    batch = colours_of(network.loaded.preprocess, axes=found.images.ndim - 2).apply(found.images)
     _, calls = network.called(batch)
     score = float(calls[layer][0][0, 0].mean())
     told(
