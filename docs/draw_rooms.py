@@ -171,7 +171,8 @@ def draw(package: Path = _PACKAGE) -> str:
         for place in way[1:-1]:
             points += [(middle[place], top[place]), (middle[place], top[place] + _HIGH)]
         points.append((_along(arriving, way[0], middle[way[-1]]), top[way[-1]] - 2))
-        path = " ".join(f"{x:.0f},{y}" for x, y in points)
+        # Rounded twice: versions of Python differ in the last place of a sum, which halves would show.
+        path = " ".join(f"{round(x, 3):.0f},{y}" for x, y in points)
         lines.append(f'<polyline points="{path}"/>')
     for room in heights:
         boxes += _box(room, middle[room], top[room], at_door=(package / f"{room}.py").exists())
