@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.receptive.places import Grid, Place, Standing, standings
+from torchlens_viz.receptive.places import Grid, Place, Standing, standings, thin
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 
@@ -75,15 +75,6 @@ def over(part: torch.Tensor, *dims: int) -> torch.Tensor:
     (part,) = thin([part], keep=())  # what is broadcast stays broadcast
     dims = tuple(dim for dim in dims if part.shape[dim] > 1)
     return (part.amax(dims, keepdim=True) if dims else part).expand(shape)
-
-
-def thin(parts: Sequence[torch.Tensor], *, keep: Sequence[int]) -> list[torch.Tensor]:
-    """Return tensors of one shape with size 1 where all of them are broadcast, in all but some dimensions."""
-    parts = list(parts)
-    for dim in range(parts[0].ndim):
-        if dim not in keep and all(part.stride(dim) == 0 for part in parts):
-            parts = [part.narrow(dim, 0, 1) for part in parts]
-    return parts
 
 
 def union(parts: Sequence[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
@@ -151,6 +142,8 @@ def slide(
     """
     if x.ndim != len(x.places) + 2 or len(windows) != x.ndim - first:
         raise UnknownOperationError(f"windows over a tensor of shape {tuple(x.shape)}")
+    if not any(windows):
+        return x
     by_dim = dict(enumerate(windows, first))
     shape = list(x.parts[0].shape)
     for dim, each in by_dim.items():

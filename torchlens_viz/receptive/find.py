@@ -22,9 +22,9 @@ from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.models.state import inference, like_parameters, refuse_quantized
 from torchlens_viz.nested import tensors
 from torchlens_viz.receptive.dependence import Dependence
-from torchlens_viz.receptive.extents import Extents, thin
+from torchlens_viz.receptive.extents import Extents
 from torchlens_viz.receptive.field import ReceptiveField, Span
-from torchlens_viz.receptive.places import Grid, Standing, standings
+from torchlens_viz.receptive.places import Grid, Standing, standings, thin
 
 _PROBES: Final = 5
 _LONGEST: Final = 2**24  # positions along an axis, each of which has a region

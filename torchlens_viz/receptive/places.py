@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, final
 
+import numpy as np
 import torch
 
 
@@ -69,10 +70,7 @@ class Place(NamedTuple):
 
     def dims(self) -> list[int]:
         """Return the dimensions along which it changes."""
-        number = self.number
-        for dim in range(number.ndim):
-            if number.stride(dim) == 0 and number.shape[dim] > 1:
-                number = number.narrow(dim, 0, 1)
+        (number,) = thin([self.number], keep=())
         return [
             dim
             for dim, size in enumerate(number.shape)
@@ -81,12 +79,25 @@ class Place(NamedTuple):
 
     def mean(self, dims: Sequence[int]) -> Place:
         """Return the place of what is made of all elements along some dimensions, which stay with size 1."""
-        number = self.number
-        for dim in dims:
-            if number.shape[dim] > 1 and number.stride(dim) == 0:
-                number = number.narrow(dim, 0, 1)
+        (number,) = thin([self.number], keep=[dim for dim in range(self.number.ndim) if dim not in dims])
         dims = [dim for dim in dims if number.shape[dim] > 1]
         return Place(number.mean(dims, keepdim=True) if dims else number, self.grid)
+
+
+def thin(parts: Sequence[torch.Tensor], *, keep: Sequence[int]) -> list[torch.Tensor]:
+    """Return tensors of as many dimensions with size 1 where all of them are broadcast, but in some."""
+    strides = [part.stride() for part in parts]
+    broadcast = [
+        dim
+        for dim, size in enumerate(parts[0].shape)
+        if dim not in keep and size > 1 and not any(each[dim] for each in strides)
+    ]
+    return [
+        part.as_strided([1 if dim in broadcast else size for dim, size in enumerate(part.shape)], each)
+        if broadcast
+        else part
+        for part, each in zip(parts, strides, strict=True)
+    ]
 
 
 def standings(places: Sequence[Place]) -> list[Standing]:
@@ -99,8 +110,8 @@ def standings(places: Sequence[Place]) -> list[Standing]:
         origin, step = place.grid
         if len(own) == 1:
             line = place.number[tuple(slice(None) if dim == own[0] else 0 for dim in range(ndim))]
-            steps = line.diff()
-            is_even = bool(torch.isclose(steps, steps[0], rtol=1e-9, atol=1e-9).all())
+            steps = np.diff(line.numpy())
+            is_even = bool((np.abs(steps - steps[0]) <= 1e-9 * (1 + abs(steps[0]))).all())
             first, each = float(line[0]), float(steps[0])
             grid = Grid(origin + first * step, each * step) if is_even and each else None
             found.append(Standing(own[0], grid, varies=True))
@@ -123,6 +134,8 @@ def common_places(known: Sequence[Sequence[Place]], shape: Sequence[int]) -> lis
     """
     shape = tuple(shape)
     wide = [[place.moved(lambda number: number.expand(shape)) for place in places] for places in known]
+    if all(_are_alike(each, wide[0]) for each in wide[1:]):
+        return wide[0]
     stand = [standings(places) for places in wide]
     found = []
     for axis, (place, _) in enumerate(zip(wide[0], stand[0], strict=True)):
@@ -153,3 +166,13 @@ def common_places(known: Sequence[Sequence[Place]], shape: Sequence[int]) -> lis
             origin = sum(each.origin for each in whole) / len(whole)
             found.append(Place.at(shape, Grid(origin, whole[0].step)))
     return found
+
+
+def _are_alike(one: Sequence[Place], other: Sequence[Place]) -> bool:
+    """Tell whether two tensors of one shape are seen to stand in the same places, without looking far."""
+    return all(
+        each.grid == place.grid
+        and each.number.stride() == place.number.stride()
+        and (each.number is place.number or torch.equal(*thin([each.number, place.number], keep=())))
+        for each, place in zip(one, other, strict=True)
+    )

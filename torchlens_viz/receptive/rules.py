@@ -14,10 +14,9 @@ from torchlens_viz.receptive.extents import (
     UnknownOperationError,
     mixing,
     spread,
-    thin,
     union,
 )
-from torchlens_viz.receptive.places import Grid, Place, common_places, standings
+from torchlens_viz.receptive.places import Grid, Place, common_places, standings, thin
 from torchlens_viz.receptive.spatial import (
     adaptive_pooling,
     as_extents,
@@ -49,7 +48,9 @@ def _same(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     known = extents_in(args, kwargs)
     shapes = [tensor.shape for tensor in tensors((args, kwargs))]
-    shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
+    shape = shapes[0]
+    if any(each != shape for each in shapes):  # asking takes longer than all else here
+        shape = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     parts = [union(each, shape) for each in zip(*(x.parts for x in known), strict=True)]
     made = Extents(parts, common_places([x.places for x in known], shape))
     if _is_in_place(func):

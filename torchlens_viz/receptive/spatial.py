@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from torchlens_viz.nested import map_tensors, tensors
+from torchlens_viz.nested import map_tensors
 from torchlens_viz.receptive.extents import (
     Extents,
     UnknownOperationError,
@@ -26,8 +26,16 @@ from torchlens_viz.receptive.places import standings
 
 
 def extents_in(*values: Any) -> list[Extents]:
-    """Return all extents in nested values."""
-    return [tensor for value in values for tensor in tensors(value) if isinstance(tensor, Extents)]
+    """Return all extents among the arguments of an operation, which nests them in no more than these."""
+    found: list[Extents] = []
+    for value in values:
+        if isinstance(value, Extents):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += extents_in(*value)
+        elif isinstance(value, dict):
+            found += extents_in(*value.values())
+    return found
 
 
 def bound(signature: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
