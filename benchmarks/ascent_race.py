@@ -17,13 +17,15 @@ from time import perf_counter
 import torch
 from torch import nn
 
+from torchlens_viz import Normalized as Scaled
 from torchlens_viz import maximize
 from torchlens_viz.models.demo_net import load_demo_net, normalize
 
 LAYER = "features.6"
 SIZE = 128  # lucent's default
-STEPS = (1, 2, 4, 8, 16, 32, 64, 80, 96, 128, 256, 512)
-MORE_STEPS = (*STEPS, 1024, 1900)  # of pixels, as many as fit the time of the plain loop
+STEPS = (2, 4, 8, 16, 32, 64, 80, 96, 128, 256, 512)
+TILES = Scaled(tiles=2)
+MORE_STEPS = (*STEPS, 1024, 1900)  # of ours, as many as fit the time of the plain loop
 
 
 class Normalized(nn.Module):
@@ -116,6 +118,11 @@ RUNNERS = {
     "ours, pixels": ours(MORE_STEPS),
     "ours, fourier, robust": ours(parametrization="fourier", transforms="robust"),
     "ours, fourier": ours(parametrization="fourier"),
+    "ours, pixels, tiles": ours(MORE_STEPS, method=TILES),
+    "ours, fourier, tiles": ours(MORE_STEPS, parametrization="fourier", method=TILES),
+    "ours, fourier, robust, tiles": ours(
+        MORE_STEPS, parametrization="fourier", transforms="robust", method=TILES
+    ),
 }
 
 

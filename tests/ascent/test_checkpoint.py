@@ -57,6 +57,7 @@ def same(left, right):
     [
         {},
         {"transforms": "robust", "method": Normalized(frames=2)},
+        {"method": Normalized(tiles=2, frames=2), "batch_size": 1},
         {"threshold": 0.0},
         {"parametrization": "maco"},
     ],

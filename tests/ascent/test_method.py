@@ -27,6 +27,7 @@ def test_names_are_methods_with_their_defaults():
     [
         ({"restarts": -1}, InvalidArgumentError, "`restarts` must be at least 0, got -1"),
         ({"restarts": 1.0}, InvalidTypeError, "`restarts` must be an int, got 1.0"),
+        ({"tiles": 0}, InvalidArgumentError, "`tiles` must be at least 1, got 0"),
         ({"frames": 0}, InvalidArgumentError, "`frames` must be at least 1, got 0"),
         ({"frames": True}, InvalidTypeError, "`frames` must be an int, got True"),
         ({"compile": 1}, InvalidTypeError, "`compile` must be True or False, got 1"),

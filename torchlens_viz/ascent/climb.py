@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Final, final
 
 import torch
 
+from torchlens_viz.ascent.parametrization import Size
 from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.ascent.starts import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
 from torchlens_viz.backprop.device import is_out_of_memory
@@ -69,6 +71,59 @@ def climb(
         del slots
         if scorer.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def climb_in_phases(
+    requests: Sequence[Request],
+    plan: Plan,
+    scorer: Scorer,
+    small: Scorer,
+    *,
+    batch_size: int,
+    show: Callable[[float], None],
+) -> Generator[Climb, None, None]:
+    """Make images as `climb` does, from copies of smaller ones that have climbed before.
+
+    Args:
+        requests: The images to make.
+        plan: How, of both phases together.
+        scorer: What they are to maximise.
+        small: The same for images of the first phase.
+        batch_size: How many whole images to make at a time.
+        show: As for `climb`.
+    """
+    first, last = plan.phases()
+    more = batch_size * plan.method.copies ** len(plan.size)
+    share = first.steps / plan.steps
+    at_once = len(requests) if scorer.objective.couples else more  # what is compared stays together
+    for begin in range(0, len(requests), at_once):
+        group = requests[begin : begin + at_once]
+        made = {
+            one.request.place: one
+            for one in climb(group, first, small, batch_size=more, show=lambda part: show(share * part))
+        }
+        begun = {
+            place: _side_by_side(one.image, plan.size)
+            for place, one in made.items()
+            if one.status not in ("dead", "nonfinite")
+        }
+
+        def tell(part: float, made: Mapping[int, Climb] = made) -> None:
+            show(share * len(made) + (1 - share) * part)
+
+        for one in climb(group, replace(last, begun=begun), scorer, batch_size=batch_size, show=tell):
+            before = made.pop(one.request.place)
+            frames = one.frames
+            if frames is not None and before.frames is not None:
+                early = [_side_by_side(frame, plan.size) for frame in before.frames[:-1]]
+                frames = torch.stack([*early, *frames])
+            yield one._replace(history=torch.cat((before.history, one.history)), frames=frames)
+
+
+def _side_by_side(image: torch.Tensor, size: Size) -> torch.Tensor:
+    """Return copies of (C, ...) side by side, cut to (C, *size)."""
+    copies = [-(-whole // part) for whole, part in zip(size, image.shape[1:], strict=True)]
+    return image.repeat(1, *copies)[(slice(None), *(slice(side) for side in size))].contiguous()
 
 
 def _next(waiting: deque[Request], room: int, scorer: Scorer, *, is_empty: bool) -> list[Request]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from torchlens_viz.arguments import function, integer, number
 from torchlens_viz.ascent.checkpoint import Resumption
-from torchlens_viz.ascent.climb import climb
+from torchlens_viz.ascent.climb import climb, climb_in_phases
 from torchlens_viz.ascent.method import Method, MethodName, method_of
 from torchlens_viz.ascent.options import (
     MOST_STEPS,
@@ -30,6 +31,7 @@ from torchlens_viz.ascent.options import (
     settings_of,
     shape_of,
     size_of,
+    small_scorer,
     start_of,
 )
 from torchlens_viz.ascent.parametrization import Parametrization, ParametrizationName
@@ -172,17 +174,21 @@ def maximize(
     shape = shape_of(sides, start, taken, axes)
     require_room(shape, device := device_of(model))
     with isolated(device):
-        example = torch.full((1, *shape), by.middle, device=device)
-        scorer = Scorer(
-            model,
-            layer,
-            goal,
-            example,
-            preprocess=preprocess_of(preprocess, example),
-            dtype=resolve_precision(precision, device),
-            channel_dim=channel_dim,
-            is_compiled=how.compile,
-        )
+
+        def scorer_of(size: Sequence[int]) -> Scorer:
+            example = torch.full((1, shape[0], *size), by.middle, device=device)
+            return Scorer(
+                model,
+                layer,
+                goal,
+                example,
+                preprocess=preprocess_of(preprocess, example),
+                dtype=resolve_precision(precision, device),
+                channel_dim=channel_dim,
+                is_compiled=how.compile,
+            )
+
+        scorer = scorer_of(shape[1:])
         chosen = chosen_channels(channels, goal, scorer.channels)
         real = None if how.references is None else references_of(how.references, shape, by, device)
         plan = Plan(
@@ -204,8 +210,9 @@ def maximize(
             settings = settings_of(plan, scorer, model, preprocess, chosen)
             store = Resumption(folder, settings)
         requests = requests_for(chosen)
+        small = small_scorer(plan, scorer_of) if how.copies > 1 else None
         climbs = gathered(
-            lambda: _share(requests, plan, scorer, store, batch_size=batch_size, progress=progress)
+            lambda: _share(requests, plan, scorer, small, store, batch_size=batch_size, progress=progress)
         )
     return _result(climbs, plan, scorer, is_complete=len(climbs) == len(chosen))
 
@@ -214,6 +221,7 @@ def _share(
     requests: list[Request],
     plan: Plan,
     scorer: Scorer,
+    small: Scorer | None,
     store: Resumption | None,
     *,
     batch_size: int | Literal["auto"],
@@ -250,7 +258,8 @@ def _share(
             bar.reach(len(climbs) + on_the_way, **figures)
 
         size = fitting_batch(scorer, plan, len(missing)) if batch_size == "auto" else batch_size
-        with closing(climb(missing, plan, scorer, batch_size=size, show=show)) as found:
+        rise = climb if small is None else partial(climb_in_phases, small=small)
+        with closing(rise(missing, plan, scorer, batch_size=size, show=show)) as found:
             try:
                 for one in found:
                     if store is not None:

@@ -80,6 +80,30 @@ def fitting_batch(scorer: Scorer, plan: Plan, count: int) -> int:
     return ceil(count / ceil(count / most))
 
 
+def small_scorer(plan: Plan, scorer_of: Callable[[Sequence[int]], Scorer]) -> Scorer:
+    """Return what scores the smaller images that a climb with `tiles` begins with.
+
+    Raises:
+        InvalidArgumentError: There is no room for two phases, or the network cannot take smaller images.
+    """
+    copies = plan.method.copies
+    if plan.start is not None:
+        raise InvalidArgumentError("`tiles` has no effect beside `image`, which has its size; leave out one")
+    if plan.steps < 2 or min(plan.size) < copies:
+        raise InvalidArgumentError(
+            f"`tiles` must be at most the sides of the image, {plan.size}, and `steps` at least 2, got "
+            f"{copies} and {plan.steps}"
+        )
+    size = plan.phases()[0].size
+    try:
+        return scorer_of(size)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(
+            f"`tiles={copies}` begins with images of {' x '.join(map(str, size))}, which do not do: {error}; "
+            "or leave `tiles` out"
+        ) from error
+
+
 def start_of(
     image: torch.Tensor | Image.Image, by: Parametrization, method: Method, channels: int, axes: int
 ) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -69,6 +70,14 @@ class Plan:
     threshold: float | None
     seed: int
     method: Method
+    begun: Mapping[int, torch.Tensor] = field(default_factory=dict)  # by place, what came of a first phase
+
+    def phases(self) -> tuple[Plan, Plan]:
+        """Return how to climb with an image of which copies make the whole, and how to go on from these."""
+        steps = self.steps * 3 // 4
+        size = tuple(-(-side // self.method.copies) for side in self.size)
+        first = replace(self, size=size, steps=steps, threshold=None, references=None, reference_means=None)
+        return first, replace(self, steps=self.steps - steps)
 
     @property
     def starts(self) -> int:

@@ -164,7 +164,7 @@ class Starts:
 
     def _image(self, run: Run) -> torch.Tensor:
         """Return the parameters of the first image; the last start of all is the best reference image."""
-        plan, image = self._plan, self._plan.start
+        plan, image = self._plan, self._plan.begun.get(run.request.place, self._plan.start)
         number = plan.start_of(run.attempt)  # without the transforms from the same starts
         if number > 0:
             image = None
