@@ -100,10 +100,16 @@ def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def measure_growth(family: Family, setting: Setting, clock: Clock) -> Growth:
-    """Measure one family, the sizes in turn, over and over; what goes wrong stands in the result."""
+    """Measure one family, one size after the other; what goes wrong stands in the result.
+
+    On one thread, as a second one that waits for the first counts as busy, and as from some size on only
+    there is work for both.
+    """
     sizes = list(family.sizes[:-1] if setting.is_quick else family.sizes)
     found = Growth(family.name, family.what, family.of, setting.device.type)
     times: dict[int, list[float]] = {size: [] for size in sizes}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         for size in sizes:
             torch.manual_seed(setting.seed)
@@ -115,6 +121,8 @@ def measure_growth(family: Family, setting: Setting, clock: Clock) -> Growth:
     except Exception as error:
         found.error = reason(error)
         return found
+    finally:
+        torch.set_num_threads(threads)
     found.sizes, found.seconds = sizes, [median(times[size]) for size in sizes]
     return found
 
@@ -267,7 +275,7 @@ FAMILIES = [
         (64, 128, 256, 512, 1024),
         by_calls,
     ),
-    Family("growth_channels", "`survey` of a layer", "channels", (64, 128, 256, 512, 1024), by_channels),
+    Family("growth_channels", "`survey` of a layer", "channels", (256, 512, 1024, 2048, 4096), by_channels),
     Family(
         "growth_pixels", "`explain`, gradcam", "pixels", (64**2, 128**2, 192**2, 256**2, 384**2), by_pixels
     ),
