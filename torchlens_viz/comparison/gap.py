@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import ceil, isfinite, sqrt
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
 import torch
 
 from torchlens_viz.arguments import plain, wide
+
+_BLOCK_ON_CPU: Final = 2**16  # values; in float64 a few of such are at hand in the cache
+_BLOCK_ELSEWHERE: Final = 2**24
 
 
 class Exhibit(NamedTuple):
@@ -122,19 +126,23 @@ class Gap:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the distance of every two values, and in parts of what is allowed."""
         count, distance = a.numel(), (a - b).abs_()
-        if not isfinite(_dot(a, a) + _dot(b, b)):
+        of_a, of_b = _dot(a, a), _dot(b, b)
+        if not isfinite(of_a + of_b):
             is_same = (a == b) | (a.isnan() & b.isnan())
             distance.masked_fill_(is_same, 0).nan_to_num_(nan=torch.inf, posinf=torch.inf)
             is_finite = a.isfinite() & b.isfinite()
             a, b = (side.masked_fill(~is_finite, 0) for side in (a, b))
             count = max(1, int(is_finite.sum()))
-        of_a = _dot(a, a)
-        for place, value in enumerate((of_a, _dot(b, b), _dot(a, b), _dot(distance, distance))):
+            of_a, of_b = _dot(a, a), _dot(b, b)
+        for place, value in enumerate((of_a, of_b, _dot(a, b), _dot(distance, distance))):
             self._squares[place] += value
         self.max_abs = max(self.max_abs, distance.max().item())
         level = sqrt(of_a / count)
         allowed = a.abs().clamp_(min=level).mul_(rtol).add_(atol)
-        return distance, (distance / allowed).masked_fill_(distance == 0, 0)
+        ratio = torch.div(distance, allowed, out=allowed)
+        if not level * rtol + atol:  # where nothing is allowed, 0 of it is no excess
+            ratio.masked_fill_(distance == 0, 0)
+        return distance, ratio
 
     def _shown(self, a: torch.Tensor, b: torch.Tensor, ratio: torch.Tensor, dim: int) -> Exhibit:
         """Choose what is to be shown of one input: (C, H, W), (L, C) or (C,)."""
@@ -163,14 +171,42 @@ def deviation(a: torch.Tensor, b: torch.Tensor) -> float:
 
     Values that are not finite in both are left out.
     """
-    ours, theirs = numbers_of(a), numbers_of(b)
-    inside = ours.isfinite() & theirs.isfinite()
-    ours, theirs = ours[inside], theirs[inside]
-    if not len(ours):
+    if a.numel() == 0:
         return 0.0
-    level = ours.square().mean().sqrt()
-    distance = (theirs - ours).abs()
-    return (distance / ours.abs().clamp_(min=level)).nan_to_num_(0, 0, 0).max().item()
+    squares, count = 0.0, 0
+    for ours, _, finite in _in_blocks(a, b):
+        squares += _dot(ours, ours)
+        count += finite
+    level = sqrt(squares / max(1, count))
+    largest = 0.0
+    for ours, theirs, _ in _in_blocks(a, b):
+        ratio = theirs.sub_(ours).abs_().div_(ours.abs_().clamp_(min=level))
+        largest = max(largest, ratio.nan_to_num_(0, 0, 0).max().item())
+    return largest
+
+
+def _in_blocks(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Yield the numbers of both in float64, block by block, and how many are finite in both; others are 0."""
+    for of_a, of_b in zip(*(blocks(plain(side.detach()).flatten()) for side in (a, b)), strict=True):
+        ours, theirs = _copy_of_numbers(of_a), _copy_of_numbers(of_b)
+        finite = ours.numel()
+        if not isfinite(_dot(ours, ours) + _dot(theirs, theirs)):
+            inside = ours.isfinite() & theirs.isfinite()
+            finite = int(inside.sum())
+            ours, theirs = (side.masked_fill_(~inside, 0) for side in (ours, theirs))
+        yield ours, theirs, finite
+
+
+def blocks(flat: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return parts of a tensor of one dimension that are worth working on one after the other."""
+    size = _BLOCK_ON_CPU if flat.device.type == "cpu" else _BLOCK_ELSEWHERE
+    return torch.split(flat, size)
+
+
+def _copy_of_numbers(tensor: torch.Tensor) -> torch.Tensor:
+    numbers = numbers_of(tensor)
+    is_same = numbers.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return numbers.clone() if is_same else numbers
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.arguments import has_float64
-from torchlens_viz.comparison.gap import deviation
+from torchlens_viz.comparison.gap import blocks, deviation
 from torchlens_viz.comparison.side import Calls, Kept, Row, Side
 
 # How many units in the last place are allowed at least, and how many times what is measured. Over ten
@@ -127,8 +127,17 @@ class Shaken(Calls):
         if generator is None:  # one of our own, so that the caller's goes on as if nothing had run
             generator = torch.Generator(tensor.device).manual_seed(0)
             self._generators[tensor.device] = generator
-        exact = tensor.double() if has_float64(tensor.device) else tensor.float()
-        level = exact.square().mean().sqrt()
-        noise = torch.empty_like(exact).uniform_(-1, 1, generator=generator)
-        size = exact.abs().clamp_(min=level.nan_to_num(0, 0, 0))
-        return (exact + noise * size * (self._steps * self._unit)).to(tensor.dtype)
+        kind = torch.float64 if has_float64(tensor.device) else torch.float32
+        in_memory = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        ordered = tensor.permute(in_memory)
+        parts = blocks(ordered.flatten())
+        square = torch.stack([exact.dot(exact) for exact in (part.to(kind) for part in parts)]).sum()
+        level = square.div(max(1, tensor.numel())).sqrt().nan_to_num(0, 0, 0)
+        changed = []
+        for part in parts:
+            exact = part.to(kind)
+            noise = torch.empty_like(exact).uniform_(-1, 1, generator=generator)
+            size = exact.abs().clamp_(min=level).mul_(self._steps * self._unit)
+            changed.append(noise.mul_(size).add_(exact).to(tensor.dtype))
+        back = sorted(range(tensor.ndim), key=in_memory.__getitem__)
+        return torch.cat(changed).view(ordered.shape).permute(back)
