@@ -285,13 +285,11 @@ def greatest(line: torch.Tensor, dim: int, windows: Windows, slope: float | None
     size = line.shape[dim]
     if slope == 0 and size == 1:
         return line  # broadcast along this dimension
-    taps = torch.from_numpy(windows.taps)
-    inside = taps.clamp(0, size - 1)
-    values = line.index_select(dim, inside.flatten()).unflatten(dim, taps.shape)  # type: ignore[no-untyped-call]
-    beyond: Any = (taps - inside).view(*taps.shape, *[1] * (line.ndim - dim - 1))
+    inside = windows.taps.clip(0, size - 1)  # in numpy, which takes a fraction of the time for so few
+    seen = np.take(line.numpy(), inside, axis=dim)
+    beyond = (windows.taps - inside).reshape(*inside.shape, *[1] * (line.ndim - dim - 1))
     if slope is None:
-        values = values.masked_fill(beyond != 0, -torch.inf)
+        seen = np.where(beyond != 0, np.float32(-np.inf), seen)
     elif slope:
-        values = values + beyond * slope
-    most: torch.Tensor = values.amax(dim + 1)
-    return most
+        seen = seen + (beyond * slope).astype(np.float32)
+    return torch.from_numpy(seen.max(dim + 1))

@@ -119,7 +119,7 @@ def convolution(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             looks_beside = kernel > 1 or stride > 1 or before > 0
             windows.append(sliding(shape[axis + 2], **size) if looks_beside else None)
     if groups == 1 or all(part.stride(1) == 0 for part in x.parts):
-        seen = [over(part, 1).narrow(1, 0, 1) for part in x.parts]
+        seen = [(part if part.stride(1) == 0 else over(part, 1)).narrow(1, 0, 1) for part in x.parts]
     else:
         seen = [part.unflatten(1, (groups, -1)).amax(2) for part in x.parts]  # type: ignore[no-untyped-call]
     places = [place.mean([1]).moved(lambda number: number.narrow(1, 0, 1)) for place in x.places]
