@@ -41,7 +41,7 @@ from torchlens_viz.zoo.load import load_model
 from torchlens_viz.zoo.loaded import LoadedModel
 
 PAGE = Path(__file__).parent.parent / "docs" / "networks.md"
-BEGIN, END = (
+MARKS = (
     "<!-- written by benchmarks/networks.py: begin -->",
     "<!-- written by benchmarks/networks.py: end -->",
 )
@@ -371,11 +371,12 @@ def render(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
     return "\n".join([*lines, "", *notes, "", f"Made with {made}."])
 
 
-def with_block(text: str, block: str) -> str:
+def with_block(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:
     """Return a page with what stands between the marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
+    begin, end = marks
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{block}\n\n{end}{after}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

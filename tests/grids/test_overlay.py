@@ -182,3 +182,55 @@ def test_layers_and_images_that_do_not_fit(net):
         InvalidArgumentError, match=r"`image` must be one image .* got shape \(2, 3, 16, 16\)"
     ):
         overlay_grid(net, "1", torch.rand(2, 3, 16, 16))
+
+
+# Tokens
+
+
+class Tokens(nn.Module):
+    """Patches of 4 x 4 pixels as tokens (N, L, C), behind as many others as there are prefixes."""
+
+    def __init__(self, channels: int = 5, prefixes: int = 1) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, channels, 4, stride=4)
+        self.norm = nn.LayerNorm(channels)
+        self.prefixes = prefixes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return self.norm(torch.cat((tokens.new_ones(len(x), self.prefixes, tokens.shape[2]), tokens), 1))
+
+
+@pytest.mark.parametrize("prefixes", [0, 1, 5])
+def test_tokens_lie_side_by_side_over_the_image(prefixes):
+    torch.manual_seed(0)
+    net, image = Tokens(prefixes=prefixes).eval(), torch.rand(3, 16, 24)
+    options = {"channels": [2], "cmap": "gray", "interpolation": "nearest", "alpha": 1.0, **PLAIN}
+    sheet = overlay_grid(net, "norm", image, grid=(4, 6), invert=torch.zeros_like, **options)
+    with torch.no_grad():
+        values = net(image[None])[0, prefixes:, 2].view(4, 6)
+    expected = torch.where(values > 0, values, 0).numpy().repeat(4, 0).repeat(4, 1)
+    drawn = pixels_of(sheet)[..., 0]
+    top, left = (drawn.shape[0] - 16) // 2, (drawn.shape[1] - 24) // 2
+    drawn = drawn[top : top + 16, left : left + 24]
+    assert all(len(set(patch.flatten())) == 1 for row in np.split(drawn, 4) for patch in np.split(row, 6, 1))
+    assert np.unravel_index(drawn.argmax(), drawn.shape) == np.unravel_index(expected.argmax(), drawn.shape)
+
+
+@pytest.mark.parametrize(
+    ("layer", "grid", "match"),
+    [
+        ("norm", None, "puts out shape .1, 25, 5.; say with `grid` how these tokens lie"),
+        ("norm", (6, 6), "`grid`"),
+        ("patches", (4, 6), "`grid` has no effect on `patches`"),
+    ],
+)
+def test_a_grid_that_does_not_fit_is_refused(layer, grid, match):
+    with pytest.raises(InvalidArgumentError, match=match):
+        overlay_grid(Tokens().eval(), layer, torch.rand(3, 16, 24), grid=grid)
+
+
+def test_the_legend_says_how_tokens_lie(monkeypatch):
+    lines = written(monkeypatch)
+    overlay_grid(Tokens().eval(), "norm", torch.rand(3, 16, 24), grid=(4, 6), legend=True)
+    assert lines[-1] == "norm: tokens, 4 x 6"

@@ -17,6 +17,7 @@ from torchlens_viz.arguments import function, indices_of, one_of, plain
 from torchlens_viz.draw.blend import Blend, placed_across
 from torchlens_viz.draw.canvas import check_size, draw_chosen
 from torchlens_viz.draw.curves import legend_of, over_curves, size_of
+from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.draw.palette import Colormap, Table
 from torchlens_viz.draw.planes import Plane, Slices, Slicing
 from torchlens_viz.draw.scale import ValueRange
@@ -45,6 +46,7 @@ class OverlayOptions(TypedDict, total=False):
 
     channels: int | Sequence[int] | None
     channel_dim: int | None
+    grid: tuple[int, int] | None
     preprocess: Callable[[Any], torch.Tensor] | None
     inputs: ModelInputs
     invert: Callable[[torch.Tensor], torch.Tensor] | None
@@ -72,6 +74,7 @@ def overlay_grid(
     *,
     channels: int | Sequence[int] | None = None,
     channel_dim: int | None = None,
+    grid: tuple[int, int] | None = None,
     preprocess: Callable[[Any], torch.Tensor] | None = None,
     inputs: ModelInputs = None,
     invert: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -103,12 +106,14 @@ def overlay_grid(
     Args:
         model: A model that takes one image batch, or more, see `inputs`.
         layer: Which layer, by a selector that finds exactly one; it must put out maps with as many spatial
-            axes as its input has.
+            axes as its input has, or tokens, see `grid`.
         image: A tensor (1, C, H, W) or (C, H, W), or a picture; of a network whose first convolution is 3-D,
             a tensor (1, C, D, H, W) or (C, D, H, W), and of a 1-D one (1, C, L) or (C, L).
         channels: Show only these maps, by index from 0.
         channel_dim: The dimension that counts channels in what the layer puts out; None finds it, as in
             `torchlens_viz.capture`.
+        grid: Rows and columns in which the last rows * columns of a transformer's tokens (1, L, C) lie, side
+            by side over the image.
         preprocess: Makes of `image` what the model takes, (1, C, H, W) or (C, H, W); where it does not take
             pictures, of the picture as a tensor in [0, 1]. Without it, pixels are in [0, 1]: a picture is
             RGB, or gray where the model takes one channel, and a tensor is taken as it is, but for uint8.
@@ -167,17 +172,21 @@ def overlay_grid(
     slicing = Slicing.of(batch.shape[2:], plane, slices)
     if axes == 1 and backdrop != "gray":
         raise InvalidArgumentError("`backdrop` has no effect on a signal, which is black; leave it out")
-    name, maps = _maps(model, layer, batch, channel_dim)
-    field = receptive_field(model, layer, batch.shape, channel_dim=channel_dim)
-    if maps.shape[1:] != field.map_shape:
-        raise InvalidArgumentError(
-            f"`layer` must put out maps (1, {AXES[axes]}), but `{name}` puts out something of shape "
-            f"{tuple(maps.shape)} where an image has the map {field.map_shape}; choose a convolution"
-        )
+    name, maps = _maps(model, layer, batch, channel_dim, grid)
+    if grid is None:
+        field = receptive_field(model, layer, batch.shape, channel_dim=channel_dim)
+        if maps.shape[1:] != field.map_shape:
+            raise InvalidArgumentError(
+                f"`layer` must put out maps (1, {AXES[axes]}), but `{name}` puts out something of shape "
+                f"{tuple(maps.shape)} where an image has the map {field.map_shape}; choose a convolution"
+            )
+        origins, steps, note = field.center((0,) * axes), field.stride, _note(name, field)
+    else:
+        steps = tuple(side / count for side, count in zip(batch.shape[2:], maps.shape[1:], strict=True))
+        origins, note = tuple((step - 1) / 2 for step in steps), f"{name}: tokens, {grid[0]} x {grid[1]}"
     chosen = indices_of(channels, len(maps), "channels")
     maps, suffixes = maps[chosen], [""]
     order = ranking(maps, sort_by)
-    origins, steps = field.center((0,) * axes), field.stride
     if slicing is not None:
         at, suffixes = slicing.axis, slicing.labels()
         maps = placed_across(
@@ -199,7 +208,7 @@ def overlay_grid(
         scale_each=scale_each,
         value_range=value_range,
     )
-    lines = [*blend.legend(), _note(name, field)] if legend else []
+    lines = [*blend.legend(), note] if legend else []
     if axes == 1:
         signal, drawn = as_signal(batch, invert, bands)
         size = size_of(signal, upscale)
@@ -254,7 +263,11 @@ def save_overlay_grid(
 
 
 def _maps(
-    model: nn.Module, layer: Selector, batch: torch.Tensor, channel_dim: int | None
+    model: nn.Module,
+    layer: Selector,
+    batch: torch.Tensor,
+    channel_dim: int | None,
+    grid: tuple[int, int] | None,
 ) -> tuple[str, torch.Tensor]:
     """Return the layer's name and its maps (C, ...) of the only image of a batch."""
     chosen = select_one(model, layer)
@@ -263,11 +276,21 @@ def _maps(
         with shown_to(model, batch):
             model(batch)
     output = next(iter(acts.calls(name)), None)
+    is_tokens = isinstance(output, torch.Tensor) and output.ndim == 3 and batch.ndim == 4
+    if grid is not None:
+        if not isinstance(output, torch.Tensor) or not is_tokens:
+            raise InvalidArgumentError(
+                f"`grid` has no effect on `{name}`, which puts out no tokens (1, L, C) of an image; leave it "
+                "out"
+            )
+        dim = layout.channel_dim(output, name)
+        what = f"what `{name}` puts out"
+        return name, maps_of(output, 0, channel_dim=dim, grid=grid, what=what).float()
     if not isinstance(output, torch.Tensor) or output.ndim != batch.ndim:
         what = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise InvalidArgumentError(
-            f"`layer` must put out maps (1, {AXES[batch.ndim - 2]}), but `{name}` puts out {what}; choose a "
-            "convolution"
+            f"`layer` must put out maps (1, {AXES[batch.ndim - 2]}), but `{name}` puts out {what}; "
+            + ("say with `grid` how these tokens lie" if is_tokens else "choose a convolution")
         )
     return name, plain(output).movedim(layout.channel_dim(output, name), 1)[0].float()
 
