@@ -40,14 +40,21 @@ MARKS = (
 )
 FUNCTIONS = ("survey", "feature_grid", "overlay_grid", "maximize")
 # Networks of a fixed size say so in their names, but for these; all others get 128 pixels.
-SIZES = {"inception_v3": 299, "vit_b_32": 224, "maxvit_t": 224, "levit_128s": 224, "swin_t": 224}
+SIZES = {
+    "inception_v3": 299,
+    "vit_b_32": 224,
+    "maxvit_t": 224,
+    "levit_128s": 224,
+    "swin_t": 224,
+    "efficientformer_l1": 224,
+}
 _SHIFTS = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 TIMM = (
     "resnet18", "resnetv2_50", "convnext_atto", "convnextv2_atto", "efficientnet_b0", "mobilenetv3_small_050",
     "mobilenetv4_conv_small", "regnetx_002", "densenet121", "ghostnet_050", "hrnet_w18_small", "repvgg_a0",
     "nf_resnet26", "dla34", "ese_vovnet19b_dw", "skresnet18", "resnest14d", "rexnet_100", "tinynet_e",
-    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_tiny_patch16_reg4_gap_256",
+    "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_wee_patch16_reg1_gap_256",
     "swin_tiny_patch4_window7_224", "pvt_v2_b0", "levit_128s", "xcit_nano_12_p16_224", "mixer_s32_224",
     "resmlp_12_224", "gmlp_ti16_224", "poolformer_s12", "mobilevit_xxs", "mobilevitv2_050",
     "coatnet_nano_rw_224", "hiera_tiny_224", "mambaout_femto", "caformer_s18", "fastvit_t8",
@@ -202,8 +209,8 @@ def check_feature_grid(model: nn.Module, batch: torch.Tensor, layer: Layer) -> N
 
 
 def check_overlay_grid(model: nn.Module, batch: torch.Tensor, layer: Layer) -> None:
-    """The map of the last channel over black is bright where a plain hook saw high values."""
-    image, last = batch[:1], layer.channels - 1
+    """A map over black is bright where a plain hook saw high values: that of the last channel with such."""
+    image = batch[:1]
     size = tuple(batch.shape[2:])
     maps = layer.maps[0]
     options: dict[str, Any] = {"labels": False, "upscale": 1, "interpolation": "nearest", "cmap": "gray"}
@@ -212,8 +219,8 @@ def check_overlay_grid(model: nn.Module, batch: torch.Tensor, layer: Layer) -> N
         maps, options["grid"] = maps[:, -side * side :].unflatten(1, (side, side)), (side, side)
     over = partial(overlay_grid, model, layer.name, image, **options)
     refuses(lambda: over(channels=[layer.channels]), layer.channels)
+    last = max(channel for channel in range(len(maps)) if not channel or float(maps[channel].max()) > 0)
     values = maps[last]
-    values = values if float(values.max()) > 0 else values - values.min()
     span = (0.0, max(float(values.max()), 1e-12))
     picture = over(channels=[last], value_range=span, alpha=1.0, invert=torch.zeros_like)
     told(picture.size[0] >= size[1], f"a picture of {picture.size} over an image of {size}")
