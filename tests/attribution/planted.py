@@ -34,13 +34,25 @@ def templates() -> torch.Tensor:
     return torch.stack([first, second])[:, None]
 
 
-def detector(head: nn.Module) -> nn.Sequential:
+class Functional(nn.Module):
+    """A ReLU that is no `nn.ReLU`."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.relu(values)
+
+
+def detector(head: nn.Module, relu: nn.Module | None = None) -> nn.Sequential:
     """Two channels that answer to the two templates, pooled by two, and a head."""
     conv = nn.Conv2d(1, 2, SIZE, padding=SIZE // 2)
     conv.weight.data = templates()
     conv.bias.data.fill_(-0.6 * SIZE**2)  # what else is in the image does not reach it
     net = nn.Sequential()
-    layers = {"conv": conv, "relu": nn.ReLU(inplace=True), "maps": nn.MaxPool2d(2), "flat": nn.Flatten(2)}
+    layers = {
+        "conv": conv,
+        "relu": relu or nn.ReLU(inplace=True),
+        "maps": nn.MaxPool2d(2),
+        "flat": nn.Flatten(2),
+    }
     for name, module in {**layers, "head": head}.items():
         net.add_module(name, module)
     return net.eval()
@@ -84,9 +96,9 @@ def one_occurrence() -> Planted:
     return Planted(detector(Mean([[1.0, 0.0]])), image, 0, region)
 
 
-def two_classes(target: int) -> Planted:
+def two_classes(target: int, relu: nn.Module | None = None) -> Planted:
     image, regions = scene((0, 6, 8, 1.0), (1, 30, 26, 1.0))
-    return Planted(detector(Mean([[1.0, -0.5], [-0.5, 1.0]])), image, target, regions[target])
+    return Planted(detector(Mean([[1.0, -0.5], [-0.5, 1.0]]), relu), image, target, regions[target])
 
 
 def strong_distractor() -> Planted:
@@ -103,6 +115,7 @@ PLANTED = {
     "one occurrence": one_occurrence,
     "two classes, the first": lambda: two_classes(0),
     "two classes, the second": lambda: two_classes(1),
+    "the same, by `torch.relu`": lambda: two_classes(1, Functional()),
     "strong distractor": strong_distractor,
     "twice, left counts": twice_and_only_left_counts,
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.attribution.conftest import METHODS
 from tests.attribution.planted import PLANTED, share_inside
 from tests.nets import seeded
 from torchlens_viz import explain
@@ -87,6 +89,31 @@ def test_planted_evidence_is_found(method, truth):
     # Weights of whole channels cannot tell where in the image a channel counts.
     is_told = method in ("hirescam", "layercam") or truth != "twice, left counts"
     assert share >= 0.95 if is_told else 0.4 < share < 0.6
+
+
+@pytest.mark.parametrize("truth", PLANTED)
+def test_planted_evidence_is_found_at_the_pixels(truth):
+    planted = PLANTED[truth]()
+    for method in ("integrated_gradients", "guided"):
+        found = explain(planted.net, planted.image, planted.target, method=method)
+        assert share_inside(found.heatmaps[0], planted.region) >= 0.95
+    # The gradient is as large where it speaks against the class, by a half of what the class itself has.
+    found = explain(planted.net, planted.image, planted.target, method="gradient")
+    has_rival = "two classes" in truth or "the same" in truth
+    assert share_inside(found.heatmaps[0], planted.region) == pytest.approx(
+        2 / 3 if has_rival else 1, abs=0.01
+    )
+
+
+def test_the_page_has_every_method_and_every_planted_truth():
+    page = (Path(__file__).parents[2] / "docs" / "explain.md").read_text("utf-8")
+    truths, demo = (
+        page.partition(f"<!-- {name}, by explain_quality.py: begin -->")[2].partition("<!--")[0].strip()
+        for name in ("planted truths", "demo network")
+    )
+    assert truths.splitlines()[0] == f"| method | {' | '.join(PLANTED)} |"
+    for table in (truths, demo):
+        assert [line.split("|")[1].strip(" `") for line in table.splitlines()[2:]] == [*METHODS]
 
 
 def test_the_measure_of_planted_truths_can_fail():
