@@ -362,6 +362,21 @@ def test_values_stand_where_their_receptive_fields_have_their_middle(padding):
     assert heatmap[centre] == 9.0
 
 
+@pytest.mark.parametrize("padding", [10, 40])
+def test_positions_far_in_the_padding_do_not_move_the_others(padding):
+    """Networks such as FCN pad an image by more than they take away."""
+    conv = nn.Conv2d(1, 1, 3, padding=padding, stride=2, bias=False)
+    conv.weight.data.fill_(1.0)
+    net = nn.Sequential(conv, nn.ReLU())
+    image = torch.zeros(1, 1, 24, 32)
+    image[0, 0, 5, 25] = 1.0
+    found = explain(net, image, lambda output: output.sum((1, 2, 3)), layer="0")
+    assert found.notes == ()
+    heatmap = found.heatmaps[0] / found.heatmaps.sum()
+    rows, columns = (heatmap.sum(1 - axis) @ torch.arange(float(heatmap.shape[axis])) for axis in (0, 1))
+    assert (rows.item(), columns.item()) == pytest.approx((5, 25))
+
+
 def test_values_that_are_not_finite_are_shown():
     net = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Flatten(), nn.Linear(16, 1))
     nn.init.ones_(net[0].weight)

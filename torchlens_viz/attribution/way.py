@@ -136,7 +136,8 @@ class Way:
             seen = seen or receptive_field(twin.model, maps.layer, batch.shape, channel_dim=maps.channel_dim)
             if seen.map_shape == size:
                 first = seen.center((0,) * len(size))
-                if _is_within(first, seen.stride, size, batch.shape[2:]):
+                is_told = all(seen.stride) and seen.is_exact  # far in the padding of some networks
+                if is_told or _is_within(first, seen.stride, size, batch.shape[2:]):
                     return first, seen.stride
         except TorchlensVizError as error:
             reason = f" ({one_line(error)})"
