@@ -13,10 +13,10 @@ import torch
 from torchlens_viz.ascent.parametrization import Size
 from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.ascent.starts import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
-from torchlens_viz.backprop.device import is_out_of_memory
 from torchlens_viz.backprop.relu import Redirection, gradient_within
 from torchlens_viz.backprop.scorer import Scorer, Sensitivity
 from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
+from torchlens_viz.models.state import is_out_of_memory
 
 _HURRY: Final = 3.0
 
@@ -314,15 +314,7 @@ class _Slots:
 
 def _gradient(scores: torch.Tensor, parameters: torch.Tensor, scorer: Scorer) -> torch.Tensor:
     if scores.requires_grad:
-        try:
-            (gradient,) = gradient_within(scores.sum(), parameters)
-        except RuntimeError as error:
-            if "checkpoint" not in str(error).lower():
-                raise
-            raise InvalidArgumentError(
-                "the model uses gradient checkpointing, which can give no gradient with respect to the input "
-                f"of a pass that ends at `{scorer.layer}`; switch checkpointing off in the model"
-            ) from error
+        (gradient,) = gradient_within(scores.sum(), parameters)
         if gradient is not None:
             return gradient
     raise InvalidArgumentError(

@@ -17,7 +17,7 @@ from torchlens_viz.ascent.fourier import FixedSpectrum, Fourier
 from torchlens_viz.ascent.method import Method
 from torchlens_viz.ascent.parametrization import Parametrization, ParametrizationName, Pixels, Size
 from torchlens_viz.ascent.plan import Plan, Request
-from torchlens_viz.backprop.device import free_bytes, is_out_of_memory
+from torchlens_viz.backprop.device import free_bytes
 from torchlens_viz.backprop.objective import Objective
 from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.errors import InvalidArgumentError, one_line
@@ -25,6 +25,7 @@ from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.colours import Preprocess, colours_of
 from torchlens_viz.models.inputs import AXES, image_batch
 from torchlens_viz.models.layers import OnImages, unwrap
+from torchlens_viz.models.state import is_out_of_memory
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
 _SIZES: Final[dict[int, Size]] = {1: (4096,), 2: (224, 224), 3: (16, 112, 112)}

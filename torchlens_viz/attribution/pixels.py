@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from torchlens_viz.attribution.goal import Goal
-from torchlens_viz.attribution.twin import Twin
+from torchlens_viz.attribution.twin import Twin, fitting
 from torchlens_viz.backprop.relu import gradient_within
 from torchlens_viz.backprop.rules import Rectified
 from torchlens_viz.errors import InvalidArgumentError
@@ -42,7 +42,8 @@ def gradient(twin: Twin, batch: torch.Tensor, goal: Goal) -> torch.Tensor:
 
 
 def _taken(twin: Twin, scores: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    taken = gradient_within(scores.sum(), image)[0] if scores.requires_grad else None
+    with fitting():
+        taken = gradient_within(scores.sum(), image)[0] if scores.requires_grad else None
     if taken is None:
         refuse_quantized(twin.model)
         raise InvalidArgumentError(

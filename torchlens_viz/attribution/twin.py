@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.attribution.goal import Goal
-from torchlens_viz.backprop.device import is_out_of_memory, isolated
+from torchlens_viz.backprop.device import isolated
 from torchlens_viz.backprop.network import shadow_of
 from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.errors import (
@@ -27,7 +27,13 @@ from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.state import device_of, refuse_quantized, same_random_numbers
+from torchlens_viz.models.state import (
+    device_of,
+    going_back,
+    is_out_of_memory,
+    refuse_quantized,
+    same_random_numbers,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +138,9 @@ class Twin:
             )
         taken: list[torch.Tensor | None] = [None] * len(tensors)
         if gradients and scores.requires_grad:
-            found = iter(
-                torch.autograd.grad(
-                    scores.sum(), [each for each in tensors if each.requires_grad], allow_unused=True
-                )
-            )
+            with going_back(), fitting():
+                leaves_only = [each for each in tensors if each.requires_grad]
+                found = iter(torch.autograd.grad(scores.sum(), leaves_only, allow_unused=True))
             taken = [next(found) if each.requires_grad else None for each in tensors]
         if gradients and all(each is None for each in taken):
             raise InvalidArgumentError(
@@ -223,15 +227,11 @@ class Twin:
             InvalidArgumentError: It cannot take the batch.
         """
         try:
-            return self.model(batch.clone())  # it may work in place on what it gets
+            with fitting():
+                return self.model(batch.clone())  # it may work in place on what it gets
         except TorchlensVizError:
             raise
         except Exception as error:  # whatever the model raises
-            if is_out_of_memory(error):
-                raise CaptureMemoryError(
-                    "there is not enough memory for this batch; explain fewer images at a time, or choose a "
-                    f"layer nearer to the output ({one_line(error)})"
-                ) from error
             raise InvalidArgumentError(
                 f"the model cannot take images of shape {tuple(batch.shape[1:])}: {one_line(error)}; choose "
                 "another `image` or `preprocess`, or say with `inputs` what it takes beside images"
@@ -300,6 +300,20 @@ class Muted(Sink[None]):
         for part, channel in enumerate(self._channels, self._intact):
             by_channel[part * self._images : (part + 1) * self._images, channel] = 0
         return values
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Say what to do where memory runs out within."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CaptureMemoryError(
+            "there is not enough memory for this batch; explain fewer images at a time, or choose a layer "
+            f"nearer to the output ({one_line(error)})"
+        ) from error
 
 
 @contextmanager

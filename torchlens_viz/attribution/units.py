@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import nn
 
-from torchlens_viz.backprop.device import free_bytes, is_out_of_memory
+from torchlens_viz.backprop.device import free_bytes
 from torchlens_viz.backprop.network import Cut, shadow_of
 from torchlens_viz.backprop.relu import gradient_within
 from torchlens_viz.backprop.rules import Rectified, Rule
@@ -23,7 +23,7 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.state import refuse_quantized
+from torchlens_viz.models.state import is_out_of_memory, refuse_quantized
 from torchlens_viz.receptive.crops import Crop, crops_for
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
@@ -200,16 +200,8 @@ class Units:
         return maps.reshape(*maps.shape[:2], *[1] * (4 - maps.ndim), *maps.shape[2:])
 
     def _back(self, score: torch.Tensor, leaf: torch.Tensor, *, keep_graph: bool) -> torch.Tensor:
-        try:
-            with self._rules():  # because checkpointing runs parts of the network again
-                (gradient,) = gradient_within(score, leaf, keep_graph=keep_graph)
-        except RuntimeError as error:
-            if "checkpoint" not in str(error).lower():
-                raise
-            raise InvalidArgumentError(
-                "the model uses gradient checkpointing, which can give no gradient with respect to the image "
-                f"of a pass that ends at `{self.layer}`; switch checkpointing off in the model"
-            ) from error
+        with self._rules():  # because checkpointing runs parts of the network again
+            (gradient,) = gradient_within(score, leaf, keep_graph=keep_graph)
         return torch.zeros_like(leaf) if gradient is None else gradient
 
     def _through_all(self, unit: Unit) -> torch.Tensor:

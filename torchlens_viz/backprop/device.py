@@ -12,16 +12,8 @@ import torch
 
 from torchlens_viz.arguments import one_of
 
-_RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _UNKNOWN: Final = 2**31
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that memory ran out, on whichever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
 
 
 def free_bytes(device: torch.device) -> int:

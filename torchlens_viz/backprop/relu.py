@@ -16,6 +16,8 @@ from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from torchlens_viz.models.state import going_back
+
 _IN_PLACE: Final = frozenset(
     {
         torch.relu_, torch.Tensor.relu_, torch.clamp_, torch.Tensor.clamp_, torch.Tensor.clip_,
@@ -149,12 +151,16 @@ def gradient_within(
     """Return the gradient as `torch.autograd.grad` does, and find ReLUs in what checkpointing runs again.
 
     That function takes every mode off while it runs.
+
+    Raises:
+        InvalidArgumentError: No gradient can be taken.
     """
-    if not torch._C._len_torch_function_stack():
-        return torch.autograd.grad(score, parameters, allow_unused=True, retain_graph=keep_graph)
-    return _engine_run_backward(
-        (score,), (torch.ones_like(score),), keep_graph, False, (parameters,), True, accumulate_grad=False
-    )
+    with going_back():
+        if not torch._C._len_torch_function_stack():
+            return torch.autograd.grad(score, parameters, allow_unused=True, retain_graph=keep_graph)
+        return _engine_run_backward(
+            (score,), (torch.ones_like(score),), keep_graph, False, (parameters,), True, accumulate_grad=False
+        )
 
 
 def _limits(

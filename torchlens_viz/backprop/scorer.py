@@ -8,7 +8,7 @@ from typing import Final, Literal, NamedTuple, final
 import torch
 from torch import nn
 
-from torchlens_viz.backprop.device import autocasting, is_out_of_memory
+from torchlens_viz.backprop.device import autocasting
 from torchlens_viz.backprop.network import Cut, shadow_of
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
@@ -16,7 +16,7 @@ from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.state import device_of, refuse_quantized
+from torchlens_viz.models.state import device_of, is_out_of_memory, refuse_quantized
 
 _LINEAR: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,

@@ -20,6 +20,7 @@ from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.copying import private_copy
 from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import Layer, called_alike, named_layers, unwrap
+from torchlens_viz.models.state import going_back
 from torchlens_viz.nested import map_tensors
 
 Target: TypeAlias = Callable[[Any, Any], torch.Tensor]
@@ -169,9 +170,10 @@ class Gradients:
         ]
         try:
             if total.requires_grad and roots:
-                found = torch.autograd.grad(
-                    total, list(roots.values()), allow_unused=True, retain_graph=not is_last
-                )
+                with going_back():
+                    found = torch.autograd.grad(
+                        total, list(roots.values()), allow_unused=True, retain_graph=not is_last
+                    )
                 for number, gradient in zip(roots, found, strict=True):
                     told(number, gradient)
         finally:

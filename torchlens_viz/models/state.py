@@ -18,6 +18,7 @@ from torchlens_viz.arguments import named_device
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
 from torchlens_viz.models.layers import unwrap
 
+_RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _CPU: Final = torch.device("cpu")
 _QUANTIZED: Final = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
 
@@ -134,6 +135,48 @@ def complete_call() -> Iterator[None]:
         raise InvalidArgumentError(
             f"`inputs` must hold what the model takes beside images ({one_line(error)}); where that is in "
             "the batches, let a function as `input_of` return a tuple or a dict"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out, on whichever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
+
+
+@contextmanager
+def going_back() -> Iterator[None]:
+    """Say in one message why no gradient can be taken, where a backward pass fails that runs within.
+
+    What ran out of memory passes as it is.
+
+    Raises:
+        InvalidArgumentError: An operation of the model has no gradient, or its values are gone.
+    """
+    try:
+        yield
+    except TorchlensVizError:
+        raise
+    except Exception as error:  # an operation of the model's own may raise whatever it likes
+        if is_out_of_memory(error):
+            raise
+        text = str(error).lower()
+        if "checkpoint" in text:
+            raise InvalidArgumentError(
+                "the model uses gradient checkpointing, which can give no gradient with respect to what goes "
+                "into the model or comes out of a layer; switch checkpointing off in the model"
+            ) from error
+        what = "has an operation without a gradient"
+        remedy = "replace it by one that has one"
+        if "inplace operation" in text:
+            what = (
+                "writes in place over values that its gradient needs, which also keeps it from being trained"
+            )
+            remedy = "write `x = x + y` for `x += y` there, or `inplace=False`"
+        raise InvalidArgumentError(
+            f"no gradient can be taken: the model {what} ({one_line(error)}); {remedy}, or choose a layer on "
+            "the other side of it"
         ) from error
 
 
