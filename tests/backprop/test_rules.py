@@ -97,6 +97,17 @@ def test_bfloat16_and_tensors_without_gradient_pass_too():
         (lambda x: x.clamp(max=1), "clamp"),
         (lambda x: torch.maximum(x, torch.zeros(())), "the larger of a map and a constant"),
         (lambda x: torch.max(torch.zeros(6), x), "the larger of a map and a constant"),
+        (lambda x: -torch.minimum(-x, torch.zeros(())), "the smaller of a map and a constant"),
+        (lambda x: -(-x).min(torch.zeros(6)), "the smaller of a map and a constant"),
+        (abs, "__abs__"),
+        (torch.exp2, "exp2"),
+        (lambda x: torch.logaddexp(x, torch.zeros(())), "logaddexp"),
+        (lambda x: torch.stack([x, 0 * x]).logsumexp(0), "logsumexp"),
+        (torch.special.expit, "expit"),
+        (torch.asinh, "asinh"),
+        (torch.erfc, "erfc"),
+        (lambda x: x * x.sign(), "sign"),
+        (lambda x: x.remainder(1), "remainder"),
         (lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None]), "scaled_dot_product_attention"),
     ],
 )
@@ -105,6 +116,84 @@ def test_what_bends_a_path_and_is_no_relu_is_refused_by_name(function, operation
     message = rf'`rule="{rule}"` .*applies {operation}.*; pass `rule="gradient"`, or choose a layer before it'
     with pytest.raises(InvalidArgumentError, match=message):
         gradient_of(function, torch.randn(4, 6), 1, rule)
+
+
+def hidden(function):
+    """Run a function where no mode can see it, as fused and scripted operations do."""
+
+    def run(values):
+        with torch._C.DisableTorchFunction():
+            return function(values)
+
+    return run
+
+
+def without_gradient(x):
+    with torch.no_grad():
+        mask = x > 0
+    return x * mask
+
+
+def written_to(x):
+    x = 1 * x
+    x[x < 0] = 0
+    return x
+
+
+MASKED = [
+    lambda x: x * (x > 0),
+    lambda x: x * (x > 0).float(),
+    lambda x: x * (1 - (x <= 0).type(torch.float32)),
+    lambda x: torch.where(x > 0, x, 0.1 * x),
+    lambda x: x.masked_fill(~torch.gt(x, 0), 0),
+    lambda x: x.clone().mul_(x >= 0),
+    lambda x: x * (x.detach() > 0),
+    lambda x: x * (2 * x.data - 1 > 0),
+    lambda x: x * torch.logical_and(x > 0, x < 6),
+    without_gradient,
+    written_to,
+]
+
+
+@pytest.mark.parametrize("function", MASKED)
+@pytest.mark.parametrize("rule", RULES)
+def test_masks_made_by_comparing_values_are_refused(function, rule):
+    with pytest.raises(
+        InvalidArgumentError, match=r"the model works by a mask .* \(write it as torch.relu, if"
+    ):
+        gradient_of(function, torch.randn(4, 6), 1, rule)
+
+
+def looked_at(x):
+    if bool((x > 1e4).any()):
+        raise ValueError
+    return x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        looked_at,
+        lambda x: x * (torch.rand_like(x) < 0.9),
+        lambda x: x * (torch.rand_like(x.detach()) < 0.9),
+        lambda x: x * (torch.arange(6) > 2),
+        lambda x: torch.where(torch.isfinite(x), x, 0.0),
+        lambda x: x[:, x[0] > -9],
+        lambda x: x / (x.detach().norm() + 1),
+        lambda x: x / x.norm().clamp_min(1e-6),
+        F.normalize,
+        hidden(F.normalize),
+    ],
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_comparisons_that_make_no_activation_are_not_refused(function, rule):
+    values = torch.randn(4, 6)
+    torch.manual_seed(0)
+    _, gradient = gradient_of(function, values, 1, rule)
+    leaf = values.clone().requires_grad_()
+    torch.manual_seed(0)
+    function(leaf).sum().backward()
+    assert torch.equal(gradient, leaf.grad)
 
 
 @pytest.mark.parametrize(
@@ -135,16 +224,6 @@ def test_the_first_of_several_is_named_and_attention_too():
         rectified.check(output)
 
 
-def hidden(function):
-    """Run a function where no mode can see it, as fused and scripted operations do."""
-
-    def run(values):
-        with torch._C.DisableTorchFunction():
-            return function(values)
-
-    return run
-
-
 class Own(torch.autograd.Function):
     @staticmethod
     def forward(context, values):
@@ -161,6 +240,9 @@ class Own(torch.autograd.Function):
         (hidden(torch.relu), "Relu is hidden within an operation of the model"),
         (hidden(F.gelu), "Gelu is hidden within an operation of the model"),
         (hidden(lambda x: torch.sigmoid(x) * 2), "Sigmoid is hidden within an operation of the model"),
+        (hidden(lambda x: x.clamp(min=0)), "Clamp is hidden within an operation of the model"),
+        (lambda x: torch.ops.aten.clamp_min(x, 0), "ClampMin is hidden within an operation of the model"),
+        (hidden(torch.exp2), "Exp2 is hidden within an operation of the model"),
         (Own.apply, "the model has an operation of its own, Own"),
     ],
 )
