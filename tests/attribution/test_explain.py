@@ -258,6 +258,23 @@ def test_a_layer_that_puts_out_several_tensors_is_refused(images):
         explain(net, images, layer="0")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_part_in_torchscript_is_gone_through_and_no_layer(net, images):
+    scripted = nn.Sequential(net[:4], torch.jit.script(net[4:6]), net[6:])
+    for method in METHODS[:-1]:
+        layer = None if method in ("gradient", "smoothgrad", "integrated_gradients") else "2"
+        found = explain(net, images, 1, method=method, layer=layer)
+        layer = None if layer is None else "0.2"
+        torch.testing.assert_close(
+            explain(scripted, images, 1, method=method, layer=layer).heatmaps, found.heatmaps
+        )
+    assert explain(scripted, images, 1).layers == ("0.2", "0")
+    with pytest.raises(InvalidArgumentError, match="Relu is hidden within an operation of the model"):
+        explain(scripted, images, 1, method="guided")
+    with pytest.raises(CaptureError, match="`1` is TorchScript"):
+        explain(scripted, images, 1, layer="1")
+
+
 def test_a_network_without_maps_needs_a_layer_or_another_method():
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
     with pytest.raises(InvalidArgumentError, match="none of this model puts out maps"):

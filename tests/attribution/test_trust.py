@@ -115,6 +115,17 @@ def test_random_weights_are_drawn_from_the_layer_upwards_and_nowhere_else():
     assert all(torch.equal(net.state_dict()[name], before[name]) for name in before)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_weights_of_a_part_in_torchscript_are_drawn_too():
+    net, images = trained()
+    scripted = nn.Sequential(net[0], torch.jit.script(net[1:])).eval()
+    other = redrawn(Twin(scripted, channel_dim=None, grid=None), images, None, 0).model.state_dict()
+    expected = redrawn(Twin(net, channel_dim=None, grid=None), images, None, 0).model.state_dict()
+    assert [value.shape for value in other.values()] == [value.shape for value in expected.values()]
+    assert all(map(torch.equal, other.values(), expected.values()))
+    assert explain(scripted, images, 1, method="gradient").trust.rank_correlation.isfinite().all()
+
+
 def test_weights_that_attention_uses_without_calling_their_module_are_drawn_too():
     class Attends(nn.Module):
         def __init__(self) -> None:

@@ -152,7 +152,10 @@ def _seen_once(twin: Twin, batch: torch.Tensor) -> list[Seen]:
 
 
 def _run(twin: Twin, batch: torch.Tensor) -> list[Seen]:
-    layers = named_layers(twin.model)
+    # Hooks cannot be registered on parts that are TorchScript.
+    layers = [
+        each for each in named_layers(twin.model) if not isinstance(each.module, torch.jit.ScriptModule)
+    ]
     layout = Layout(layers, twin.channel_dim)
     sink = _Order(layout, asks=twin.mixes_layouts or twin.channel_dim is not None)
     follow: Callable[[], Any] = layout.begin if twin.mixes_layouts else _nothing

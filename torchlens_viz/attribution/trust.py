@@ -162,14 +162,14 @@ def redrawn(twin: Twin, batch: torch.Tensor, layer: str | None, seed: int) -> Tw
     other = twin.again()
     modules = set(other.model.modules()) if layer is None else above(other, batch, layer)
     random = torch.Generator(device="cpu").manual_seed(seed)
-    made: dict[int, nn.Parameter] = {}
+    made: dict[nn.Parameter, nn.Parameter] = {}
     for module in other.model.modules():  # in their own order, which a set has not
         for name, weight in module._parameters.items():
             if weight is None or module not in modules or not weight.is_floating_point():
                 continue
-            if id(weight) not in made:
-                made[id(weight)] = nn.Parameter(_drawn(weight.detach(), random), requires_grad=False)
-            module._parameters[name] = made[id(weight)]
+            if weight not in made:  # a key, since TorchScript makes a new object whenever it is asked for one
+                made[weight] = nn.Parameter(_drawn(weight.detach(), random), requires_grad=False)
+            setattr(module, name, made[weight])
     return other
 
 

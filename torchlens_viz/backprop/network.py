@@ -72,8 +72,10 @@ def _confine_nonfinite(twin: nn.Module) -> None:
     Its output is lost either way, but zero times NaN would be NaN in every gradient that passes the layer.
     """
     for module in twin.modules():
+        if type(module) not in _ROWS:  # a scripted one has no such dict of parameters
+            continue
         weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-        if type(module) not in _ROWS or weight is None or weight.is_meta or weight.sum().isfinite():
+        if weight is None or weight.is_meta or weight.sum().isfinite():
             continue
         is_spoilt = ~weight.isfinite().flatten(1).all(1)
         clean = weight.masked_fill(is_spoilt.view(-1, *[1] * (weight.ndim - 1)), 0)
