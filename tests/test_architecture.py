@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"errors", "nested", "notebook", "arguments", "files", "stats", "models", "draw"},
     "receptive": {"errors", "nested", "arguments", "models", "hooks"},
     "overview": {"errors", "nested", "models", "hooks", "receptive"},
-    "backprop": {"errors", "arguments", "models", "hooks"},
+    "backprop": {"errors", "nested", "arguments", "models", "hooks"},
     "comparison": {"errors", "nested", "arguments", "models", "draw", "hooks"},
     "ablation": {"errors", "nested", "arguments", "models", "hooks"},
     "objectives": {"errors", "arguments", "backprop"},

@@ -13,6 +13,7 @@ from torch import nn
 
 from torchlens_viz.attribution.goal import Goal
 from torchlens_viz.backprop.device import isolated
+from torchlens_viz.backprop.leaves import Leaves, Muted
 from torchlens_viz.backprop.network import shadow_of
 from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.errors import (
@@ -25,7 +26,7 @@ from torchlens_viz.errors import (
 from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
-from torchlens_viz.hooks.sink import Sink, real_tensor
+from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import (
     device_of,
@@ -130,6 +131,7 @@ class Twin:
                     refuse_quantized(self.model)
                 tensor = _only(name, leaves.calls.get(name, []), len(batch))
                 dims[name] = layout.channel_dim(tensor, name) if self._must_ask(tensor, batch) else 1
+        self._refuse_shared(leaves.shared(), batch, goal, scores)
         tensors = [leaves.calls[name][0] for name in layers]
         if self.grid is not None and not any(tensor.ndim == 3 for tensor in tensors):
             raise InvalidArgumentError(
@@ -158,6 +160,21 @@ class Twin:
             )
             for name, tensor, each in zip(layers, tensors, taken, strict=True)
         ]
+
+    def _refuse_shared(
+        self, layers: Sequence[str], batch: torch.Tensor, goal: Goal, scores: torch.Tensor
+    ) -> None:
+        """Refuse layers that share memory, where scores are others than without a look at them."""
+        if not layers:
+            return
+        with torch.no_grad():
+            expected = self.scores(batch, goal)
+        size = float(expected.nan_to_num(0.0).abs().max())
+        if not torch.allclose(scores.detach(), expected, rtol=1e-3, atol=1e-4 * size, equal_nan=True):
+            raise InvalidArgumentError(
+                f"`layer` must put out maps of its own, but `{layers[0]}` puts out memory that it took, and "
+                "the model writes to it in place later; choose the layer before it"
+            )
 
     def ablated(
         self, batch: torch.Tensor, maps: Maps, channels: Sequence[int], goal: Goal, scores: torch.Tensor
@@ -236,70 +253,6 @@ class Twin:
                 f"the model cannot take images of shape {tuple(batch.shape[1:])}: {one_line(error)}; choose "
                 "another `image` or `preprocess`, or say with `inputs` what it takes beside images"
             ) from error
-
-
-@final
-class Leaves(Sink[None]):
-    """Makes what layers put out leaves of the graph, or keeps it on the graph where there is one already."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, list[Any]] = {}
-
-    @property
-    def is_on_graph(self) -> bool:
-        """Whether the network goes on from what is kept."""
-        return True
-
-    def open(self, layers: Sequence[str]) -> None:
-        """Begin."""
-
-    def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> torch.Tensor:
-        """Return the leaf."""
-        values = real_tensor(tensor, layer)
-        if values.requires_grad or not values.is_floating_point():
-            return values.clone()
-        return values.detach().clone().requires_grad_()
-
-    def successor(self, tensor: torch.Tensor, kept: Any, layer: str) -> torch.Tensor:
-        """Return the same values, to which the network may write."""
-        return torch.Tensor.clone(kept)
-
-    def record(self, names: Sequence[str], kept: Any) -> None:
-        """Take note of a call, under each name of the layer."""
-        for name in names:
-            self.calls.setdefault(name, []).append(kept)
-
-
-@final
-class Muted(Sink[None]):
-    """Lets the network go on from maps with one channel at zero, another one in each part of the batch."""
-
-    def __init__(self, images: int, channel_dim: int, channels: Sequence[int], *, intact: int) -> None:
-        self._images = images
-        self._dim = channel_dim
-        self._channels = channels
-        self._intact = intact
-
-    @property
-    def is_on_graph(self) -> bool:
-        """Whether the network goes on from something else."""
-        return True
-
-    def open(self, layers: Sequence[str]) -> None:
-        """Begin."""
-
-    def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> None:
-        """Keep nothing."""
-
-    def successor(self, tensor: torch.Tensor, kept: Any, layer: str) -> torch.Tensor:
-        """Return the maps as often as there are channels, after those that are intact."""
-        parts = len(self._channels) + self._intact
-        repeats = parts * self._images // len(tensor)
-        values = tensor.repeat(repeats, *[1] * (tensor.ndim - 1))
-        by_channel = values.movedim(self._dim, 1)
-        for part, channel in enumerate(self._channels, self._intact):
-            by_channel[part * self._images : (part + 1) * self._images, channel] = 0
-        return values
 
 
 @contextmanager

@@ -123,7 +123,7 @@ class Block:
             self._record(module, taken)
         return (args, kwargs) if exchanges else None
 
-    def after(self, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Keep what a layer put out; return what is to replace it, or None."""
         call = None
         if self._io != "output":
@@ -134,6 +134,8 @@ class Block:
                 exchange.settle()
         if self._io == "input":
             return None
+        if self._is_on_graph:
+            self._sink.took(self._names[module][0], (args, kwargs))
         kept, exchanges = self._keep(module, output)
         self._record(module, kept if call is None else InputOutput(call.taken, kept))
         return exchanged(exchanges, output) if exchanges else None
@@ -247,7 +249,7 @@ class _AfterHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *kwargs_and_output: Any) -> Any:
         """Report the result; where that fails the network may go on without."""
         try:
-            return self._block.after(module, *kwargs_and_output) if self._applies(module) else None
+            return self._block.after(module, args, *kwargs_and_output) if self._applies(module) else None
         except Exception as error:
             if not self._block.excuses(error):
                 raise

@@ -40,6 +40,15 @@ class Sink(Protocol[Opened]):
             layer: Its name; the first one where it has several.
         """
 
+    def took(self, layer: str, taken: Any) -> None:
+        """See what a layer took, as it is after the call; told where the network goes on from what is kept.
+
+        Args:
+            layer: Its name; the first one where it has several.
+            taken: Its arguments, by position and by name.
+        """
+        return
+
     def successor(self, tensor: torch.Tensor, kept: Any, layer: str) -> torch.Tensor:
         """Return what the network goes on from instead of a tensor; asked where this is on the graph."""
         return tensor
