@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.nets import assert_as_before, quiet, small_net, snapshot
 from torchlens_viz import project, survey, top_projections
+from torchlens_viz.atlas import top_projections as top_projections_module
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 IMAGES = torch.rand(30, 3, 16, 18, generator=torch.Generator().manual_seed(0))
@@ -83,3 +85,22 @@ def test_what_does_not_fit_is_refused():
         top_projections(found, "2", 0, IMAGES, by="relevance")
     with pytest.raises(InvalidArgumentError, match="`channels` must be indices from 0 to 6, got 7"):
         top_projections(found, "2", 7, IMAGES)
+
+
+def test_the_rule_stands_beside_and_units_that_did_not_fire_are_told():
+    net = nn.Sequential(nn.Conv2d(3, 3, 5), nn.ReLU()).eval()
+    net[0].weight.data[0] = -net[0].weight.data[0].abs()
+    net[0].bias.data[0] = -1.0  # never on
+    net[0].bias.data[1:] = 5.0  # always on
+    found = survey(net, IMAGES.split(8), "1", top_k=4, **quiet)
+    words = []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = top_projections_module.draw_rows
+        patch.setattr(
+            top_projections_module,
+            "draw_rows",
+            lambda rows, told, **more: words.append(told) or draw(rows, told, **more),
+        )
+        top_projections(found, "1", [0, 2], IMAGES, rule="guided")
+    (told,) = words
+    assert [row[2:] for row in told] == [["did not fire"] * 2] * 2 + [["guided", ""], ["", ""]]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from torchlens_viz import Explanation, explain
-from torchlens_viz.attribution.trust import verdict
+from torchlens_viz.attribution.trust import shares, verdict
 from torchlens_viz.errors import InvalidArgumentError, PictureError
 
 
@@ -70,7 +70,22 @@ def test_the_legend_says_how_it_was_made_and_trust_once_it_is_known(found):
     trust = found.trust
     assert trust is found.trust
     assert len(found.legend()) == 5
-    assert f"keeps {trust.kept[0].item():.0%} of the score" in found.legend()[1]
+    score, blurred = found.scores[0].item(), trust.blurred[0].item()
+    assert found.legend()[1] == f"0: {shares(trust.kept[0].item(), trust.lost[0].item(), score, blurred)}"
+
+
+@pytest.mark.parametrize(
+    ("kept", "lost", "score", "blurred", "words"),
+    [
+        (0.8, 0.4, 5.0, 1.0, "the hottest fifth alone keeps 80% of the score, hiding it costs 40%"),
+        (0.8, 0.4, -1.0, -5.0, "the hottest fifth alone keeps 80% of the score, hiding it costs 40%"),
+        (25.0, -3.0, 5.0, 4.9, "all of the image blurred scores nearly as much, 4.9"),
+        (0.8, 0.4, 5.0, 7.25, "all of the image blurred scores more, 7.25"),
+        (float("nan"), 0.4, 5.0, 5.0, "what the score keeps of the hottest fifth cannot be told"),
+    ],
+)
+def test_what_the_score_keeps_is_told_where_it_means_anything(kept, lost, score, blurred, words):
+    assert shares(kept, lost, score, blurred).startswith(words)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,14 @@ def test_titles_labels_pages_and_the_legend_take_room():
     assert made().grid(title="other").tobytes() != whole.tobytes()
 
 
+def test_units_that_did_not_fire_are_said():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.ReLU())
+    net[0].weight.data[0], net[0].weight.data[1] = 1.0, -1.0
+    seen = project(net, "1", torch.rand(1, 6, 6), [0, 1])
+    assert (seen.scores > 0).tolist() == [True, False]
+    assert seen.grid().height > project(net, "1", torch.rand(1, 6, 6), [0, 0]).grid().height
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

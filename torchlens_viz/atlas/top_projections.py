@@ -64,7 +64,8 @@ def top_projections(
         tile: The longer side in pixels to which larger patches are shrunk.
         upscale: Enlarge each tile by this whole factor; None brings its longer side to at least 32.
         padding: Pixels between tiles.
-        labels: Write the channel, the peak and the index of the input above each patch.
+        labels: Write the channel, the peak and the index of the input above each patch, and beside them the
+            rule, or that a unit did not fire.
         title: A line above the sheet.
 
     Returns:
@@ -107,8 +108,18 @@ def top_projections(
             patches = [sight.patch.pixels for sight in part] + [blank] * missing
             rows.append([*patches, *(projections[channel, sight.sample] for sight in part)])
             told = [f"{channel}: {sight.value:.3g} #{sight.sample}" for sight in part]
-            words.append([*told, *[""] * (missing + len(part))])
+            words.append([*told, *[""] * missing, *_beside(part, rule, is_first=start == 0, by=by)])
     return draw_rows(rows, words, tile=tile, style=replace(style, nrow=2 * columns))
+
+
+def _beside(part: Sequence[Sight], rule: Rule, *, is_first: bool, by: By) -> list[str]:
+    """Return what stands above projections: their rule, and which of the units were off."""
+    words = [rule if is_first and place == 0 else "" for place in range(len(part))]
+    if by == "activation":
+        words = [
+            "did not fire" if sight.value <= 0 else word for word, sight in zip(words, part, strict=True)
+        ]
+    return words
 
 
 def _projected(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from torchlens_viz.arguments import flag, integer
-from torchlens_viz.attribution.trust import Trust, verdict
+from torchlens_viz.attribution.trust import Trust, shares, verdict
 from torchlens_viz.draw.blend import Blend
 from torchlens_viz.draw.canvas import check_size, draw_chosen, in_colour
 from torchlens_viz.draw.curves import curves, over_curves, size_of
@@ -200,16 +200,13 @@ class Explanation:
             lines.append(f"{1 - _DRAWN_SHARE:.1%} of the pixels are beyond the strongest colour")
         if "trust" in self.__dict__:
             for place in range(len(self.heatmaps)):
-                kept, lost, like = (
+                trust, score = self.trust, self.scores[place].item()
+                kept, lost, like, blurred = (
                     each[place].item()
-                    for each in (self.trust.kept, self.trust.lost, self.trust.rank_correlation)
+                    for each in (trust.kept, trust.lost, trust.rank_correlation, trust.blurred)
                 )
                 which = f"{place}: " if len(self.heatmaps) > 1 else ""
-                lines += [
-                    f"{which}the hottest fifth alone keeps {kept:.0%} of the score, "
-                    f"hiding it costs {lost:.0%}",
-                    f"{which}{verdict(like)}",
-                ]
+                lines += [f"{which}{shares(kept, lost, score, blurred)}", f"{which}{verdict(like)}"]
         return lines
 
     def save(self, directory: str | os.PathLike[str], *, names: Sequence[str] | None = None) -> Path:

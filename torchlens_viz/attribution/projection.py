@@ -128,6 +128,8 @@ class Projection:
             _RULES[self.rule],
             f"left: projection (gray is 0), right: what the unit sees; {self._where()}",
         ]
+        if bool((self.scores <= 0).any()):
+            lines.append("where the score is not above 0 the unit did not fire: what would have made it")
         words = [
             f"{channel}: {score:.3g}"
             for channel, score in zip(self.channels.tolist(), self.scores.tolist(), strict=True)

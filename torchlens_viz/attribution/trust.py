@@ -20,6 +20,7 @@ _BLUR: Final = 0.05  # its standard deviation, of the shorter side: about what a
 _SEED: Final = 0
 _ALIKE: Final = 0.7  # a rank correlation, from where on a heatmap tells little
 _PARTLY: Final = 0.4
+_DETAILS: Final = 0.1  # of the score, below which shares of what they add to it say nothing
 
 
 @final
@@ -185,6 +186,24 @@ def _scored(twin: Twin, images: torch.Tensor, goal: Goal) -> torch.Tensor:
             return twin.scores(images, goal).float().cpu()
     except InvalidArgumentError:  # `target` may find nothing in a blurred image
         return torch.full((len(images),), torch.nan, device="cpu")
+
+
+def shares(kept: float, lost: float, score: float, blurred: float) -> str:
+    """Return what the score keeps of a heatmap and loses without it, as far as that means anything.
+
+    Args:
+        kept: As in `Trust`.
+        lost: As in `Trust`.
+        score: That of the image.
+        blurred: That of the image blurred as a whole.
+    """
+    if kept != kept or lost != lost:
+        return "what the score keeps of the hottest fifth cannot be told"
+    if score < blurred:
+        return f"all of the image blurred scores more, {blurred:.3g}: its details speak against the target"
+    if score - blurred < _DETAILS * max(abs(score), abs(blurred)):
+        return f"all of the image blurred scores nearly as much, {blurred:.3g}: its details count for little"
+    return f"the hottest fifth alone keeps {kept:.0%} of the score, hiding it costs {lost:.0%}"
 
 
 def verdict(like: float) -> str:
