@@ -31,7 +31,9 @@ def said(checker: str, *arguments: str, folder: Path) -> str:
     """Run a checker elsewhere, so that the package is a foreign one to it and no options of ours are read."""
     pytest.importorskip(checker)
     command = [sys.executable, "-m", checker, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # `pyright --verifytypes` looks at the libraries of the first Python on the path.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
     return subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=environment, check=False
     ).stdout
