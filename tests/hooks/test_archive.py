@@ -188,7 +188,71 @@ def test_every_structure_comes_back_as_it_was(tmp_path):
     assert found["pair"]._fields == ("first", "second")
     assert found["pair"].second == 3
     assert found["proxy"]["x"].equal(two)
-    assert found["most"][0].equal(one.max(1).values)
+    assert found["most"].values.equal(one.max(1).values)
+    assert found["most"].indices.equal(one.max(1).indices)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("view", [lambda each: each, torch.conj, torch.t])
+def test_complex_numbers_of_every_width_come_back(dtype, view, tmp_path):
+    real = torch.arange(12.0, dtype=torch.float64).reshape(2, 3, 2) / 8
+    value = view(torch.view_as_complex(real).to(dtype))
+    net = Gives(lambda _: [value, value.clone()])
+    with capture(net, "") as acts:
+        net(None)
+    found = Activations.load(acts.save(tmp_path / "a.safetensors"))[""]
+    expected = view(torch.view_as_complex(real))
+    assert [each.dtype for each in found] == [dtype, dtype]
+    assert all(torch.equal(each.to(torch.complex128), expected) for each in found)
+
+
+def test_names_that_are_no_text_come_back(tmp_path):
+    value = {"\udcff": torch.zeros(2), "a\0b": torch.ones(2), "\\udcff": torch.full((2,), 2.0)}
+    net = Gives(lambda _: value)
+    with capture(net, "") as acts:
+        net(None)
+    found = Activations.load(acts.save(tmp_path / "a.safetensors"))[""]
+    assert {key: each.tolist() for key, each in found.items()} == {
+        "\udcff": [0, 0],
+        "a\0b": [1, 1],
+        "\\udcff": [2, 2],
+    }
+
+
+def endless():
+    found = [torch.zeros(1)]
+    found.append(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "`#0` is a nested Tensor of"),
+        (lambda: torch.empty(2, device="meta"), "`#0` is a torch.strided Tensor of torch.float32 on meta"),
+        (lambda: torch.masked.masked_tensor(torch.ones(2), torch.ones(2) > 0), "`#0` is a .* MaskedTensor"),
+        (endless, "`#0` contains itself, or is nested too deeply"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of")
+def test_tensors_without_plain_memory_and_what_contains_itself_are_named(make, message, tmp_path):
+    value = make()
+    net = Gives(lambda _: value)
+    with capture(net, "") as acts:
+        net(None)
+    with pytest.raises(ArchiveError, match=message):
+        acts.save(tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_that_the_file_format_lacks_is_named(acts, tmp_path, monkeypatch):
+    def lacks(*args, **kwargs):
+        raise KeyError(torch.float8_e8m0fnu)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", lacks)
+    with pytest.raises(ArchiveError, match=r"cannot write .*: torch\.float8_e8m0fnu"):
+        acts.save(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +267,7 @@ def test_every_structure_comes_back_as_it_was(tmp_path):
         lambda header: header["calls"].update(conv=[{"value": [1]}]),
         lambda header: header["calls"].update(conv=[{"code": "print()"}]),
         lambda header: header["calls"].update(conv=[{"named": {"name": "class", "fields": [], "items": []}}]),
+        lambda header: header["calls"].update(conv=[{"complex": "elsewhere"}]),
         lambda header: header["calls"].update(conv=[{}]),
         lambda header: header["calls"].update(conv=7),
     ],
@@ -219,6 +284,17 @@ def test_a_damaged_header_is_refused_when_the_file_is_opened(acts, tmp_path, cha
     save_file(tensors, path, metadata={"torchlens_viz": json.dumps(header)})
     with pytest.raises(ArchiveError, match="its header is damaged; save the activations again"):
         Activations.load(path)
+
+
+def test_pairs_that_are_none_are_damage(acts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = acts.save(tmp_path / "a.safetensors")
+    header = {"format": "torchlens_viz.activations/1", "selected": ["conv"]}
+    header["calls"] = {"conv": [{"complex": "conv#1"}]}
+    save_file(load_file(path), path, metadata={"torchlens_viz": json.dumps(header)})
+    with pytest.raises(ArchiveError, match="`conv#1` is damaged: .*save the activations again"):
+        Activations.load(path)["conv"]
 
 
 def test_failure_to_write_leaves_the_old_file(acts, tmp_path, monkeypatch):

@@ -67,7 +67,7 @@ def write_safetensors(
     with replacing(path, ArchiveError) as temporary:
         try:
             safetensors.torch.save_file(apart, temporary, metadata=metadata)
-        except (RuntimeError, safetensors.SafetensorError) as error:  # a full disk
+        except (KeyError, RuntimeError, safetensors.SafetensorError) as error:  # a type it lacks; a full disk
             raise ArchiveError(f"cannot write {str(path)!r}: {reason_of(error)}") from error
     return Path(path)
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from torchlens_viz.errors import ArchiveError
+from torchlens_viz.errors import ArchiveError, reason_of
 from torchlens_viz.files.tensors import SafetensorsFile, write_safetensors
 from torchlens_viz.hooks.layout import mark, marked_dim
 from torchlens_viz.stats.channels import ChannelStats
@@ -18,6 +18,7 @@ from torchlens_viz.stats.channels import ChannelStats
 _FORMAT: Final = "torchlens_viz.activations/1"
 _WHAT: Final = "activations"
 _SCALARS: Final = (bool, int, float, str, type(None))
+_IN_PAIRS: Final = (torch.complex32, torch.complex128)  # which safetensors has as real parts alone
 _SEQUENCES: Final[Mapping[str, Callable[[Any], Any]]] = {"tuple": tuple, "list": list, "size": torch.Size}
 
 
@@ -44,7 +45,7 @@ def write(
     """
     packing = _Packing(kinds)
     layout = {
-        name: [packing.pack(value, f"{name}#{index}") for index, value in enumerate(values)]
+        name: [packing.pack_call(value, f"{name}#{index}") for index, value in enumerate(values)]
         for name, values in calls.items()
     }
     dims = {name: dim for name, each in packing.tensors.items() if (dim := marked_dim(each)) is not None}
@@ -99,9 +100,21 @@ class _Packing:
         self._kinds = kinds
         self._names: dict[int, str] = {}  # by id of a tensor, which the caller keeps alive
 
+    def pack_call(self, value: Any, key: str) -> Any:
+        """Pack what a layer put out in one call."""
+        try:
+            return self.pack(value, key)
+        except RecursionError:
+            raise ArchiveError(
+                f"`{key}` contains itself, or is nested too deeply for a file; select layers that put out "
+                "tensors, tuples, lists or mappings"
+            ) from None
+
     def pack(self, value: Any, key: str) -> Any:
+        """Pack a value, or a part of one."""
         if isinstance(value, torch.Tensor):
-            return {"tensor": self._names.get(id(value)) or self._hold(value, key)}
+            kind = "complex" if value.dtype in _IN_PAIRS else "tensor"
+            return {kind: self._names.get(id(value)) or self._hold(value, key)}
         if isinstance(value, _SCALARS):
             return {"value": value}
         if isinstance(value, Mapping):
@@ -111,7 +124,7 @@ class _Packing:
             for name, kind in (*self._kinds.items(), ("size", torch.Size)):
                 if type(value) is kind:
                     return {name: items}
-            if fields := getattr(value, "_fields", None):
+            if fields := _fields_of(value):
                 return {"named": {"name": type(value).__name__, "fields": list(fields), "items": items}}
             return {"tuple" if isinstance(value, tuple) else "list": items}
         if isinstance(value, ChannelStats):
@@ -125,16 +138,18 @@ class _Packing:
         )
 
     def _hold(self, tensor: torch.Tensor, key: str) -> str:
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        if not _is_plain(tensor):
+            form = "nested" if tensor.is_nested else str(tensor.layout)
             raise ArchiveError(
-                f"`{key}` is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, which "
+                f"`{key}` is a {form} {type(tensor).__name__} of {tensor.dtype} on {tensor.device}, which "
                 "safetensors cannot hold; capture with a `reduce=` that makes it a plain one"
             )
+        key = key.encode("utf-8", "backslashreplace").decode("utf-8")  # a file has no lone surrogates
         name, number = key, 1
         while name in self.tensors:  # the key "a.b" beside "b" within "a"
             number += 1
             name = f"{key}~{number}"
-        self.tensors[name] = tensor
+        self.tensors[name] = torch.view_as_real(tensor) if tensor.dtype in _IN_PAIRS else tensor
         self._names[id(tensor)] = name
         return name
 
@@ -145,10 +160,29 @@ class _Packing:
         return {"mapping": [[self.pack(name, f"{key}'s key"), part] for name, part in parts]}
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has one place in memory for every element, in a type that a file can have."""
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    try:
+        tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a subclass that is made of other tensors
+        return False
+    return True
+
+
+def _fields_of(value: Any) -> tuple[str, ...]:
+    """Return the names of the fields of a named tuple, or of what `torch.max` and its kin return."""
+    kind = type(value)
+    return getattr(kind, "_fields", ()) or (kind.__match_args__ if hasattr(kind, "n_fields") else ())
+
+
 def _unpack(packed: Any, get: Callable[[str], torch.Tensor], kinds: Mapping[str, type]) -> Any:
     ((kind, content),) = packed.items()
     if kind == "tensor":
         return get(content)
+    if kind == "complex":
+        return _as_complex(get(content), content)
     if kind == "value":
         if not isinstance(content, _SCALARS):
             raise ValueError("a scalar is none")
@@ -162,6 +196,15 @@ def _unpack(packed: Any, get: Callable[[str], torch.Tensor], kinds: Mapping[str,
         return namedtuple(content["name"], content["fields"])(*items)
     items = [_unpack(part, get, kinds) for part in content]
     return kinds[kind](*items) if kind in kinds else _SEQUENCES[kind](items)
+
+
+def _as_complex(pairs: torch.Tensor | None, name: str) -> torch.Tensor | None:
+    if pairs is None:
+        return None
+    try:
+        return torch.view_as_complex(pairs)
+    except (RuntimeError, ValueError) as error:
+        raise ArchiveError(f"`{name}` is damaged: {reason_of(error)}; save the activations again") from error
 
 
 def _placeholder(file: SafetensorsFile) -> Callable[[str], Any]:
