@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.nets import Gives
-from torchlens_viz import RunningStats, capture, feature_grid, maximize, overlay_grid, receptive_field, survey
+from torchlens_viz import (
+    RunningStats,
+    capture,
+    feature_grid,
+    maximize,
+    overlay_grid,
+    receptive_field,
+    survey,
+)
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.axes import ChannelAxes
 from torchlens_viz.hooks.layout import Layout, marked_dim
@@ -55,12 +63,18 @@ FOLLOWED = [
     (lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.ones(3, 4, 1, 1)), 1),
     (lambda x: F.batch_norm(x.permute(0, 2, 1, 3), torch.zeros(4), torch.ones(4)), 1),
     (lambda x: F.scaled_dot_product_attention(*[x.flatten(2).mT[:, None]] * 3)[:, 0], 2),
+    (lambda x: (x.flatten(2).mT @ x.flatten(2)).softmax(-1) @ x.flatten(2).mT, 2),  # attention, in words
+    (lambda x: F.linear(x.flatten(2), torch.ones(20, 20)).mT + x.flatten(2).mT, 2),  # over tokens, and back
+    (lambda x: x.flatten(2).mT + F.linear(x.flatten(2), torch.ones(20, 20)).mT, 2),
+    (lambda x: F.conv1d(x.flatten(2).mT, torch.ones(20, 20, 1)) + x.flatten(2).mT, 2),
 ]
 LOST = [
     lambda x: x.reshape(1, 12, 2, 5),  # channels and rows are mixed
     lambda x: x.view(1, 2, 3, 4, 5),  # there are two dimensions of channels
     lambda x: x.flatten(1).view(1, 12, 10),
     lambda x: x.sum(1),
+    lambda x: x.flatten(2).mT @ x.flatten(2),  # queries times keys: a number for each two places
+    lambda x: (x.flatten(2).mT @ x.flatten(2)).softmax(-1),
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, NamedTuple, TypeAlias, final
 
 import torch
 from torch.utils._python_dispatch import (
@@ -22,8 +22,20 @@ _Shape: TypeAlias = Sequence[int]
 # Given the arguments, the shape and the channels of what was taken, and the shape of what was made.
 _Rule: TypeAlias = Callable[[Sequence[Any], dict[str, Any], _Shape, _Axes, _Shape], Iterable[int]]
 
+# The dimensions that count channels, and the operation that said so, by its number in the order of running.
+_Seen: TypeAlias = tuple[_Axes, int]
+
 _NONE: Final[_Axes] = frozenset()
 _LOST: Final[_Axes] = frozenset({-1})  # there were channels, and now nobody knows where
+
+
+class _Known(NamedTuple):
+    """A tensor that an operation takes, of which the channels are known, as it was before."""
+
+    shape: tuple[int, ...]
+    axes: _Axes
+    since: int
+    tensor: torch.Tensor
 
 
 class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -64,7 +76,8 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()
-        self._found: dict[_Key, _Axes] = {}
+        self._found: dict[_Key, _Seen] = {}
+        self._clock = 0
 
     def stop(self) -> None:
         """Follow no longer, and forget."""
@@ -87,22 +100,28 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
         if not self._is_on:
             return func(*args, **kwargs)
         known = [  # before it runs: it may change the shape of what it is given
-            (tuple(each.shape), axes)
+            _Known(tuple(each.shape), *seen, each)
             for each in tree_leaves((args, kwargs))
-            if isinstance(each, torch.Tensor) and (axes := self._axes_of(each))
+            if isinstance(each, torch.Tensor) and (seen := self._seen(each))[0]
         ]
         result = func(*args, **kwargs)
         name = operation(func)
+        self._clock += 1
+        is_new = name in _CHANNELS_SECOND | _CHANNELS_LAST | _LAYER_NORMS
+        since = self._clock if is_new else min((each.since for each in known), default=self._clock)
         for made in tree_leaves(result):
             key = key_of(made) if isinstance(made, torch.Tensor) else None
             if key is not None:
                 axes = frozenset(_followed(name, args, kwargs, known, tuple(made.shape)))
-                self._found[key] = axes or (_LOST if known else _NONE)
+                self._found[key] = axes or (_LOST if known else _NONE), since
         return result
 
     def _axes_of(self, tensor: torch.Tensor) -> _Axes:
+        return self._seen(tensor)[0]
+
+    def _seen(self, tensor: torch.Tensor) -> _Seen:
         key = key_of(tensor)
-        return _NONE if key is None else self._found.get(key, _NONE)
+        return (_NONE, 0) if key is None else self._found.get(key, (_NONE, 0))
 
 
 def operation(func: Any) -> str:
@@ -129,7 +148,7 @@ def _followed(
     name: str,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    known: Sequence[tuple[_Shape, _Axes]],
+    known: Sequence[_Known],
     made: _Shape,
 ) -> Iterable[int]:
     """Return which dimensions of a tensor that was made count channels.
@@ -138,7 +157,7 @@ def _followed(
         name: The operation.
         args: What it was given.
         kwargs: What it was given by name.
-        known: The shape of every tensor among these of which the channels are known, and where they are.
+        known: Every tensor among these of which the channels are known, and where they are.
         made: The shape of the tensor.
     """
     rank = len(made)
@@ -150,15 +169,31 @@ def _followed(
         return [rank - len(args[1])]
     if name == "matmul" and args[1].ndim < 3:  # a dense layer, where torch does not take it apart
         return [rank - 1] if rank > 1 and args[1].ndim == 2 else []
-    # The input that passes its channels on is the first that is shaped most alike.
-    sure = [each for each in known if each[1] != _LOST]
+    sure = [each for each in known if each.axes != _LOST]
     if not sure:
         return []
-    shape, axes = min(sure, key=lambda each: (each[0] != made) + (len(each[0]) != rank))
+    if name in _PRODUCTS and all(each.ndim == rank for each in args[:2]):
+        return _multiplied(args[0], args[1], sure)
+    # The input that passes its channels on is the one that is shaped most alike. Of a sum it is the one that
+    # had them first: a branch that mixes tokens, by a layer to which these are channels, ends where it began.
+    shape, axes, *_ = min(
+        sure, key=lambda each: ((each.shape != made) + (len(each.shape) != rank), each.since)
+    )
     rule = _RULES.get(name)
     if rule is not None:
         return rule(args, kwargs, shape, axes, made)
     return axes if len(shape) == rank else []
+
+
+def _multiplied(left: torch.Tensor, right: torch.Tensor, known: Sequence[_Known]) -> Iterable[int]:
+    """Keep rows of the left and columns of the right matrix; what is summed over is gone.
+
+    Queries times keys have no channels, and what weighs values with them has those of the values.
+    """
+    rows, columns = left.ndim - 2, left.ndim - 1
+    ours = next((each.axes for each in known if each.tensor is left), _NONE)
+    theirs = next((each.axes for each in known if each.tensor is right), _NONE)
+    return (ours - {columns}) | (theirs - {rows})
 
 
 def _permuted(
@@ -278,6 +313,7 @@ _CHANNELS_LAST: Final = frozenset(
     }
 )
 _LAYER_NORMS: Final = frozenset({"native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm"})
+_PRODUCTS: Final = frozenset({"bmm", "matmul"})
 _RULES: Final[dict[str, _Rule]] = {
     "permute": _permuted,
     **dict.fromkeys(("movedim", "moveaxis"), _moved),
