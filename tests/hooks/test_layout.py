@@ -23,7 +23,7 @@ from torchlens_viz import (
 )
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.axes import ChannelAxes
-from torchlens_viz.hooks.layout import Layout, marked_dim
+from torchlens_viz.hooks.layout import Layout, marked_dim, mixes_layouts
 from torchlens_viz.models.layers import Layer
 
 # What a map (1, 6, 4, 5) that a convolution put out is made into, and where its channels are then.
@@ -156,6 +156,62 @@ def test_a_class_with_a_forward_of_its_own_is_followed():
     with capture(nn.Sequential(changed), "0", reduce=RunningStats) as acts:
         changed(torch.rand(2, 3, 4, 6))
     assert acts["0"].channels == 5
+
+
+class Affine(nn.Module):
+    """A norm of its own, as in ResMLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class Plain(nn.Module):
+    """Dense layers over maps, or tokens, in a network that normalises by batch or not at all."""
+
+    def __init__(self, *, is_folded):
+        super().__init__()
+        self.stem, self.norm, self.act = nn.Conv2d(3, 6, 4, 4), Affine(6), nn.ReLU()
+        self.dense, self.is_folded, self.head = nn.Linear(6, 7), is_folded, nn.Linear(7, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x.flatten(2).mT if self.is_folded else x.permute(0, 2, 3, 1)
+        x = self.act(self.dense(self.norm(x)))
+        return self.head(x.flatten(1, -2).mean(1))
+
+
+def test_dense_layers_over_positions_are_followed_without_any_layer_norm():
+    images, plain = torch.rand(2, 3, 12, 20), {"upscale": 1, "padding": 0, "nrow": 1}
+    net = Plain(is_folded=False)
+    with torch.no_grad(), capture(net, ["norm", "act"]) as acts:
+        net(images)
+    assert marked_dim(acts["norm"]) == marked_dim(acts["act"]) == 3
+    sheet = feature_grid(acts["act"], cmap="gray", value_range=(0, 1), **plain)
+    expected = acts["act"][0].movedim(-1, 0).clamp(0, 1).flatten(0, 1).numpy() * 255
+    assert np.abs(np.asarray(sheet)[..., 0] - expected).max() < 1.6
+    net = Plain(is_folded=True)
+    with torch.no_grad(), capture(net, ["norm", "act"]) as acts:
+        net(images)
+    assert feature_grid(acts["act"], grid=(3, 5), **plain).size == (5, 7 * 3)
+    with pytest.raises(InvalidArgumentError, match=r"tokens \(N, L, C\) need `grid="):
+        feature_grid(acts["act"])  # not two maps, one of each image
+
+
+POOLED = [
+    nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 6), nn.ReLU()),
+    nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(2), nn.Linear(24, 6), nn.ReLU(), nn.Linear(6, 2)),
+    nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Linear(6, 6)),
+]
+
+
+@pytest.mark.parametrize("net", POOLED)
+def test_a_classifier_costs_no_following(net):
+    assert not mixes_layouts(net)
+    assert mixes_layouts(nn.Sequential(net, nn.Conv2d(6, 6, 1), nn.Linear(6, 6), nn.ReLU()))
 
 
 class Mixed(nn.Module):

@@ -23,6 +23,7 @@ _BEFORE_POSITIONS: Final[dict[type, int]] = {
     for rank in (1, 2, 3)
     for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")
 }
+_CONVOLUTIONS: Final[tuple[Any, ...]] = tuple(kind for kind in _BEFORE_POSITIONS if "Conv" in kind.__name__)
 _SECOND: Final = (batchnorm._BatchNorm, instancenorm._InstanceNorm, nn.GroupNorm)
 _LAST: Final = (
     nn.Linear, nn.Bilinear, nn.Embedding, nn.MultiheadAttention, nn.RNNBase,
@@ -151,13 +152,51 @@ def marked_dim(tensor: torch.Tensor) -> int | None:
 
 
 def mixes_layouts(model: nn.Module) -> bool:
-    """Tell whether a model has parts that count channels in the last dimension of what has positions."""
-    return any(
-        isinstance(module, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding)
+    """Tell whether a model has parts that count channels in the last dimension of what has positions.
+
+    Normalisation, attention and recurrence over the last dimension say so, and so do dense layers, but for
+    those of a classifier, of which it is certain that they take (N, C).
+    """
+    return _has_dense_maps(model) or any(
+        isinstance(module, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding | nn.RNNBase)
         or "Permute" in type(module).__name__
         or "RMSNorm" in type(module).__name__
         for module in model.modules()
     )
+
+
+def _has_dense_maps(model: nn.Module) -> bool:
+    """Tell whether a dense layer may take maps or tokens: unless it is the last layer, or has vectors.
+
+    It has vectors behind a global pooling or a `Flatten` of the same part of the model, behind a dense layer
+    that has, and where it takes other numbers than there are channels before it.
+    """
+    modules = list(model.modules())
+    dense = [each for each in modules if isinstance(each, nn.Linear)]
+    if not dense or dense == modules[-1:]:
+        return False
+    leaves = [(name, each) for name, each in model.named_modules() if not each._modules]
+    pooled: str | None = None  # the part of the model in which positions are gone
+    before: int | None = None
+    for place, (name, each) in enumerate(leaves):
+        part = name.rpartition(".")[0]
+        if isinstance(each, nn.Linear):
+            is_within = pooled is not None and (not pooled or f"{name}.".startswith(f"{pooled}."))
+            is_last = place == len(leaves) - 1
+            if not is_last and not is_within and before in (None, each.in_features):
+                return True
+            pooled, before = part if pooled is None else pooled, each.out_features
+        elif isinstance(each, nn.Flatten) or _pools_all(each):
+            # The pooling itself is often wrapped, as in a module with a flattening beside it.
+            pooled = part.rpartition(".")[0] if "pool" in part.rpartition(".")[2] else part
+        elif isinstance(each, _CONVOLUTIONS):
+            pooled, before = None, each.out_channels
+    return False
+
+
+def _pools_all(module: nn.Module) -> bool:
+    size = getattr(module, "output_size", None)
+    return "Adaptive" in type(module).__name__ and size is not None and {size} <= {1, (1,), (1, 1), (1, 1, 1)}
 
 
 def has_signals(model: nn.Module) -> bool:
