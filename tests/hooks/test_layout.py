@@ -19,6 +19,7 @@ from torchlens_viz import (
     maximize,
     overlay_grid,
     receptive_field,
+    save_feature_maps,
     survey,
 )
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
@@ -212,6 +213,22 @@ POOLED = [
 def test_a_classifier_costs_no_following(net):
     assert not mixes_layouts(net)
     assert mixes_layouts(nn.Sequential(net, nn.Conv2d(6, 6, 1), nn.Linear(6, 6), nn.ReLU()))
+
+
+def test_a_doubtful_tensor_says_what_was_drawn_of_it(tmp_path):
+    net, image = put_out(LOST[0])
+    net.append(nn.LayerNorm(5))
+    with torch.no_grad(), capture(net, ["1", "1"]) as acts:
+        net(image)
+    plain = {"upscale": 1, "padding": 0, "nrow": 1}
+    said = r"nothing tells which dimension of what `1`.*\(1, 12, 2, 5\)\): the second one is drawn"
+    with pytest.warns(UserWarning, match=said):
+        assert feature_grid(acts["1"], **plain).size == (5, 12 * 2)
+    with pytest.warns(UserWarning, match=said):
+        save_feature_maps(acts, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert feature_grid(acts["1"], channel_dim=-1, **plain).size == (2, 5 * 12)
 
 
 class Mixed(nn.Module):

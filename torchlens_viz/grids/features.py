@@ -16,7 +16,7 @@ from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.draw.planes import Plane, Slices, planes_of
 from torchlens_viz.draw.style import Style, StyleOptions, in_rows, lists_options, ranking
 from torchlens_viz.files.pictures import save_picture
-from torchlens_viz.hooks.layout import marked_dim
+from torchlens_viz.hooks.layout import drawn_dim
 
 
 class FeatureOptions(StyleOptions, total=False):
@@ -106,7 +106,7 @@ def feature_sheet(
 ) -> Image.Image:
     """Draw the same with a palette, as it is kept in files: of mode "L" for gray, else "P"."""
     style = Style.of(options)
-    dim = marked_dim(activation) if channel_dim is None else channel_dim
+    dim = drawn_dim(activation, channel_dim, is_folded=grid is not None)
     maps = maps_of(activation, sample, channel_dim=dim, grid=grid)
     chosen = indices_of(channels, len(maps), "channels")
     shown = maps if channels is None else maps[chosen]

@@ -26,7 +26,7 @@ from torchlens_viz.files.paths import as_path, safe_names
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.grids.kernels import Sheet, is_matrix, kernel_sheet
 from torchlens_viz.hooks.activations import Activations
-from torchlens_viz.hooks.layout import marked_dim
+from torchlens_viz.hooks.layout import drawn_dim
 from torchlens_viz.models.kernels import convolutions, kernels_of
 from torchlens_viz.models.layers import Selector, select
 from torchlens_viz.progress import is_shown, tracked
@@ -162,8 +162,9 @@ def save_feature_maps(
             wanted = "maps (N, C, H, W)" + ("" if grid is None else " and no tokens (N, L, C)")
             raise InvalidArgumentError(f"`{name}` put out no {wanted}; select other layers")
         what = f"`{name}`" if name else "the model's output"
-        dim = marked_dim(value) if channel_dim is None else channel_dim
-        maps = maps_of(value, sample, channel_dim=dim, grid=grid if _are_tokens(value) else None, what=what)
+        lies = grid if _are_tokens(value) else None
+        dim = drawn_dim(value, channel_dim, is_folded=lies is not None)
+        maps = maps_of(value, sample, channel_dim=dim, grid=lies, what=what)
         chosen = indices_of(channels, len(maps), "channels")
         tiles, suffixes, _, own = planes_of(maps, style, plane, slices)
         check_size_of_each((1, 1, *tiles.shape[2:]), own)

@@ -31,6 +31,7 @@ _LAST: Final = (
 )  # fmt: skip
 # Where a tensor that `capture` hands out says which dimension it is.
 _MARK: Final = "_torchlens_viz_channel_dim"
+_DOUBT: Final = "_torchlens_viz_doubtful_layer"
 
 
 @final
@@ -61,6 +62,10 @@ class Layout:
     def must_follow(self) -> bool:
         """Whether there are layers of which the kind does not say it."""
         return self._told is None and bool(self._is_open)
+
+    def doubts(self, tensor: torch.Tensor, layer: str) -> bool:
+        """Whether it was looked for where a tensor, of a layer, has its channels, and nothing said it."""
+        return self._axes is not None and tensor.ndim > 2 and self.found(tensor, layer) is None
 
     def begin(self) -> None:
         """Follow operations of this thread, where that is needed, until each layer has run once."""
@@ -143,6 +148,39 @@ def told_dim(tensor: torch.Tensor, told: int, what: str) -> int:
 def mark(tensor: torch.Tensor, dim: int) -> None:
     """Note in a tensor of our own which of its dimensions counts channels, for `marked_dim`."""
     setattr(tensor, _MARK, dim)
+
+
+def mark_doubt(tensor: torch.Tensor, layer: str) -> None:
+    """Note in a tensor of our own that nothing said which of its dimensions counts channels."""
+    setattr(tensor, _DOUBT, layer)
+
+
+def doubtful_layer(tensor: torch.Tensor) -> str | None:
+    """Return the layer of a tensor that `capture` handed out and where nothing said it; else None."""
+    found: str | None = getattr(tensor, _DOUBT, None)
+    return found
+
+
+def drawn_dim(tensor: torch.Tensor, told: int | None, *, is_folded: bool = False) -> int | None:
+    """Return which dimension of a tensor is to be drawn as channels; None leaves it to its shape.
+
+    A warning says so where that is a guess about a tensor that `capture` handed out.
+
+    Args:
+        tensor: What is to be drawn.
+        told: The dimension that the caller named.
+        is_folded: Whether the caller said that these are tokens, (N, L, C).
+    """
+    found = marked_dim(tensor) if told is None else told
+    layer = doubtful_layer(tensor)
+    if found is None and layer is not None and not is_folded:
+        place = "first" if tensor.ndim == 3 else "second"
+        warnings.warn(
+            f"nothing tells which dimension of what `{layer}` puts out counts channels (shape "
+            f"{tuple(tensor.shape)}): the {place} one is drawn; say which it is with `channel_dim=`",
+            stacklevel=2,
+        )
+    return found
 
 
 def marked_dim(tensor: torch.Tensor) -> int | None:

@@ -18,7 +18,7 @@ from torchlens_viz.errors import (
     TorchlensVizError,
 )
 from torchlens_viz.hooks.graph import passage, select_channels
-from torchlens_viz.hooks.layout import Layout, mark, marked_dim
+from torchlens_viz.hooks.layout import Layout, doubtful_layer, mark, mark_doubt, marked_dim
 from torchlens_viz.hooks.sink import real_tensor
 from torchlens_viz.nested import leaves, map_tensors
 from torchlens_viz.stats.running import RunningStats
@@ -120,8 +120,11 @@ class Retention:
             itemsize = (self._dtype_of(kept) or kept.dtype).itemsize
             self._check(held, layer, kept.numel() * itemsize)
         placed = self._place(kept, send, is_ours=is_ours)
-        if placed is not real and (found := layout.found(real, layer)) is not None:
-            mark(placed, found)
+        if placed is not real:
+            if (found := layout.found(real, layer)) is not None:
+                mark(placed, found)
+            elif layout.doubts(real, layer):
+                mark_doubt(placed, layer)
         return placed
 
     def successor(self, tensor: torch.Tensor, kept: torch.Tensor, layer: str, layout: Layout) -> torch.Tensor:
@@ -221,6 +224,8 @@ def _clone(kept: torch.Tensor) -> torch.Tensor:
     clone = kept.clone()
     if (dim := marked_dim(kept)) is not None:
         mark(clone, dim)
+    elif (layer := doubtful_layer(kept)) is not None:
+        mark_doubt(clone, layer)
     return clone
 
 
