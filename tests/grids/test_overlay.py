@@ -234,3 +234,19 @@ def test_the_legend_says_how_tokens_lie(monkeypatch):
     lines = written(monkeypatch)
     overlay_grid(Tokens().eval(), "norm", torch.rand(3, 16, 24), grid=(4, 6), legend=True)
     assert lines[-1] == "norm: tokens, 4 x 6"
+
+
+def test_windows_that_are_folded_into_the_batch_are_not_drawn_over_the_whole_image():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.inner = nn.Conv2d(3, 6, 4, 4), nn.Linear(6, 5)
+
+        def forward(self, x):
+            maps = self.stem(x).unfold(2, 2, 2).unfold(3, 2, 2)  # (1, 6, 4, 4, 2, 2)
+            return self.inner(maps.permute(0, 2, 3, 4, 5, 1).flatten(0, 2).flatten(1, 2))
+
+    with pytest.raises(
+        InvalidArgumentError, match=r"one row per image, but `inner` puts out 16 .*\(16, 4, 5\)"
+    ):
+        overlay_grid(Windows(), "inner", torch.rand(3, 32, 32), grid=(2, 2))

@@ -277,6 +277,12 @@ def _maps(
             model(batch)
     output = next(iter(acts.calls(name)), None)
     is_tokens = isinstance(output, torch.Tensor) and output.ndim == 3 and batch.ndim == 4
+    if isinstance(output, torch.Tensor) and output.ndim > 2 and len(output) != 1:
+        raise InvalidArgumentError(
+            f"`layer` must put out one row per image, but `{name}` puts out {len(output)} for one image "
+            f"(shape {tuple(output.shape)}): it folds windows into the batch, or counts the batch in another "
+            "dimension; choose a layer around it"
+        )
     if grid is not None:
         if not isinstance(output, torch.Tensor) or not is_tokens:
             raise InvalidArgumentError(
