@@ -15,6 +15,7 @@ from tests.nets import Gives
 from torchlens_viz import (
     RunningStats,
     capture,
+    compare,
     feature_grid,
     maximize,
     overlay_grid,
@@ -200,6 +201,20 @@ def test_dense_layers_over_positions_are_followed_without_any_layer_norm():
     assert feature_grid(acts["act"], grid=(3, 5), **plain).size == (5, 7 * 3)
     with pytest.raises(InvalidArgumentError, match=r"tokens \(N, L, C\) need `grid="):
         feature_grid(acts["act"])  # not two maps, one of each image
+
+
+def test_the_channel_that_differs_most_is_a_channel_without_any_layer_norm():
+    torch.manual_seed(0)
+    nets = [Plain(is_folded=False).eval() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    with torch.no_grad():
+        nets[1].norm.weight[4] += 1  # of six channels, in maps of three rows
+    image = torch.rand(1, 3, 12, 20)
+    with torch.no_grad():
+        first, second = (net.norm(net.stem(image).permute(0, 2, 3, 1)) for net in nets)
+    assert (first - second).abs().amax((0, 1, 2)).argmax() == 4
+    found = next(row for row in compare(*nets, [image]).rows() if row["layer"] == "norm")
+    assert found["channel"] == 4
 
 
 POOLED = [
