@@ -293,7 +293,7 @@ def test_pairs_that_are_none_are_damage(acts, tmp_path):
     header = {"format": "torchlens_viz.activations/1", "selected": ["conv"]}
     header["calls"] = {"conv": [{"complex": "conv#1"}]}
     save_file(load_file(path), path, metadata={"torchlens_viz": json.dumps(header)})
-    with pytest.raises(ArchiveError, match="`conv#1` is damaged: .*save the activations again"):
+    with pytest.raises(ArchiveError, match=r"`conv#1` is damaged: .*save the activations again"):
         Activations.load(path)["conv"]
 
 
