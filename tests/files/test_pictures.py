@@ -527,6 +527,32 @@ def test_a_picture_in_memory_that_is_rgb_already_is_itself():
     assert as_rgb(turned).size == (5, 7)
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "RGBA", "RGBa"])
+def test_premultiplied_transparency_is_laid_on_white_too(mode):
+    levels = RNG.integers(0, 256, (5, 7, len(mode)), dtype=np.uint8)
+    image = Image.fromarray(levels, mode.upper()).convert(mode)
+    alpha = levels[..., -1:] / 255.0
+    expected = np.broadcast_to(levels[..., :-1] * alpha + 255 * (1 - alpha), (5, 7, 3))
+    assert np.abs(as_array(as_rgb(image)) - expected).max() < 1.5
+
+
+def test_16_bit_transparency_is_laid_on_white(tmp_path):
+    levels = RNG.permutation(35).reshape(5, 7).astype(np.uint16) * 1800
+    Image.fromarray(levels).save(tmp_path / "one.png", transparency=1800 * 20)
+    expected = np.where(levels == 1800 * 20, 255, np.rint(levels / 65535 * 255))
+    for image in (read_image(tmp_path / "one.png"), as_rgb(Image.open(tmp_path / "one.png"))):
+        np.testing.assert_array_equal(as_array(image), np.repeat(expected[..., None], 3, 2))
+
+
+def test_floating_point_that_counts_from_white_is_turned(tmp_path):
+    levels = RNG.random((5, 7)).astype(np.float32)
+    Image.fromarray(levels).save(tmp_path / "one.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "one.tif") as image:
+        assert (image.mode, image.tag_v2[262]) == ("F", 0)
+    expected = 255 - np.rint(levels.astype(np.float64) * 255)
+    np.testing.assert_array_equal(as_array(read_image(tmp_path / "one.tif"))[..., 0], expected)
+
+
 def test_transparency_is_laid_on_white_in_strips_as_at_once(monkeypatch):
     pixels = RNG.integers(0, 256, (9, 7, 4), dtype=np.uint8)
     at_once = as_array(as_rgb(Image.fromarray(pixels)))

@@ -213,7 +213,13 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
 def _in_colours(image: Image.Image) -> Image.Image:
     if image.mode == "F" or image.mode.startswith("I"):
         gray = Image.fromarray(_to_8_bit(image))
-        return (ImageOps.invert(gray) if _is_white_zero(image) else gray).convert("RGB")
+        whole = (ImageOps.invert(gray) if _is_white_zero(image) else gray).convert("RGB")
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            whole.paste("white", mask=Image.fromarray(np.asarray(image) == transparent))
+        return whole
+    if image.mode == "La":  # which Pillow turns into nothing else
+        return _in_colours(image.convert("LA"))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         whole = Image.new("RGB", image.size)
         rows = max(1, _CHUNK // max(1, image.width))
@@ -227,9 +233,9 @@ def _in_colours(image: Image.Image) -> Image.Image:
 
 
 def _is_white_zero(image: Image.Image) -> bool:
-    """Tell whether a TIFF counts from white to black, which Pillow undoes for up to 8 bits only."""
+    """Tell whether a deep TIFF counts from white to black, which Pillow undoes for up to 8 bits only."""
     tags: Any = getattr(image, "tag_v2", None) or {}
-    return image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC_TAG) == 0
+    return bool(tags.get(_PHOTOMETRIC_TAG) == 0)
 
 
 def _to_8_bit(image: Image.Image) -> npt.NDArray[np.uint8]:
