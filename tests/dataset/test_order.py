@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import partial
+
 import pytest
 import torch
 from PIL import Image
@@ -10,6 +13,8 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
+    SequentialSampler,
     TensorDataset,
     default_collate,
     get_worker_info,
@@ -42,6 +47,56 @@ class Prefetching:
         yield from self.inner
 
 
+class Slotted:
+    __slots__ = ("inner",)
+
+    def __init__(self, loader):
+        self.inner = loader
+
+    def __iter__(self):
+        return iter(self.inner)
+
+
+class Hidden:
+    """Holds a loader in a list in a dict."""
+
+    def __init__(self, loader):
+        self.parts = {"loaders": [loader]}
+
+    def __iter__(self):
+        return iter(self.parts["loaders"][0])
+
+
+class Closed:
+    """Holds a function that closes over a loader."""
+
+    def __init__(self, loader):
+        self.begin = lambda: iter(loader)
+
+    def __iter__(self):
+        return self.begin()
+
+
+def late(loader):
+    """Makes the loader once a batch is wanted."""
+    options = {"shuffle": isinstance(loader.sampler, RandomSampler), "batch_size": loader.batch_size}
+    dataset = loader.dataset
+    del loader
+    yield from DataLoader(dataset, **options)
+
+
+class Late:
+    def __init__(self, loader):
+        self.shuffle = isinstance(loader.sampler, RandomSampler)
+
+    def __iter__(self):
+        self.running = iter(DataLoader(TensorDataset(PLANTED), batch_size=3, shuffle=self.shuffle))
+        return self
+
+    def __next__(self):
+        return next(self.running)
+
+
 class TwiceWrapped:
     def __init__(self, loader):
         self.prefetching = Prefetching(loader)
@@ -64,6 +119,20 @@ WRAPPERS = [
     lambda loader: (batch for batch in loader),
     lambda loader: map(list, loader),
     lambda loader: tqdm(Prefetching(loader), disable=True),
+    Slotted,
+    Hidden,
+    Closed,
+    late,
+    Late,
+    lambda loader: tqdm(Late(loader), disable=True),
+    lambda loader: map(list, late(loader)),
+    lambda loader: itertools.islice(loader, 99),
+    lambda loader: itertools.chain(loader),
+    lambda loader: itertools.chain.from_iterable([loader]),
+    lambda loader: itertools.takewhile(len, loader),
+    lambda loader: itertools.islice(itertools.cycle(loader), 4),
+    lambda loader: itertools.tee(loader)[1],
+    lambda loader: iter(partial(next, iter(loader), None), None),
 ]
 
 
@@ -89,6 +158,18 @@ def test_a_loader_within_something_else_is_right_or_refused(same_as_it_is, wrap)
         **quiet,
     )
     assert known.top["0"].samples[0].tolist() == [9, 8, 7, 6]
+
+
+class Backwards(SequentialSampler):
+    def __iter__(self):
+        return reversed(range(len(self.data_source)))
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: loader, iter, Closed])
+def test_a_sampler_that_is_sequential_by_name_alone_is_refused(same_as_it_is, wrap):
+    loader = DataLoader(TensorDataset(PLANTED), batch_size=5, sampler=Backwards(PLANTED))
+    with pytest.raises(InvalidArgumentError, match="a loader with a Backwards, whose order is not known"):
+        survey(same_as_it_is, wrap(loader), "0", **quiet)
 
 
 def test_an_iterator_that_was_begun_is_refused(same_as_it_is):
@@ -165,8 +246,9 @@ def test_a_stream_with_one_worker_has_its_own_order(same_as_it_is, workers):
     assert found.top["0"].samples[0].tolist() == [9, 8, 7, 6]
 
 
-def test_a_stream_with_several_workers_is_refused(same_as_it_is):
-    loader = DataLoader(Stream(), batch_size=3, num_workers=2)
+@pytest.mark.parametrize("wrap", [lambda loader: loader, iter, Closed])
+def test_a_stream_with_several_workers_is_refused(same_as_it_is, wrap):
+    loader = wrap(DataLoader(Stream(), batch_size=3, num_workers=2))
     with pytest.raises(
         InvalidArgumentError, match=r"IterableDataset with one worker at most, got 2.*`indices`"
     ):

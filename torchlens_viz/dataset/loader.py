@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, final
 
@@ -14,6 +14,7 @@ from torchlens_viz.dataset.order import (
     batch_sizes,
     loader_within,
     padding,
+    refuse_hidden_order,
     refuse_loss_of_order,
     refuse_unknown_order,
     refuse_what_is_no_loader,
@@ -85,14 +86,15 @@ class Numbering:
 
     def __init__(self, loader: Any, indices: Indices, input_of: InputOf, *, shared: bool) -> None:
         refuse_what_is_no_loader(loader)
-        loader = loader_within(loader)
+        outermost, loader = loader, loader_within(loader)
         sampler = sampler_of(loader)
+        self._is_open = indices is None and loader is outermost and not isinstance(loader, DataLoader)
         self._rule = input_of
         self._sizes = batch_sizes(loader) if indices is None else None
         self._function = indices if callable(indices) else None
         self._padding = padding(sampler)
         self._known: torch.Tensor | None = None
-        self._is_partial = isinstance(loader, DataLoader) and loader.drop_last
+        self._is_partial = loader is not outermost or (isinstance(loader, DataLoader) and loader.drop_last)
         self._following: Iterator[int] | None = None
         self.inputs: ModelInputs = None
         self.place = 0
@@ -111,6 +113,19 @@ class Numbering:
     def listed(self) -> torch.Tensor | None:
         """The indices that were given, (N,) int64, where they are a list."""
         return self._known
+
+    def each(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches of the loader.
+
+        Raises:
+            InvalidArgumentError: With the first of them a DataLoader has come to light whose order is not
+                known.
+        """
+        batches = iter(loader)
+        for count, batch in enumerate(batches):
+            if count == 0 and self._is_open:
+                refuse_hidden_order(batches)
+            yield batch
 
     def read(self, batch: Any) -> Batch:
         """Return the next batch with the index of every input; padding is left out.

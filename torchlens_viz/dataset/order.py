@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice, repeat
-from types import GeneratorType
+from types import CellType, FunctionType, GeneratorType, MethodType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -26,7 +29,10 @@ from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.nested import tensors
 
-_DEPTH: Final = 4  # how far to look for a DataLoader inside of something else
+_DEPTH: Final = 8  # how far to look for a DataLoader inside of something else
+_MOST: Final = 1000  # and at how many objects
+_CONTAINERS: Final = (list, tuple, Mapping)
+_LINKS: Final = (FunctionType, MethodType, CellType, partial)
 _SHUFFLING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -43,30 +49,48 @@ def loader_within(loader: Any) -> Any:
     """
     seen: set[int] = set()
     around = [loader]
-    for _ in range(_DEPTH):
+    for depth in range(_DEPTH):
         for each in around:
             if isinstance(each, DataLoader | _BaseDataLoaderIter):
                 return each
         seen |= {id(each) for each in around}
-        around = [
-            part for each in around for part in _parts(each) if id(part) not in seen and _may_yield(part)
-        ]
+        if len(seen) > _MOST:
+            break
+        inner = chain.from_iterable(_parts(each, is_outermost=depth == 0) for each in around)
+        around = [part for part in inner if id(part) not in seen and _may_lead_on(part)]
     return loader
 
 
-def _parts(thing: Any) -> list[Any]:
-    if isinstance(thing, list | tuple | Mapping | torch.Tensor | Dataset):
+def _parts(thing: Any, *, is_outermost: bool) -> list[Any]:
+    """Return what an object refers to, that of C such as `itertools.chain` included."""
+    if is_outermost and isinstance(thing, _CONTAINERS):
         return []  # batches themselves
+    if isinstance(thing, FunctionType):  # what it closes over, and not the module that it stands in
+        return [*(thing.__closure__ or ()), *(thing.__defaults__ or ())]
     if isinstance(thing, GeneratorType):
-        return [] if thing.gi_frame is None else list(thing.gi_frame.f_locals.values())
-    if isinstance(thing, map | filter | zip | enumerate):
-        made = thing.__reduce__()
-        return list(made[1]) if isinstance(made, tuple) else []
-    return list(getattr(thing, "__dict__", {}).values())
+        within = [] if thing.gi_frame is None else list(thing.gi_frame.f_locals.values())
+        return [*within, *gc.get_referents(thing)]
+    return list(islice(thing, _MOST)) if isinstance(thing, list | tuple) else gc.get_referents(thing)
 
 
-def _may_yield(thing: Any) -> bool:
-    return hasattr(type(thing), "__iter__") and not isinstance(thing, str | bytes)
+def _may_lead_on(thing: Any) -> bool:
+    if isinstance(thing, type | str | bytes | torch.Tensor | np.ndarray | Dataset | nn.Module):
+        return False
+    is_link = isinstance(thing, _LINKS) or type(thing).__module__ == "itertools"  # such as the data of a tee
+    return is_link or hasattr(type(thing), "__iter__")
+
+
+def refuse_hidden_order(batches: Any) -> None:
+    """Raise `InvalidArgumentError` where a running iterator draws on a loader whose order is not known.
+
+    Some loaders are made only once the first batch is wanted.
+    """
+    found = loader_within(batches)
+    if isinstance(found, _BaseDataLoaderIter):
+        refuse_loss_of_order(found)
+        sampler = getattr(found._index_sampler, "sampler", found._index_sampler)
+        if not isinstance(found._dataset, IterableDataset) and not is_in_turn(sampler):
+            refuse_unknown_order(UnknownOrder(sampler), shared=False)
 
 
 def batch_sizes(loader: Any) -> Iterator[int] | None:
@@ -90,7 +114,7 @@ def sampler_of(loader: Any) -> Any:
             return None
         inner = getattr(loader._index_sampler, "sampler", loader._index_sampler)
         # What it has yielded is not heard of, and another sampler than this one may begin anew differently.
-        is_fresh = loader._num_yielded == 0 and isinstance(inner, SequentialSampler)
+        is_fresh = loader._num_yielded == 0 and is_in_turn(inner)
         return inner if is_fresh else UnknownOrder(inner)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
@@ -99,6 +123,11 @@ def sampler_of(loader: Any) -> Any:
     if type(loader.batch_sampler) is BatchSampler:
         return loader.batch_sampler.sampler
     return UnknownOrder(loader.batch_sampler)
+
+
+def is_in_turn(sampler: Any) -> bool:
+    """Tell whether a sampler names one input after another: one of torch's, that nobody made otherwise."""
+    return isinstance(sampler, SequentialSampler) and type(sampler).__iter__ is SequentialSampler.__iter__
 
 
 def padding(sampler: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -132,14 +161,21 @@ def refuse_what_is_no_loader(loader: Any) -> None:
 
 def refuse_loss_of_order(loader: Any) -> None:
     """Raise `InvalidArgumentError` for a loader whose workers make the order of the batches."""
-    is_stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
-    if is_stream and loader.num_workers > 1:
+    is_begun = isinstance(loader, _BaseDataLoaderIter)
+    if not is_begun and not isinstance(loader, DataLoader):
+        return
+    source, workers, in_order = (
+        (loader._dataset, loader._num_workers, getattr(loader, "_in_order", True))
+        if is_begun
+        else (loader.dataset, loader.num_workers, getattr(loader, "in_order", True))
+    )
+    if isinstance(source, IterableDataset) and workers > 1:
         raise InvalidArgumentError(
-            f"`loader` must read an IterableDataset with one worker at most, got {loader.num_workers}, which "
+            f"`loader` must read an IterableDataset with one worker at most, got {workers}, which "
             "yield in turn what each of them reads, so that the place of an input says nothing of its index; "
             "pass `num_workers=1`, or `indices`, a function of a batch"
         )
-    if isinstance(loader, DataLoader) and loader.num_workers and not getattr(loader, "in_order", True):
+    if workers and not in_order:
         raise InvalidArgumentError(
             "`loader` must keep the order of its batches, got a DataLoader with `in_order=False`; leave that "
             "out, or pass `indices`, a function of a batch"
@@ -163,7 +199,7 @@ def refuse_unknown_order(sampler: Any, *, shared: bool) -> None:
             f"`loader` must not shuffle, got one with a {type(sampler).__name__}: the index of an input "
             "would be lost; build it with `shuffle=False`, or pass `indices`"
         )
-    is_known = sampler is None or isinstance(sampler, SequentialSampler | DistributedSampler | Sequence)
+    is_known = sampler is None or is_in_turn(sampler) or isinstance(sampler, DistributedSampler | Sequence)
     if isinstance(sampler, UnknownOrder) or not is_known:
         kind = type(sampler.sampler if isinstance(sampler, UnknownOrder) else sampler).__name__
         raise InvalidArgumentError(

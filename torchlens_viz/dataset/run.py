@@ -89,7 +89,7 @@ class Pass:
             return
         try:
             with complete_call(), inference(self._model), self._hooks():
-                for raw in loader:
+                for raw in self._numbering.each(loader):
                     batch = self._numbering.read(raw)
                     if self.progress.batches == 0 and self._book is not None:
                         before = self._begin(batch, before)
@@ -115,7 +115,7 @@ class Pass:
     def _require_same_beginning(self, loader: Iterable[Any], before: Progress) -> None:
         """Hold the first batch of a loader, if it yields one at all, to that of a finished run."""
         assert self._book is not None
-        for raw in loader:
+        for raw in self._numbering.each(loader):
             self._book.require_same_data(before, fingerprint(self._numbering.read(raw)))
             break
 
