@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchlens_viz.arguments import named_device
@@ -19,25 +21,29 @@ from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_li
 from torchlens_viz.models.layers import unwrap
 
 _RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
+_GENERATORS: Final = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 _CPU: Final = torch.device("cpu")
 _QUANTIZED: Final = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Run the block in eval mode without gradients.
+    """Run the block in eval mode without gradients, and leave the model and random numbers as they were.
 
-    Afterwards every module has its own `training` flag back, and random numbers go on as if nothing had run.
+    Afterwards every module has its own `training` flag back, every buffer its values, and random numbers go
+    on as if nothing had run: Python's, numpy's, torch's, and those of generators that modules hold.
     """
     flags = {module: module.training for module in model.modules()}
-    devices = {parameter.get_device() for parameter in model.parameters() if parameter.is_cuda}
-    set_eval(model)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+    with ExitStack() as stack:
+        stack.enter_context(same_random_numbers(model))
+        stack.enter_context(same_buffers(model))
+        stack.enter_context(torch.no_grad())
+        set_eval(model)
+        try:
             yield
-    finally:
-        for module, training in flags.items():
-            module.training = training
+        finally:
+            for module, training in flags.items():
+                module.training = training
 
 
 def set_eval(model: nn.Module) -> None:
@@ -51,22 +57,46 @@ def set_eval(model: nn.Module) -> None:
 
 
 @contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's."""
+def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
+    """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's.
+
+    Args:
+        model: Let those of generators that its modules hold do so too.
+    """
     python, legacy = random.getstate(), np.random.get_state()
+    own = [] if model is None else [_rewinding(held) for held in _generators(model)]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(legacy)
+        for rewind in own:
+            rewind()
+
+
+def _generators(model: nn.Module) -> list[Any]:
+    held = {id(value): value for module in model.modules() for value in vars(module).values()}
+    return [value for value in held.values() if isinstance(value, _GENERATORS)]
+
+
+def _rewinding(generator: Any) -> Callable[[], object]:
+    """Return what sets a generator back to where it is now."""
+    if isinstance(generator, torch.Generator):
+        return partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return partial(generator.setstate, generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return partial(generator.set_state, generator.get_state())
+    return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
 
 
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
     before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for _, own in before for buffer in own.values() if buffer is not None]
+    held = [buffer for _, own in before for buffer in own.values() if buffer is not None]
+    values = [(buffer, buffer.clone()) for buffer in held if not is_lazy(buffer)]
     try:
         yield
     finally:
@@ -85,10 +115,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Flags, buffers, random numbers of Python, numpy and torch, and caches are afterwards as they were.
     """
     with ExitStack() as stack:
-        stack.enter_context(same_random_numbers())
         stack.enter_context(no_cached_parametrizations())
         stack.enter_context(no_autocast_cache())
-        stack.enter_context(same_buffers(model))
         stack.enter_context(inference(model))
         yield
 

@@ -18,7 +18,6 @@ from torchlens_viz.models.state import (
     like_parameters,
     no_autocast_cache,
     no_cached_parametrizations,
-    same_buffers,
     same_random_numbers,
 )
 from torchlens_viz.nested import map_tensors
@@ -89,8 +88,6 @@ class ProbeBatch:
             )
         with (
             inference(model),
-            same_random_numbers(),
-            same_buffers(model),
             no_autocast_cache(),
             no_cached_parametrizations(),
         ):

@@ -17,7 +17,7 @@ from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import Layer, unwrap
-from torchlens_viz.models.state import inference, same_buffers
+from torchlens_viz.models.state import inference
 from torchlens_viz.nested import leaves
 
 _ROUNDS: Final = 3  # of which the median counts
@@ -167,7 +167,7 @@ def trace(model: nn.Module, layers: Sequence[Layer], inputs: Inputs, log: Trace)
         log: Where the calls go; where the model fails, those before are in it.
     """
     begins, ends = _Ear(log.begin), _Ear(log.end, log.put_out)
-    with inference(model), same_buffers(model), log.layout.following():
+    with inference(model), log.layout.following():
         with _captured(model, layers, begins, "input"), _captured(model, layers, ends, "output"):
             model(*inputs[0], **inputs[1])
 
@@ -214,7 +214,7 @@ def time_shares(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> di
     for _ in range(_ROUNDS):
         clock = _Clock(_waiting_for(model))
         begins, ends = _Ear(clock.begin), _Ear(clock.end)
-        with inference(model), same_buffers(model):
+        with inference(model):
             with _captured(model, layers, begins, "input"), _captured(model, layers, ends, "output"):
                 model(*inputs[0], **inputs[1])
         found.append(clock.seconds)
