@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any, Final
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.state import set_eval
+from torchlens_viz.models.state import same_random_numbers, set_eval
 
 # Where a module keeps what runs with it, forward and backward.
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -49,7 +49,7 @@ def private_copy(
         )
     own_hooks = _hooks_apart(model, memo, warn=warn)
     try:
-        with _CopyingValues():
+        with same_random_numbers(model), _CopyingValues():
             twin: nn.Module = copy.deepcopy(model, memo)
             for kept, hooks in own_hooks:
                 kept.update({key: copy.deepcopy(hook, memo) for key, hook in hooks.items()})
@@ -58,8 +58,66 @@ def private_copy(
             f"`model` must be a module that can be copied, got {type(model).__name__}, of which "
             f"copy.deepcopy says: {' '.join(str(error).split())}; give the nn.Module alone"
         ) from error
+    _require_same_tensors(model, twin, memo)
+    _close_over_copies(model, memo)
     set_eval(twin)
     return twin
+
+
+def _require_same_tensors(model: nn.Module, twin: nn.Module, memo: dict[int, object]) -> None:
+    """Refuse a model that copies itself in a way of its own, to something else than what it is.
+
+    Raises:
+        InvalidTypeError: The copy has other tensors than were made for it, or shares a module.
+    """
+
+    def parts(module: nn.Module) -> dict[str, nn.Module | torch.Tensor]:
+        own = {f"module {name}": part for name, part in module.named_modules(remove_duplicate=False)}
+        return {
+            **own,
+            **dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False)),
+        }
+
+    ours, theirs = parts(model), parts(twin)
+    for name, part in ours.items():
+        other = theirs.get(name)
+        is_same = other is memo[id(part)] if isinstance(part, torch.Tensor) else type(other) is type(part)
+        if not is_same or other is part:
+            raise InvalidTypeError(
+                f"`model` must be a module that can be copied, got {type(model).__name__}, of which "
+                f"copy.deepcopy makes something else (`{name}` differs); let `__deepcopy__` copy all that "
+                "the model holds, or leave it out"
+            )
+
+
+def _close_over_copies(model: nn.Module, memo: dict[int, object]) -> None:
+    """Let functions that a copy holds, and that close over modules of the model, close over their copies.
+
+    `copy.deepcopy` hands functions on as they are: `self.f = lambda x: self.norm(x)` would run the model.
+    """
+    modules = {id(module) for module in model.modules()}
+    for module in model.modules():
+        twin = memo.get(id(module))
+        for name, held in vars(module).items():
+            cells = held.__closure__ if isinstance(held, FunctionType) else None
+            if not cells or not any(id(_content(cell)) in modules for cell in cells):
+                continue
+            found = [_content(cell) for cell in cells]
+            closure = tuple(
+                CellType(memo[id(inner)]) if id(inner) in modules else cell
+                for cell, inner in zip(cells, found, strict=True)
+            )
+            made = FunctionType(held.__code__, held.__globals__, held.__name__, held.__defaults__, closure)
+            made.__kwdefaults__ = held.__kwdefaults__
+            vars(twin)[name] = made
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it has none yet
+        return None
 
 
 class _CopyingValues(TorchFunctionMode):
