@@ -64,7 +64,7 @@ def same(left, right):
 )
 def test_a_run_that_was_broken_off_goes_on_to_the_same_result(tmp_path, options):
     whole = run(None, **options)
-    cut = run(tmp_path, interrupted_after=25, **options)
+    cut = run(tmp_path, interrupted_after=32, **options)
     assert 0 < len(cut.channels) < 7
     kept = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
     assert len(kept) == len(cut.channels)
@@ -78,8 +78,8 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_result(tmp_path, options)
 def test_a_run_that_is_finished_is_only_read(tmp_path):
     whole = run(tmp_path)
     # One call tells whether images can be prepared, and one what shapes the network has.
-    same(run(tmp_path, interrupted_after=2), whole)
-    some = run(tmp_path, channels=[5, 1], interrupted_after=2)
+    same(run(tmp_path, interrupted_after=6), whole)
+    some = run(tmp_path, channels=[5, 1], interrupted_after=6)
     torch.testing.assert_close(some.images, whole.images[[5, 1]])
 
 

@@ -24,7 +24,6 @@ from torchlens_viz.ascent.options import (
     chosen_channels,
     fitting_batch,
     parametrization_of,
-    preprocess_of,
     references_of,
     requests_for,
     require_room,
@@ -47,6 +46,7 @@ from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, require_module
+from torchlens_viz.models.preparing import check_prepared_alone, preprocess_of
 from torchlens_viz.models.state import device_of
 from torchlens_viz.objectives import ObjectiveName, objective_of
 from torchlens_viz.progress import Bar, is_shown
@@ -177,12 +177,15 @@ def maximize(
 
         def scorer_of(size: Sequence[int]) -> Scorer:
             example = torch.full((1, shape[0], *size), by.middle, device=device)
+            prepare = preprocess_of(preprocess, example)
+            if prepare is not None and batch_size != 1 and tuple(size) == shape[1:]:
+                check_prepared_alone(prepare, example)
             return Scorer(
                 model,
                 layer,
                 goal,
                 example,
-                preprocess=preprocess_of(preprocess, example),
+                preprocess=prepare,
                 dtype=resolve_precision(precision, device),
                 channel_dim=channel_dim,
                 is_compiled=how.compile,

@@ -20,10 +20,9 @@ from torchlens_viz.ascent.plan import Plan, Request
 from torchlens_viz.backprop.device import free_bytes
 from torchlens_viz.backprop.objective import Objective
 from torchlens_viz.backprop.scorer import Scorer
-from torchlens_viz.errors import InvalidArgumentError, one_line
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.models.colours import Preprocess, colours_of
-from torchlens_viz.models.inputs import AXES, image_batch
+from torchlens_viz.models.inputs import image_batch
 from torchlens_viz.models.layers import OnImages, unwrap
 from torchlens_viz.models.state import is_out_of_memory
 
@@ -122,46 +121,6 @@ def start_of(
         start = method.pixels_of(start, by)
     _check_values(start, by, "image")
     return start
-
-
-def preprocess_of(preprocess: Preprocess | None, example: torch.Tensor) -> Preprocess | None:
-    """Return what makes of images (N, C, H, W) what the model takes, so that gradients pass through.
-
-    Args:
-        preprocess: What the caller gave. Where it takes pictures only, what it does to colours stands for it.
-        example: (1, C, H, W), an image, or (1, C, L) or (1, C, D, H, W).
-
-    Raises:
-        InvalidArgumentError: It takes neither images nor pictures of one colour.
-    """
-    if preprocess is None:
-        return None
-    axes = example.ndim - 2
-    try:
-        preprocess(example.clone())
-        if axes == 3 and example.shape[2] in (1, example.shape[1]):
-            preprocess(example.repeat(1, 1, 2, 1, 1))  # one for images would take frames for colours
-        return preprocess
-    except Exception as error:
-        try:
-            return _of_colours(preprocess, axes)
-        except InvalidArgumentError as other:
-            raise InvalidArgumentError(
-                f"`preprocess` must make of images (N, {AXES[axes]}) what the model takes, and fails for "
-                f"them ({one_line(error)}); nor does what it does to pictures stand for it: {other}"
-            ) from error
-
-
-def _of_colours(preprocess: Preprocess, axes: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return what preprocessing does to the colours of pictures, for images or volumes made of them."""
-    if axes == 1:
-        raise InvalidArgumentError("signals have no colours")
-    try:
-        return colours_of(preprocess, axes=axes).apply
-    except InvalidArgumentError:
-        if axes == 2:
-            raise
-        return colours_of(preprocess).apply  # what is done to one picture is done to every frame
 
 
 def references_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias, final
@@ -12,13 +13,14 @@ from PIL import Image
 from torchlens_viz.arguments import function, indices_of, shown
 from torchlens_viz.errors import InvalidArgumentError, one_line
 from torchlens_viz.models.inputs import as_batch, model_input
+from torchlens_viz.models.state import same_random_numbers
 
 Preprocess: TypeAlias = Callable[[Any], torch.Tensor]
 Bands: TypeAlias = int | Sequence[int] | None
 
-_PRIMARIES: Final = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
-_CHECKS: Final = ((255, 255, 255), (128, 128, 128), (200, 30, 90))
-_CLOSE: Final = 1.5 / 255  # of the range of a channel: conversions between colour spaces round to 8 bits
+_CORNERS: Final = tuple((r, g, b) for r in (0, 255) for g in (0, 255) for b in (0, 255))
+CHECKS: Final = ((128, 128, 128), (200, 30, 90))
+CLOSE: Final = 1.5 / 255  # of the range of a channel: conversions between colour spaces round to 8 bits
 
 
 @final
@@ -94,13 +96,16 @@ def colours_of(
     Raises:
         InvalidArgumentError: It fails for such pictures, or what it does to a colour is no straight line.
     """
-    made = {colour: _of_plain(preprocess, like, colour, axes) for colour in (*_PRIMARIES, *_CHECKS)}
-    black, *primaries = (made[colour][0] for colour in _PRIMARIES)
-    matrix = torch.stack([each - black for each in primaries], dim=1)
-    reach = torch.stack([each - black for each, _ in made.values()]).abs().amax(0)
-    for colour in _CHECKS:
-        told = matrix @ (torch.tensor(colour, device="cpu") / 255) + black
-        if not bool(((told - made[colour][0]).abs() <= _CLOSE * reach.clamp(min=1e-6)).all()):
+    made = {colour: _of_plain(preprocess, like, colour, axes) for colour in (*_CORNERS, *CHECKS)}
+    # What one primary changes is the mean of its four edges, in which the rounding to 8 bits averages out.
+    corners = torch.stack([made[colour][0] for colour in _CORNERS]).double()
+    is_on = torch.tensor(_CORNERS, device="cpu") > 0
+    matrix = torch.stack([corners[on].mean(0) - corners[~on].mean(0) for on in is_on.unbind(1)], dim=1)
+    black = corners.mean(0) - matrix.sum(1) / 2
+    reach = corners.amax(0) - corners.amin(0)
+    for colour in made:
+        told = matrix @ (torch.tensor(colour, device="cpu").double() / 255) + black
+        if not bool(((told - made[colour][0]).abs() <= CLOSE * reach.clamp(min=1e-6)).all()):
             raise InvalidArgumentError(
                 "the preprocessing must take every colour along a straight line, which this one does not: "
                 f"{tuple(colour)} becomes {_shown(made[colour][0])} where {_shown(told)} lies on the line"
@@ -109,7 +114,7 @@ def colours_of(
         raise InvalidArgumentError("the preprocessing makes the same of every picture of one colour")
     # Where a channel comes from one colour alone, what 8 bits left of the others is none of it.
     matrix = matrix.masked_fill(matrix.abs() < 1e-6 * matrix.abs().amax(), 0.0)
-    return Colours(matrix, black, made[_PRIMARIES[0]][1])
+    return Colours(matrix.float(), black.float(), made[_CORNERS[0]][1])
 
 
 def as_pixels(
@@ -260,10 +265,15 @@ def bands_note(channels: int, bands: Bands = None) -> list[str]:
 
 
 def known_colours(preprocess: Preprocess, like: torch.Tensor | Image.Image, axes: int = 2) -> Colours | None:
-    """Return what `colours_of` finds, or None where that cannot be told."""
+    """Return what `colours_of` finds; None where that cannot be told, which a warning says."""
     try:
         return colours_of(preprocess, like, axes)
-    except InvalidArgumentError:
+    except InvalidArgumentError as error:
+        warnings.warn(
+            f"colours are shown as the model gets them, for they cannot be told from its input: {error}; "
+            "pass `invert`, which makes pixels in [0, 1] of it",
+            stacklevel=2,
+        )
         return None
 
 
@@ -279,14 +289,18 @@ def _of_plain(
         if like is not None and like.mode == "L":
             given = given.convert("L")
     try:
-        with torch.random.fork_rng(devices=[]):
-            batch = model_input(given, preprocess, axes=axes).detach().cpu().float()
+        with same_random_numbers():
+            batch = model_input(given, preprocess, axes=axes)
     except Exception as error:
         raise InvalidArgumentError(
             f"the preprocessing fails for a picture of one colour ({one_line(error)})"
         ) from error
-    # The median, because a border may have been added.
-    return batch.flatten(2).median(dim=2).values[0], tuple(batch.shape[2:])
+    return typical(batch), tuple(batch.shape[2:])
+
+
+def typical(batch: torch.Tensor) -> torch.Tensor:
+    """Return what becomes of a picture of one colour, (C,): the median, as a border may have been added."""
+    return batch.detach().cpu().float().flatten(2).median(dim=2).values[0]
 
 
 def _plain_tensor(like: torch.Tensor, colour: tuple[int, int, int], axes: int) -> torch.Tensor:
