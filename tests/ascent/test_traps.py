@@ -438,3 +438,27 @@ def test_a_model_of_which_a_part_is_of_another_type_is_maximised(dtype, layer, p
         model(result.images)
     expected = acts[layer].float().mean((2, 3)).diagonal()
     torch.testing.assert_close(result.scores, expected, rtol=1e-3, atol=1e-3)
+
+
+class MixesTypes(nn.Module):
+    """Hands values and weights to an operation that autocast leaves alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 28).view(4, 7))
+
+    def forward(self, x):
+        return torch.tensordot(x, self.weight, ([1], [0])).movedim(-1, 1)
+
+
+def test_a_network_that_fails_in_bfloat16_climbs_in_float32(monkeypatch):
+    monkeypatch.setattr("torchlens_viz.backprop.device._is_bfloat16_fast", lambda device: True)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), MixesTypes(), nn.Hardtanh())
+    options = {"size": 6, "steps": 4, "channel_dim": 1}
+    found = maximize(net, "2", [1, 5], **options)
+    exact = maximize(net, "2", [1, 5], precision="float32", **options)
+    assert torch.equal(found.images, exact.images)
+    assert torch.equal(found.scores, exact.scores)
+    with pytest.raises(InvalidArgumentError, match=r'fails in bfloat16 .*pass `precision="float32"`'):
+        maximize(net, "2", [1, 5], precision="bfloat16", **options)

@@ -41,6 +41,7 @@ from torchlens_viz.backprop.device import Precision, isolated, resolve_precision
 from torchlens_viz.backprop.objective import Objective, Scene
 from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.distributed import gathered, world
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.calls import ModelInputs, called_with
@@ -175,21 +176,28 @@ def maximize(
     require_room(shape, device := device_of(model))
     with isolated(device):
 
-        def scorer_of(size: Sequence[int]) -> Scorer:
+        def scorer_of(size: Sequence[int], wanted: Precision = precision) -> Scorer:
             example = torch.full((1, shape[0], *size), by.middle, device=device)
             prepare = preprocess_of(preprocess, example)
             if prepare is not None and batch_size != 1 and tuple(size) == shape[1:]:
                 check_prepared_alone(prepare, example)
-            return Scorer(
+            scorer = Scorer(
                 model,
                 layer,
                 goal,
                 example,
                 preprocess=prepare,
-                dtype=resolve_precision(precision, device),
+                dtype=resolve_precision(wanted, device),
                 channel_dim=channel_dim,
                 is_compiled=how.compile,
             )
+            try:
+                scorer.require_type(example)
+            except InvalidArgumentError:
+                if wanted != "auto":
+                    raise
+                return scorer_of(size, "float32")
+            return scorer
 
         scorer = scorer_of(shape[1:])
         chosen = chosen_channels(channels, goal, scorer.channels)

@@ -11,7 +11,13 @@ from torch import nn
 from torchlens_viz.backprop.device import autocasting
 from torchlens_viz.backprop.network import Cut, shadow_of
 from torchlens_viz.backprop.objective import Objective, Scene
-from torchlens_viz.errors import CaptureError, CaptureMemoryError, InvalidArgumentError, TorchlensVizError
+from torchlens_viz.errors import (
+    CaptureError,
+    CaptureMemoryError,
+    InvalidArgumentError,
+    TorchlensVizError,
+    one_line,
+)
 from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
@@ -182,6 +188,28 @@ class Scorer:
         is_plain = type(module) in _LINEAR and not has_hooks and isinstance(taken, torch.Tensor)
         is_plain = is_plain and all(each.dtype == torch.float32 for each in module.parameters())
         return self.objective.is_linear and runs_once and is_plain
+
+    def require_type(self, example: torch.Tensor) -> None:
+        """Hold that the network runs in the type that gradients are to be computed in.
+
+        Args:
+            example: (1, C, ...), an image.
+
+        Raises:
+            InvalidArgumentError: It does not: not every operation takes values of two types.
+        """
+        if self.dtype == torch.float32:
+            return
+        try:
+            with torch.no_grad(), autocasting(self.device, self.dtype):
+                self._cut(self._prepared(example), eagerly=True)
+        except Exception as error:  # whatever the model raises
+            if is_out_of_memory(error):
+                return  # which is said where the batch is chosen
+            raise InvalidArgumentError(
+                f"the model runs in float32 and fails in {str(self.dtype).removeprefix('torch.')} "
+                f'({one_line(error)}); pass `precision="float32"`'
+            ) from error
 
     def sensitivity(self, images: torch.Tensor, channels: torch.Tensor) -> Sensitivity:
         """Return what an affine objective is for N channels: one backward pass through the layer alone."""
