@@ -113,8 +113,8 @@ class _Packing:
     def pack(self, value: Any, key: str) -> Any:
         """Pack a value, or a part of one."""
         if isinstance(value, torch.Tensor):
-            kind = "complex" if value.dtype in _IN_PAIRS else "tensor"
-            return {kind: self._names.get(id(value)) or self._hold(value, key)}
+            form = "complex" if value.dtype in _IN_PAIRS else "tensor"
+            return {form: self._names.get(id(value)) or self._hold(value, key)}
         if isinstance(value, _SCALARS):
             return {"value": value}
         if isinstance(value, Mapping):
