@@ -20,6 +20,7 @@ from torchlens_viz.files import png
 from torchlens_viz.files.paths import as_path, is_there, replacing
 
 _ORIENTATION_TAG = 0x0112
+_TELL_ORIENTATION: Final = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 _PHOTOMETRIC_TAG: Final = 0x0106
 _SLOWEST: Final = 0.02  # pictures per second: a GIF holds no pause beyond 655 seconds
 _CHUNK: Final = 2**20  # pixels that are scaled at a time
@@ -207,7 +208,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+    if orientation not in _UPRIGHT:
+        return image
+    turned = image.transpose(_UPRIGHT[orientation])
+    for name in _TELL_ORIENTATION:  # or whoever reads it next would turn it once more
+        turned.info.pop(name, None)
+    return turned
 
 
 def _in_colours(image: Image.Image) -> Image.Image:
