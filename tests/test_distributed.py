@@ -124,7 +124,7 @@ def test_two_processes_make_what_one_makes_and_both_have_it_all(tmp_path):
             torch.testing.assert_close(history, one.history, rtol=1e-4, atol=1e-5, equal_nan=True)
             work.setdefault(way, []).append(done)
     assert max(work["plain"]) < 0.75 * sum(work["plain"])  # 4 of the 7 channels, and 3
-    assert min(work["few"]) < 5 < max(work["few"])  # one had nothing to do
+    assert min(work["few"]) < 10 < max(work["few"])  # one had nothing to do but to look at `preprocess`
     assert max(work["resumed"]) < 5  # what is finished is only read
 
 

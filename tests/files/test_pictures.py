@@ -586,31 +586,3 @@ def test_what_was_read_is_not_turned_again(tmp_path, suffix):
     again = tmp_path / "again.png"
     save_picture(once, again, compress_level=1)
     assert np.array_equal(as_array(read_image(again)), as_array(once))
-
-
-def test_gray_with_premultiplied_alpha_is_laid_on_white():
-    gray, alpha = RNG.integers(0, 256, (2, 5, 7), dtype=np.uint8)
-    picture = Image.merge("LA", [Image.fromarray(gray), Image.fromarray(alpha)]).convert("La")
-    expected = gray * (alpha / 255.0) + 255.0 * (1 - alpha / 255.0)
-    assert np.abs(as_array(as_rgb(picture))[..., 0] - expected).max() < 2.5  # it was rounded twice
-
-
-def test_the_clear_gray_of_a_16_bit_picture_is_white(tmp_path):
-    values = RNG.integers(0, 65536, (5, 7)).astype(np.uint16)
-    values[0, 0] = 300
-    Image.fromarray(values).save(tmp_path / "a.png", transparency=300)
-    shown = as_array(read_image(tmp_path / "a.png"))[..., 0]
-    expected = np.where(values == 300, 255, np.rint(values / 257.0))
-    assert np.array_equal(shown, expected)
-
-
-@pytest.mark.parametrize(("photometric", "turned"), [(1, False), (0, True)])
-def test_floating_point_tiffs_may_count_from_white(tmp_path, photometric, turned):
-    values = RNG.random((5, 7)).astype("<f4")
-    entries = [(256, 7), (257, 5), (258, 32), (259, 1), (262, photometric), (273, 122), (277, 1)]
-    entries += [(279, values.nbytes), (339, 3)]
-    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
-    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
-    (tmp_path / "a.tif").write_bytes((head + tags + bytes(4)).ljust(122, b"\0") + values.tobytes())
-    shown = as_array(read_image(tmp_path / "a.tif"))[..., 0]
-    assert np.abs(shown - 255 * (1 - values if turned else values)).max() < 0.51

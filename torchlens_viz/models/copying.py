@@ -80,14 +80,13 @@ def _require_same_tensors(model: nn.Module, twin: nn.Module, memo: dict[int, obj
         }
 
     ours, theirs = parts(model), parts(twin)
-    scripted = {  # which torch copies in a way of its own
-        id(part)
-        for module in model.modules()
+    scripted = tuple(  # which torch copies in a way of its own
+        f"{name}."
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, torch.jit.ScriptModule)
-        for part in (*module.modules(), *module.parameters(), *module.buffers())
-    }
+    )
     for name, part in ours.items():
-        if id(part) in scripted:
+        if f"{name.removeprefix('module ')}.".startswith(scripted):
             continue
         other = theirs.get(name)
         is_same = other is memo[id(part)] if isinstance(part, torch.Tensor) else type(other) is type(part)

@@ -94,9 +94,12 @@ def _rewinding(generator: Any) -> Callable[[], object]:
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
-    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    held = [buffer for _, own in before for buffer in own.values() if buffer is not None]
-    values = [(buffer, buffer.clone()) for buffer in held if not is_lazy(buffer)]
+    before = [
+        (module._buffers, dict(module._buffers))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # whose buffers stay the same tensors
+    ]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
     try:
         yield
     finally:
