@@ -125,7 +125,7 @@ def test_two_processes_make_what_one_makes_and_both_have_it_all(tmp_path):
             work.setdefault(way, []).append(done)
     assert max(work["plain"]) < 0.75 * sum(work["plain"])  # 4 of the 7 channels, and 3
     assert min(work["few"]) < 10 < max(work["few"])  # one had nothing to do but to look at `preprocess`
-    assert max(work["resumed"]) < 5  # what is finished is only read
+    assert max(work["resumed"]) < 10  # what is finished is only read
 
 
 @pytest.mark.slow
