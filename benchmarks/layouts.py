@@ -11,10 +11,8 @@ numpy, which take the dimension that has that many, or where several have, the o
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import platform
 import time
 import traceback
 import warnings
@@ -29,8 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import torchlens_viz
-from benchmarks.networks import WrongError, kept, told, with_block
+from benchmarks.networks import WrongError, kept, made_with, options_of, told, with_block
 from torchlens_viz import TorchlensVizError, capture, feature_grid, maximize, overlay_grid, survey
 
 PAGE = Path(__file__).parent.parent / "docs" / "networks.md"
@@ -349,25 +346,11 @@ def render(rows: Sequence[Row]) -> str:
     totals = " | ".join(f"{a} of {b}" for a, b in zip(right, asked, strict=True))
     lines.append(f"| all {len(rows)} | | {totals} |")
     notes = [f"{number}. {reason}" for reason, number in numbers.items()]
-    versions = {
-        "torchlens_viz": torchlens_viz.__version__, "torch": torch.__version__,
-        "Python": platform.python_version(),
-        **{name: __import__(name).__version__ for name in ("torchvision", "timm")},
-    }  # fmt: skip
-    made = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return "\n".join([*lines, "", *notes, "", f"Made with {made}."])
+    return "\n".join([*lines, "", *notes, "", made_with("torchvision", "timm")])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="networks with these words in their names")
-    parser.add_argument(
-        "--keep", type=Path, metavar="FILE", help="good rows are read from here, new ones added"
-    )
-    parser.add_argument("--write-docs", action="store_true", help="write the table into docs/networks.md")
-    options = parser.parse_args(arguments)
+    options = options_of(__doc__, arguments)
     known: dict[tuple[str, str], Row] = {}
     if options.keep and options.keep.exists():
         read = [Row(**each) for each in json.loads(options.keep.read_text("utf-8"))]

@@ -360,15 +360,9 @@ def render(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
     counts = {each: sum(row.cells[each] == RIGHT for row in rows) for each in COMMANDS}
     lines.append(f"| right of {len(rows)} | " + " | ".join(str(counts[each]) for each in COMMANDS) + " |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    versions = {
-        "torchlens_viz": torchlens_viz.__version__, "torch": torch.__version__,
-        "Python": platform.python_version(),
-        **{name: __import__(name).__version__ for name in ("torchvision", "timm", "transformers")},
-    }  # fmt: skip
-    made = ", ".join(f"{name} {version}" for name, version in versions.items())
     if left_out:
         notes += ["", f"Not tried in this run: {', '.join(f'`{name}`' for name in left_out)}."]
-    return "\n".join([*lines, "", *notes, "", f"Made with {made}."])
+    return "\n".join([*lines, "", *notes, "", made_with("torchvision", "timm", "transformers")])
 
 
 def with_block(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:
@@ -379,16 +373,31 @@ def with_block(text: str, block: str, marks: tuple[str, str] = MARKS) -> str:
     return f"{before}{begin}\n\n{block}\n\n{end}{after}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def options_of(description: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what a table of networks was asked for: `only`, `keep` and `write_docs`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="networks with these words in their names")
     parser.add_argument(
         "--keep", type=Path, metavar="FILE", help="good rows are read from here, new ones added"
     )
     parser.add_argument("--write-docs", action="store_true", help="write the table into docs/networks.md")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def made_with(*packages: str) -> str:
+    """Return a line that says which versions a table was made with."""
+    versions = {
+        "torchlens_viz": torchlens_viz.__version__, "torch": torch.__version__,
+        "Python": platform.python_version(),
+        **{name: __import__(name).__version__ for name in packages},
+    }  # fmt: skip
+    return f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = options_of(__doc__, arguments)
     known: dict[str, Row] = {}
     if options.keep and options.keep.exists():
         read = [Row(**each) for each in json.loads(options.keep.read_text("utf-8"))]

@@ -86,7 +86,9 @@ PARTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 def state_of(model: nn.Module) -> dict[str, Any]:
     """All that may not change: what is in the model, its modes and hooks, gradients, switches and numbers."""
-    switches = (torch.backends.cudnn, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    switches = (
+        torch.backends.cudnn, torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None),
+    )  # fmt: skip
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
         "values": [(name, each.detach().clone()) for name, each in tensors],

@@ -63,11 +63,16 @@ def test_a_deviation_of_zeros_and_of_no_values():
     assert deviation(torch.zeros(0, 3), torch.zeros(0, 3)) == 0
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_what_rounding_grows_to_does_not_depend_on_the_order_in_memory(layout):
+def test_what_rounding_grows_to_does_not_depend_on_the_order_in_memory():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    images = torch.rand(4, 3, 64, 60).contiguous(memory_format=layout)
-    found = compare(model, model, images)
-    assert found.first is None
-    assert all(1e-6 < gap.rtol < 1e-4 for gap in found.layers)
+    images = torch.rand(4, 3, 64, 60)
+    one, other = (
+        compare(model, model, images.contiguous(memory_format=layout))
+        for layout in (torch.contiguous_format, torch.channels_last)
+    )
+    assert one.first is None
+    assert other.first is None
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        assert 1e-6 < mine.rtol < 1e-4
+        assert 0.5 < mine.rtol / theirs.rtol < 2

@@ -76,8 +76,8 @@ def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
 
 
 def _generators(model: nn.Module) -> list[Any]:
-    held = {id(value): value for module in model.modules() for value in vars(module).values()}
-    return [value for value in held.values() if isinstance(value, _GENERATORS)]
+    held = (value for module in model.modules() for value in vars(module).values())
+    return [value for value in held if isinstance(value, _GENERATORS)]
 
 
 def _rewinding(generator: Any) -> Callable[[], object]:
