@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz import maximize, overlay_grid, pair_grid
+from torchlens_viz import explain, maximize, overlay_grid, pair_grid, project
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.calls import called_with, inputs_like
@@ -132,6 +132,68 @@ def test_gray_networks_take_gray_pictures(draw):
     assert draw(net, "0", gray).tobytes() == draw(net, "0", torch.from_numpy(RAMP)[None]).tobytes()
     result = maximize(net, "0", [0], image=gray, steps=1)
     assert result.images.shape == (1, 1, 8, 16)
+
+
+def opened(mode, path):
+    """An upright ramp, as PIL opens it of a file that says that it lies on its side."""
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = in_mode(mode).transpose(Image.Transpose.ROTATE_90)
+    turned.save(path, exif=exif)
+    with Image.open(path) as picture:
+        picture.load()
+    return picture
+
+
+def as_it_is(image):
+    """As `torchvision.transforms.ToTensor`: of pictures alone, with the channels that they have."""
+    values = np.atleast_3d(np.array(image))
+    return torch.from_numpy(values.astype(np.float32) / 255).movedim(2, 0)
+
+
+class Brightness(nn.Module):
+    """Puts out, in `0`, the images that it takes."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.same = nn.Conv2d(channels, channels, 1, bias=False)
+        nn.init.dirac_(self.same.weight)
+
+    def forward(self, x):
+        return self.same(x).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [("L", "png"), ("P", "png"), ("RGB", "png"), ("CMYK", "jpg"), ("I;16", "png"), ("RGBA", "png")],
+)
+def test_preprocessing_gets_an_upright_picture_in_rgb_of_every_mode(mode, suffix, tmp_path):
+    picture, expected = opened(mode, tmp_path / f"x.{suffix}"), torch.from_numpy(RAMP / np.float32(255))
+    close = 0.05 if suffix == "jpg" else 1.01 / 255
+    given = []
+
+    def to_tensor(image):
+        given.append(image)
+        return as_it_is(image)
+
+    for channels in (3, 1) if mode in ("L", "I;16") else (3,):
+        model = Brightness(channels)
+        seen = explain(model, picture, 0, method="gradient", preprocess=to_tensor)
+        assert (seen.images - expected).abs().max() <= close
+        assert float((seen.scores - expected.mean()).abs().max()) <= close
+        assert seen.heatmaps.shape == (1, 8, 16)
+        assert project(model, "same", picture, preprocess=to_tensor).images.shape[2:] == (8, 16)
+        overlay_grid(model, "same", picture, preprocess=to_tensor)
+        pair_grid(model, "same", picture, preprocess=to_tensor)
+        seen_by = {image.mode for image in given if isinstance(image, Image.Image)}
+        assert seen_by == ({"RGB"} if channels == 3 else {"L"})
+        given.clear()
+
+
+def test_a_network_of_four_channels_gets_pictures_of_four_channels():
+    picture = Image.new("RGBA", (6, 5), (255, 0, 0, 128))
+    seen = explain(Brightness(4), picture, lambda out: out[:, 3], method="gradient", preprocess=as_it_is)
+    torch.testing.assert_close(seen.scores, torch.tensor([128 / 255]))
 
 
 def test_a_long_thin_picture_is_refused_before_preprocessing_enlarges_it():

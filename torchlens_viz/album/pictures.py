@@ -16,7 +16,7 @@ from torchlens_viz.arguments import function, listed, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.colours import Bands, as_pixels
-from torchlens_viz.models.inputs import model_input
+from torchlens_viz.models.inputs import as_shown, model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.state import like_parameters
 
@@ -69,7 +69,8 @@ def pictures_of(
     function(invert, "invert")
     channels = image_channels(model)
     found = []
-    for name, given in _named(images):
+    for name, image in _named(images):
+        given = as_shown(image, channels)
         batch = like_parameters(model_input(given, preprocess, channels).detach(), model)
         pixels = as_pixels(batch, given, preprocess=preprocess, invert=invert, bands=bands)
         found.append(Picture(name=name, given=given, batch=batch, pixels=pixels))

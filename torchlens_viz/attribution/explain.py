@@ -27,7 +27,7 @@ from torchlens_viz.models.colours import (
     inverted,
     known_colours,
 )
-from torchlens_viz.models.inputs import AXES, model_input
+from torchlens_viz.models.inputs import AXES, as_shown, model_input
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, select
 
@@ -134,7 +134,9 @@ def explain(
     grid = None if grid is None else _rows_and_columns(grid)
     settings = _settings(method, layer, channel_dim, grid, samples, noise, seed)
     names = None if layer is None else _names(model, layer)
-    batch = _batch(image, preprocess, model)
+    taken = image_channels(model) if isinstance(image, Image.Image) else None
+    image = as_shown(image, taken)
+    batch = _batch(image, preprocess, model, taken)
     model = called_with(model, inputs, len(batch))
     channels = inverted(batch[:1], invert).shape[1]
     said = bands_note(channels, bands) if batch.ndim > 3 else _curves_note(channels, bands)
@@ -243,14 +245,13 @@ def _curves_note(channels: int, bands: Bands) -> list[str]:
 
 
 def _batch(
-    image: Picture, preprocess: Callable[[Any], torch.Tensor] | None, model: nn.Module
+    image: Picture, preprocess: Callable[[Any], torch.Tensor] | None, model: nn.Module, taken: int | None
 ) -> torch.Tensor:
     """Return what the model takes, (N, C, ...)."""
     axes = image_axes(model, image)
     shape = AXES[axes]
     if not isinstance(image, torch.Tensor) or image.ndim != axes + 2 or len(image) < 2:
-        channels = image_channels(model) if isinstance(image, Image.Image) else None
-        return model_input(image, preprocess, channels, axes)
+        return model_input(image, preprocess, taken, axes)
     if image.numel() == 0:
         raise InvalidArgumentError(
             f"`image` must be a picture, ({shape}) or a batch (N, {shape}), got shape {tuple(image.shape)}"

@@ -18,7 +18,7 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, checked_bands, known_colours
-from torchlens_viz.models.inputs import model_input
+from torchlens_viz.models.inputs import as_shown, model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector
 from torchlens_viz.models.state import device_of, same_random_numbers
@@ -120,7 +120,9 @@ def project(
     most = None if is_auto else integer(batch_size, "batch_size", least=1)
     refuse_torchscript(model)
     model = called_with(model, inputs)
-    batch = model_input(image, preprocess, image_channels(model))
+    taken = image_channels(model)
+    image = as_shown(image, taken)
+    batch = model_input(image, preprocess, taken)
     device = device_of(model, batch.device)
     with same_random_numbers(), isolated(device):
         given = batch.detach().to(device, torch.float32)

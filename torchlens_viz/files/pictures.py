@@ -197,7 +197,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     is_plain = type(image) is Image.Image and image.mode == "RGB" and "transparency" not in image.info
     if is_plain and _orientation(image) not in _UPRIGHT:
         return image
-    return _upright(_in_colours(image), _orientation(image))
+    return upright(_in_colours(image), _orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -207,7 +207,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
+def upright(image: Image.Image, orientation: int | None = None) -> Image.Image:
+    """Return a picture turned as its EXIF orientation says, or another one does, and no longer saying so."""
+    orientation = _orientation(image) if orientation is None else orientation
     if orientation not in _UPRIGHT:
         return image
     turned = image.transpose(_UPRIGHT[orientation])

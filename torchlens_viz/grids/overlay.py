@@ -28,7 +28,7 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, as_signal, bands_note, inverted
-from torchlens_viz.models.inputs import AXES, model_input, shown_to
+from torchlens_viz.models.inputs import AXES, as_shown, model_input, shown_to
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, require_module, select_one
 from torchlens_viz.models.state import inference, like_parameters
@@ -168,7 +168,9 @@ def overlay_grid(
     Style(interpolation=interpolation, scale_each=scale_each, legend=legend)
     model = called_with(model, inputs)
     axes = image_axes(model, image)
-    batch = like_parameters(model_input(image, preprocess, image_channels(model), axes), model)
+    taken = image_channels(model)
+    image = as_shown(image, taken)
+    batch = like_parameters(model_input(image, preprocess, taken, axes), model)
     slicing = Slicing.of(batch.shape[2:], plane, slices)
     if axes == 1 and backdrop != "gray":
         raise InvalidArgumentError("`backdrop` has no effect on a signal, which is black; leave it out")

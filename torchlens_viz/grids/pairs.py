@@ -22,7 +22,7 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.calls import ModelInputs, called_with
-from torchlens_viz.models.inputs import model_input, shown_to
+from torchlens_viz.models.inputs import as_shown, model_input, shown_to
 from torchlens_viz.models.kernels import image_channels, kernels_of
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import inference, like_parameters
@@ -116,7 +116,9 @@ def pair_grid(
     scale_each = flag(scale_each, "scale_each")
     sheet = Style(normalize=False, nrow=nrow, padding=6, upscale=1, labels=labels, max_tiles=max_tiles)
     model = called_with(model, inputs)
-    batch = model_input(image, preprocess, image_channels(model))
+    taken = image_channels(model)
+    image = as_shown(image, taken)
+    batch = model_input(image, preprocess, taken)
     maps = _maps(model, name, batch, weight)
     patterns = measure_patterns(weight[chosen], maps[chosen], batch[0])
     order = _order(patterns, sort_by or ("picture" if channels is None else "channel"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from torchlens_viz.arguments import check_dense, function, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, TorchlensVizError, one_line
-from torchlens_viz.files.pictures import as_rgb
+from torchlens_viz.files.pictures import as_rgb, upright
 from torchlens_viz.models.layers import unwrap
 from torchlens_viz.nested import tensors
 
@@ -155,6 +155,22 @@ def image_batch(
         return (pixels[None, None] if channels == 1 else pixels.movedim(2, 0)[None]).float() / 255
     batch = as_batch(image, axes)
     return batch.float() / 255 if batch.dtype == torch.uint8 else batch
+
+
+def as_shown(image: object, channels: int | None) -> Any:
+    """Return a picture as preprocessing is to get it, and anything else as it is.
+
+    Args:
+        image: A picture of any mode.
+        channels: How many the model takes: 1 leaves gray pictures gray, and 4 those of four channels as they
+            are. Else pictures are 8-bit RGB, upright and on white, as `read_image` reads them.
+    """
+    if not isinstance(image, Image.Image):
+        return image
+    if channels == len(image.getbands()) == 4:
+        return upright(image)
+    is_gray = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+    return as_rgb(image).convert("L") if channels == 1 and is_gray else as_rgb(image)
 
 
 def require_usual_shape(image: Image.Image, name: str) -> None:
