@@ -16,8 +16,9 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataE
 from torchlens_viz.models.calls import arguments_of
 from torchlens_viz.models.inputs import InputOf, images_in
 from torchlens_viz.models.inputs import input_of as part_for
+from torchlens_viz.models.keeping import same_random_numbers
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.state import device_of, like_parameters, same_random_numbers
+from torchlens_viz.models.state import device_of, like_parameters
 from torchlens_viz.nested import map_tensors
 
 By: TypeAlias = Literal["zero", "mean", "resample"]

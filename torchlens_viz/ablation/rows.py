@@ -9,7 +9,8 @@ from typing import Any, Final, Literal, TypeAlias, final
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from torchlens_viz.hooks.axes import Following, key_of, operation
+from torchlens_viz.hooks.axes import key_of, operation
+from torchlens_viz.models.operations import Following
 
 # How a tensor depends on the inputs: a row for each, a row for each in each copy, or otherwise.
 _Rows: TypeAlias = Literal["once", "copies", "mixed"]

@@ -159,7 +159,7 @@ def _run(twin: Twin, batch: torch.Tensor) -> list[Seen]:
     layout = Layout(layers, twin.channel_dim)
     sink = _Order(layout, asks=twin.mixes_layouts or twin.channel_dim is not None)
     follow: Callable[[], Any] = layout.begin if twin.mixes_layouts else _nothing
-    with torch.no_grad(), Capture(twin.model, layers, _nothing, sink):
+    with twin.unchanged(), Capture(twin.model, layers, _nothing, sink):
         try:
             follow()
             twin.output(batch)

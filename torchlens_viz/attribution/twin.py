@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -27,14 +27,10 @@ from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink
+from torchlens_viz.models.keeping import same_attributes, same_random_numbers
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.state import (
-    device_of,
-    going_back,
-    is_out_of_memory,
-    refuse_quantized,
-    same_random_numbers,
-)
+from torchlens_viz.models.operations import Parting
+from torchlens_viz.models.state import device_of, going_back, inference, is_out_of_memory, refuse_quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +82,7 @@ class Twin:
         refuse_torchscript(model)
         with torch.inference_mode(False):  # what is made in that mode takes no part in a graph
             self.model = shadow_of(model, keeps_types=keeps_types)
+        self._in_first_pass: Callable[[], AbstractContextManager[None]] = Parting(self.model).on
         self.keeps_types = keeps_types
         self.channel_dim = channel_dim
         self.grid = grid
@@ -102,6 +99,16 @@ class Twin:
         """Compute with gradients and in true float32, and leave modes and random numbers as they were."""
         with same_random_numbers(), isolated(self.device):
             yield
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Run the block without gradients, and leave the copy as it is: it may learn from what it sees."""
+        in_first_pass, self._in_first_pass = self._in_first_pass, _nothing
+        try:
+            with same_attributes(self.model), inference(self.model):
+                yield
+        finally:
+            self._in_first_pass = in_first_pass
 
     def scores(self, batch: torch.Tensor, goal: Goal) -> torch.Tensor:
         """Return the score of every row of a batch, on its graph."""
@@ -244,7 +251,8 @@ class Twin:
             InvalidArgumentError: It cannot take the batch.
         """
         try:
-            with fitting():
+            with fitting(), self._in_first_pass():
+                self._in_first_pass = _nothing
                 return self.model(batch.clone())  # it may work in place on what it gets
         except TorchlensVizError:
             raise

@@ -23,6 +23,7 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
+from torchlens_viz.models.operations import Parting
 from torchlens_viz.models.state import is_out_of_memory, refuse_quantized
 from torchlens_viz.receptive.crops import Crop, crops_for
 from torchlens_viz.receptive.field import ReceptiveField
@@ -129,7 +130,7 @@ class Units:
 
     def _look(self, model: nn.Module, *, keeps_types: bool) -> None:
         self._network = network = shadow_of(model, keeps_types=keeps_types)
-        self._weights = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
+        self._parting = Parting(network)
         self._layout = Layout([select_one(network, self.layer)], self._channel_dim)
         self._mode = None if self._rule == "gradient" else Rectified(network, self._rule)
         self.field: ReceptiveField | None = self._seen(network)
@@ -143,6 +144,8 @@ class Units:
             self._maps = self._run(self._leaf)
             if self.field is not None and self.field.map_shape not in ((), tuple(self._maps.shape[2:])):
                 self.field = None  # it counts positions otherwise than the layer's maps do
+            if self._parting.has_moved:
+                self.field = None  # another pass would write over weights that the graph of this one needs
         except CaptureError as error:
             raise CaptureError(
                 f"`{self.layer}` does not run on this image; choose a layer that runs in eval mode"
@@ -171,7 +174,7 @@ class Units:
 
     def _run(self, images: torch.Tensor) -> torch.Tensor:
         """Return what the layer makes of images, (N, C, h, w) on their graph."""
-        with self._rules(), self._layout.following():
+        with self._rules(), self._parting.on(), self._layout.following():
             output = self._cut(images * 1)[
                 self.layer
             ]  # a model may work in place on its input, not on a leaf
@@ -263,7 +266,8 @@ class Units:
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             self._run(self._cut_out([crop]).requires_grad_())
-        each = max(1, sum(size for place, size in held.items() if place not in self._weights))
+        weights = {weight.untyped_storage().data_ptr() for weight in self._network.parameters()}
+        each = max(1, sum(size for place, size in held.items() if place not in weights))
         return min(_MOST_CROPS, max(1, int(_SHARE * free_bytes(self._leaf.device) / each)))
 
 

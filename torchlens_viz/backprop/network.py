@@ -40,6 +40,7 @@ def shadow_of(
     Returns:
         The copy, in eval mode; no parameter requires a gradient. Hooks that belong to it, such as torch's own
         and those of its modules, are copied too; those that somebody else registered are not, and never run.
+        Its first pass is to be made within `Parting`, since a model may write to its weights.
 
     Raises:
         InvalidArgumentError: It has lazy parameters, without values yet.
@@ -49,7 +50,7 @@ def shadow_of(
     cast = _weights_to_cast(original) if dtype != torch.float32 and not keeps_types else set()
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
-        made = tensor.detach()
+        made = tensor.data  # which does not count what is written to it as written to the model's
         if not isinstance(tensor, nn.Parameter):
             made = made.clone()  # a forward pass may write to it
         if made.is_floating_point() and made.dtype != torch.float32 and not keeps_types:

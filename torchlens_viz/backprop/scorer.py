@@ -22,6 +22,7 @@ from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
+from torchlens_viz.models.operations import Parting
 from torchlens_viz.models.state import device_of, is_out_of_memory, refuse_quantized
 
 _LINEAR: Final = (
@@ -97,6 +98,7 @@ class Scorer:
         }
         self._layers = [self.layer, *sorted({*self._others.values()} - {self.layer})]
         self._channel_dim = channel_dim
+        keeps_types = False
         self._copy(model, keeps_types=False)
         try:
             acts = self._look(example)
@@ -104,7 +106,8 @@ class Scorer:
             types = {each.dtype for each in model.parameters() if each.is_floating_point()}
             if len(types) < 2:
                 raise
-            self._copy(model, keeps_types=True)  # a model of several types may convert by itself
+            keeps_types = True  # a model of several types may convert by itself
+            self._copy(model, keeps_types=True)
             acts = self._look(example)
         self._module = select_one(self._exact, self.layer).module
         taken, output = acts.calls(self.layer)[0]
@@ -113,12 +116,15 @@ class Scorer:
         self.channels = int(self._by_channel(output, self.layer).shape[1])
         self._taken_shape = taken.shape[1:] if self._stands_for(acts, taken) else None
         io: Literal["input", "output"] = "input" if self.is_affine else "output"
+        # Another one in any case, as it is cut for good; of the first, which has written what it writes.
+        self._fast = shadow_of(self._exact, dtype=dtype, keeps_types=keeps_types)
+        if self._memory_format == torch.contiguous_format:
+            self._fast.to(memory_format=torch.contiguous_format)
         self._cut = Cut(self._fast, self._layers, io=io, is_compiled=is_compiled)
 
     def _copy(self, model: nn.Module, *, keeps_types: bool) -> None:
         self._exact = shadow_of(model, keeps_types=keeps_types)
-        # Another one in any case: it is cut for good.
-        self._fast = shadow_of(model, dtype=self.dtype, keeps_types=keeps_types)
+        self._parting = Parting(self._exact)
         self._memory_format = torch.channels_last
         self._layout = Layout([select_one(self._exact, name) for name in self._layers], self._channel_dim)
 
@@ -133,13 +139,12 @@ class Scorer:
         looking = capture(self._exact, self._layers, io="both", stop=True)
         try:
             try:
-                with torch.no_grad(), self._layout.following(), looking as acts:
+                with torch.no_grad(), self._parting.on(), self._layout.following(), looking as acts:
                     self._exact(prepared)
             except RuntimeError:  # perhaps of `view`, which many a model uses where it means `reshape`
                 self._memory_format = torch.contiguous_format
-                self._fast.to(memory_format=torch.contiguous_format)
                 prepared = self._prepared(images)
-                with torch.no_grad(), self._layout.following(), looking as acts:
+                with torch.no_grad(), self._parting.on(), self._layout.following(), looking as acts:
                     self._exact(prepared)
         except TorchlensVizError:
             raise

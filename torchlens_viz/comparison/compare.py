@@ -15,8 +15,8 @@ from torchlens_viz.comparison.run import Run, batches_of
 from torchlens_viz.comparison.side import OUTPUT, Side
 from torchlens_viz.errors import InvalidArgumentError, NoDataError
 from torchlens_viz.models.inputs import InputOf
+from torchlens_viz.models.keeping import same_random_numbers
 from torchlens_viz.models.layers import Layer, Selector, select
-from torchlens_viz.models.state import same_random_numbers
 
 
 def compare(

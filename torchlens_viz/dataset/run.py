@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, final
@@ -68,6 +68,7 @@ class Pass:
         self._layers = tuple(layers) if gradients is None else gradients.within(tuple(layers))
         self._layout = Layout(self._layers, channel_dim)
         self._watch = _Watch(self._layout, gradients)
+        self._watching: Callable[[], AbstractContextManager[None]] = nullcontext  # of the first batch's pass
         self.progress = Progress(tallies=dict.fromkeys((layer.name for layer in layers), empty))
 
     def go(self, loader: Iterable[Any], count: Callable[[int], object]) -> None:
@@ -88,7 +89,8 @@ class Pass:
             count(before.inputs)
             return
         try:
-            with complete_call(), inference(self._model), self._hooks():
+            with complete_call(), inference(self._model, watched=False) as watching, self._hooks():
+                self._watching = watching
                 for raw in self._numbering.each(loader):
                     batch = self._numbering.read(raw)
                     if self.progress.batches == 0 and self._book is not None:
@@ -170,7 +172,8 @@ class Pass:
                 for name, tally in self.progress.tallies.items()
             }
         )
-        with self._followed() if must_follow else nullcontext():
+        watching, self._watching = self._watching, nullcontext
+        with watching(), self._followed() if must_follow else nullcontext():
             return self._model(*batch.args, **batch.kwargs)
 
     def _weighed(self, gradients: Gradients, batch: Batch, *, in_order: bool, must_follow: bool) -> Any:

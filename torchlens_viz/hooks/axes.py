@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, TypeAlias, final
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
 from torch.utils._pytree import tree_leaves
+
+from torchlens_viz.models.operations import Following
 
 # How a tensor is known again: not as an object, of which autograd makes new ones, but by its place in memory.
 _Key: TypeAlias = tuple[int | tuple[int, int], tuple[int, ...], tuple[int, ...]]
@@ -36,34 +32,6 @@ class _Known(NamedTuple):
     axes: _Axes
     since: int
     tensor: torch.Tensor
-
-
-class Following(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation of a thread, from `begin` to `end`."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._is_on = True
-
-    def begin(self) -> None:
-        """Follow the operations of this thread."""
-        _push_mode(self)
-
-    def end(self) -> None:
-        """Follow them no longer, though what was found stays; may be called again.
-
-        Other modes that were entered meanwhile, and not left, stay.
-        """
-        self._is_on = False
-        if self not in _get_current_dispatch_mode_stack():  # another thread has it, in which it does nothing
-            return
-        others = []
-        while (mode := _pop_mode()) is not self:
-            others.append(mode)
-        for mode in reversed(others):
-            _push_mode(mode)
 
 
 @final

@@ -9,7 +9,8 @@ from typing import Any, Final, Literal, TypeAlias, final
 import torch
 from torch.utils._pytree import tree_leaves
 
-from torchlens_viz.hooks.axes import Following, key_of, operation
+from torchlens_viz.hooks.axes import key_of, operation
+from torchlens_viz.models.operations import Following
 from torchlens_viz.stats.channels import ChannelStats
 
 Follower: TypeAlias = Literal["", "normalisation", "activation", "output"]

@@ -81,14 +81,12 @@ class Layout:
     @contextmanager
     def following(self) -> Iterator[None]:
         """Follow within the block."""
-        try:
-            self.begin()
+        if not self.must_follow:
             yield
-        finally:
-            try:
-                self.end()
-            finally:
-                self.end()  # once more: Ctrl-C may have come within the first
+            return
+        self._axes = ChannelAxes()
+        with self._axes.on():
+            yield
 
     def channel_dim(self, tensor: torch.Tensor, layer: str) -> int:
         """Return the dimension of a tensor, of a layer, that counts channels: an index from 0.

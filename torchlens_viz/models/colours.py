@@ -13,7 +13,7 @@ from PIL import Image
 from torchlens_viz.arguments import function, indices_of, shown
 from torchlens_viz.errors import InvalidArgumentError, one_line
 from torchlens_viz.models.inputs import as_batch, model_input
-from torchlens_viz.models.state import same_random_numbers
+from torchlens_viz.models.keeping import same_random_numbers
 
 Preprocess: TypeAlias = Callable[[Any], torch.Tensor]
 Bands: TypeAlias = int | Sequence[int] | None

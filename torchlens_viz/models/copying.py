@@ -16,7 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.models.state import same_random_numbers, set_eval
+from torchlens_viz.models.keeping import same_random_numbers
+from torchlens_viz.models.operations import Parting
+from torchlens_viz.models.state import set_eval
 
 # Where a module keeps what runs with it, forward and backward.
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -60,7 +62,8 @@ def private_copy(
         ) from error
     _require_same_tensors(model, twin, memo)
     _close_over_copies(model, memo)
-    set_eval(twin)
+    with Parting(twin).on():
+        set_eval(twin)
     return twin
 
 

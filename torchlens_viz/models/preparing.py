@@ -10,7 +10,7 @@ from PIL import Image
 from torchlens_viz.errors import InvalidArgumentError, one_line
 from torchlens_viz.models.colours import CHECKS, CLOSE, Preprocess, colours_of, typical
 from torchlens_viz.models.inputs import AXES, as_batch, image_batch
-from torchlens_viz.models.state import same_random_numbers
+from torchlens_viz.models.keeping import same_random_numbers
 
 
 def preprocess_of(preprocess: Preprocess | None, example: torch.Tensor) -> Preprocess | None:

@@ -2,113 +2,66 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchlens_viz.arguments import named_device
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
+from torchlens_viz.models.keeping import same_buffers, same_flags, same_random_numbers, same_weights
 from torchlens_viz.models.layers import unwrap
 
 _RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
-_GENERATORS: Final = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 _CPU: Final = torch.device("cpu")
 _QUANTIZED: Final = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def inference(
+    model: nn.Module, *, watched: bool = True
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Run the block in eval mode without gradients, and leave the model and random numbers as they were.
 
-    Afterwards every module has its own `training` flag back, every buffer its values, and random numbers go
-    on as if nothing had run: Python's, numpy's, torch's, and those of generators that modules hold.
+    Afterwards every module has its own `training` flag back, every weight and buffer its values, and random
+    numbers go on as if nothing had run: Python's, numpy's, torch's, and those of generators modules hold.
+
+    Args:
+        model: The model.
+        watched: Look in the whole block for what is written to weights, which takes some microseconds an
+            operation. Else that is done within what the block is given, which is to be entered for the
+            first pass at least.
     """
-    flags = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(model))
+        stack.enter_context(same_flags(model))
         stack.enter_context(same_buffers(model))
+        watching = stack.enter_context(same_weights(model))
         stack.enter_context(torch.no_grad())
-        set_eval(model)
-        try:
-            yield
-        finally:
-            for module, training in flags.items():
-                module.training = training
+        with watching():
+            set_eval(model)
+        if watched:
+            stack.enter_context(watching())
+        yield watching
 
 
 def set_eval(model: nn.Module) -> None:
     """Put every module into eval mode by its flag alone.
 
-    `eval()` may be overridden, to fold an update into the weights for one, and what that changes could not be
-    undone, or would be changed in memory that another model shares.
+    `eval()` and `__setattr__` may be overridden, to fold an update into the weights for one, and what that
+    changes could not be undone, or would be changed in memory that another model shares. A flag that is a
+    property, or that of a part in TorchScript, has nothing but its setter.
     """
     for module in model.modules():
-        module.training = False
-
-
-@contextmanager
-def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
-    """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's.
-
-    Args:
-        model: Let those of generators that its modules hold do so too.
-    """
-    python, legacy = random.getstate(), np.random.get_state()
-    own = [] if model is None else [_rewinding(held) for held in _generators(model)]
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
-        for rewind in own:
-            rewind()
-
-
-def _generators(model: nn.Module) -> list[Any]:
-    held = (value for module in model.modules() for value in vars(module).values())
-    return [value for value in held if isinstance(value, _GENERATORS)]
-
-
-def _rewinding(generator: Any) -> Callable[[], object]:
-    """Return what sets a generator back to where it is now."""
-    if isinstance(generator, torch.Generator):
-        return partial(generator.set_state, generator.get_state())
-    if isinstance(generator, random.Random):
-        return partial(generator.setstate, generator.getstate())
-    if isinstance(generator, np.random.RandomState):
-        return partial(generator.set_state, generator.get_state())
-    return partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
-
-
-@contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
-    before = [
-        (module._buffers, dict(module._buffers))
-        for module in model.modules()
-        if not isinstance(module, torch.jit.ScriptModule)  # whose buffers stay the same tensors
-    ]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
-    try:
-        yield
-    finally:
-        for buffer, value in values:
-            with torch.inference_mode(buffer.is_inference()):
-                buffer.data.copy_(value)  # `data`, so that what was saved for a backward pass stays valid
-        for buffers, own in before:
-            buffers.clear()
-            buffers.update(own)
+        if "training" in vars(module):
+            vars(module)["training"] = False
+        else:
+            module.training = False
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, one_line
 from torchlens_viz.models.inputs import InputOf, input_of
+from torchlens_viz.models.keeping import same_random_numbers
 from torchlens_viz.models.state import (
     inference,
     like_parameters,
     no_autocast_cache,
     no_cached_parametrizations,
-    same_random_numbers,
 )
 from torchlens_viz.nested import map_tensors
 
