@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from torchlens_viz.hooks.axes import key_of, operation
-from torchlens_viz.models.operations import Following
+from torchlens_viz.models.watching import Following
 
 # How a tensor depends on the inputs: a row for each, a row for each in each copy, or otherwise.
 _Rows: TypeAlias = Literal["once", "copies", "mixed"]

@@ -29,8 +29,8 @@ from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.keeping import same_attributes, same_random_numbers
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.operations import Parting
 from torchlens_viz.models.state import device_of, going_back, inference, is_out_of_memory, refuse_quantized
+from torchlens_viz.models.watching import Parting
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,8 @@ from torchlens_viz.errors import (
 )
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.operations import Parting
 from torchlens_viz.models.state import is_out_of_memory, refuse_quantized
+from torchlens_viz.models.watching import Parting
 from torchlens_viz.receptive.crops import Crop, crops_for
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field

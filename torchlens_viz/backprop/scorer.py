@@ -22,8 +22,8 @@ from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.operations import Parting
 from torchlens_viz.models.state import device_of, is_out_of_memory, refuse_quantized
+from torchlens_viz.models.watching import Parting
 
 _LINEAR: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,

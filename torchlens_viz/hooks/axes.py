@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, final
 import torch
 from torch.utils._pytree import tree_leaves
 
-from torchlens_viz.models.operations import Following
+from torchlens_viz.models.watching import Following
 
 # How a tensor is known again: not as an object, of which autograd makes new ones, but by its place in memory.
 _Key: TypeAlias = tuple[int | tuple[int, int], tuple[int, ...], tuple[int, ...]]

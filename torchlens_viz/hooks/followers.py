@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from torchlens_viz.hooks.axes import key_of, operation
-from torchlens_viz.models.operations import Following
+from torchlens_viz.models.watching import Following
 from torchlens_viz.stats.channels import ChannelStats
 
 Follower: TypeAlias = Literal["", "normalisation", "activation", "output"]

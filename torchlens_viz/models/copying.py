@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.models.keeping import same_random_numbers
-from torchlens_viz.models.operations import Parting
 from torchlens_viz.models.state import set_eval
+from torchlens_viz.models.watching import Parting
 
 # Where a module keeps what runs with it, forward and backward.
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

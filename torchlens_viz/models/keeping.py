@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from torchlens_viz.models.operations import Restoring, address_of
+from torchlens_viz.models.watching import Restoring, address_of
 
 _GENERATORS: Final = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 _CONTAINERS: Final = (list, set, dict, OrderedDict, defaultdict, Counter)
