@@ -193,14 +193,24 @@ def mixes_layouts(model: nn.Module) -> bool:
     """Tell whether a model has parts that count channels in the last dimension of what has positions.
 
     Normalisation, attention and recurrence over the last dimension say so, and so do dense layers, but for
-    those of a classifier, of which it is certain that they take (N, C).
+    those of a classifier, of which it is certain that they take (N, C). Matrices that are no layer's of
+    torch may be multiplied with anything.
     """
     return _has_dense_maps(model) or any(
-        isinstance(module, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding | nn.RNNBase)
+        _has_matrices(module)
+        or isinstance(module, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding | nn.RNNBase)
         or "Permute" in type(module).__name__
         or "RMSNorm" in type(module).__name__
         for module in model.modules()
     )
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Tell whether a module that somebody wrote has weights of its own with two dimensions or more."""
+    if type(module).__module__.startswith("torch.nn."):
+        return False
+    parameters = [each for each in module._parameters.values() if each is not None]
+    return any(sum(size > 1 for size in each.shape) > 1 for each in parameters)
 
 
 def _has_dense_maps(model: nn.Module) -> bool:
