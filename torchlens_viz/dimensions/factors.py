@@ -53,6 +53,12 @@ def channel_dim(dims: Dims) -> int | None:
     return found[0] if len(found) == 1 else None
 
 
+def input_dim(dims: Dims) -> int | None:
+    """Return the dimension that counts inputs and nothing else; None where there is not one."""
+    found = [place for place, dim in enumerate(dims) if kind_of(dim) == INPUT]
+    return found[0] if len(found) == 1 else None
+
+
 def unknown(shape: Shape) -> Dims:
     """Return the dimensions of what has no channels that anybody knows of."""
     return tuple(_dim(size, PLACE) for size in shape)

@@ -77,6 +77,7 @@ def followed(name: str, called: Called, known: Sequence[Known], now: int) -> See
         now: The number of the operation.
     """
     args, made = called.args, called.made
+    name = name if name == "index_copy" else name.removesuffix("_copy")  # views, where these are copied
     said = [each for each in known if not each.seen.is_assumed] or list(known)
     if name in _SOURCES:
         return _from_source(name, called, said, now)
@@ -108,7 +109,10 @@ def followed(name: str, called: Called, known: Sequence[Known], now: int) -> See
     rule = _RULES.get(name)
     if rule is not None:
         best = next((each for each in said if each.tensor is first), best)
-        dims = rule(called, best.seen.dims)
+        try:
+            dims = rule(called, best.seen.dims)
+        except (LookupError, TypeError, ValueError):  # another overload: no reason to stop the network
+            dims = None
     else:
         others = [each.seen.dims for each in said if each is not best]
         dims = _by_dim(called, best.seen.dims) or broadcast(best.seen.dims, made, others)

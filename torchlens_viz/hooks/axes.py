@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
-from torchlens_viz.dimensions.factors import channel_dim, laid_out
+from torchlens_viz.dimensions.factors import channel_dim, input_dim, laid_out
 from torchlens_viz.dimensions.operations import SOURCES, Called, Known, Seen, followed
 
 # How a tensor is known again: not as an object, of which autograd makes new ones, but by its place in memory.
@@ -71,6 +71,11 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
         seen = self._seen(tensor)
         return None if seen is None else channel_dim(seen.dims)
 
+    def inputs_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the dimension of a tensor that counts inputs; None where that is not known any more."""
+        seen = self._seen(tensor) if self._is_on else None
+        return None if seen is None else input_dim(seen.dims)
+
     def is_untouched(self, tensor: torch.Tensor) -> bool:
         """Tell whether nothing that may have channels led to a tensor, as to what a network takes."""
         key = key_of(tensor)
@@ -82,7 +87,7 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if not self._is_on:
             return func(*args, **kwargs)
-        name = operation(func).removesuffix("_copy")
+        name = operation(func)
         if name not in SOURCES and _is_made_of_others(func):  # in inference mode; otherwise autograd does it
             with self:
                 return func.decompose(*args, **kwargs)
