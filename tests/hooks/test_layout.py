@@ -44,6 +44,14 @@ FOLLOWED = [
     (lambda x: x.mean((2, 3), keepdim=True), 1),
     (lambda x: x.permute(0, 2, 3, 1).amax(1), 2),
     (lambda x: F.adaptive_avg_pool2d(x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), 1), 1),
+    (lambda x: F.adaptive_avg_pool2d(x.to(memory_format=torch.channels_last), 1), 1),
+    (lambda x: F.layer_norm(x.flatten(2).mT.unflatten(2, (2, 3)).transpose(1, 2), (3,)), 3),  # of each head
+    (lambda x: F.instance_norm(x.expand(2, -1, -1, -1)), 1),
+    (lambda x: x.reshape(6, 1, 4, 5).reshape(1, 6, 4, 5), 1),  # each channel for itself, and back
+    (lambda x: F.linear(x, torch.ones(7, 5), torch.ones(7)), 1),  # mixes columns, and no channels
+    (lambda x: torch.ones(3, 4) @ x, 1),
+    (lambda x: F.pixel_unshuffle(x[..., :4], 2), 1),
+    (lambda x: x.transpose(1, 2).flatten(2), 2),  # channels and columns, for each row
     (lambda x: torch.cat([x, x * 2], 1), 1),
     (lambda x: torch.cat([x, x], 3), 1),
     (lambda x: x[:, :, 1:], 1),
@@ -74,6 +82,8 @@ LOST = [
     lambda x: x.reshape(1, 8, 3, 5),  # channels and rows are mixed
     lambda x: x.view(1, 2, 3, 4, 5),  # there are two dimensions of channels
     lambda x: x.flatten(1).view(1, 5, 24),
+    lambda x: x.reshape(6, 1, 4, 5),  # channels and inputs
+    lambda x: x.diagonal(dim1=1, dim2=2),
     lambda x: x.sum(1),
     lambda x: x.flatten(2).mT @ x.flatten(2),  # queries times keys: a number for each two places
     lambda x: (x.flatten(2).mT @ x.flatten(2)).softmax(-1),

@@ -135,7 +135,8 @@ def _from_source(name: str, called: Called, said: Sequence[Known], now: int) -> 
         return Seen(unknown(made), now, is_assumed=False)
     if before is None or len(before.dims) != len(made):
         return Seen(laid_out(made, channel), now, is_assumed=False)
-    if name in _NORMS and kind_of(before.dims[channel]) >= CHANNEL:
+    others = (*before.dims[:channel], *before.dims[channel + 1 :])
+    if name in _NORMS and kind_of(before.dims[channel]) >= CHANNEL and CHANNEL not in map(kind_of, others):
         return before._replace(is_assumed=False)
     return Seen(laid_out(made, channel, before.dims), now, is_assumed=False)
 
@@ -197,6 +198,10 @@ def _indexed(called: Called, dims: Dims) -> Dims | None:
         places |= set() if index is None else set(range(at, at + covers))
         at += covers
     return indexed(dims, places, called.made) if at <= len(dims) else None
+
+
+def _strided(called: Called, dims: Dims) -> Dims | None:
+    return dims if sizes_of(dims) == called.made else None  # pooling gives itself strides
 
 
 def _nobody_knows(called: Called, dims: Dims) -> None:
@@ -264,6 +269,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "mv": lambda called, dims: dims[:-1],
     "view_as_real": lambda called, dims: inserted(dims, len(dims), 2),
     "view_as_complex": lambda called, dims: dims[:-1],
-    **dict.fromkeys(("as_strided", "_cdist_forward", "_euclidean_dist", "diagonal"), _nobody_knows),
+    "as_strided": _strided,
+    **dict.fromkeys(("_cdist_forward", "_euclidean_dist", "diagonal"), _nobody_knows),
 }
 SOURCES: Final = frozenset(_SOURCES)
