@@ -50,6 +50,8 @@ FOLLOWED = [
     (lambda x: x.reshape(6, 1, 4, 5).reshape(1, 6, 4, 5), 1),  # each channel for itself, and back
     (lambda x: F.linear(x, torch.ones(7, 5), torch.ones(7)), 1),  # mixes columns, and no channels
     (lambda x: torch.ones(3, 4) @ x, 1),
+    (lambda x: F.unfold(x, 2), 1),
+    (lambda x: F.unfold(x.transpose(0, 1), 2), 0),
     (lambda x: F.pixel_unshuffle(x[..., :4], 2), 1),
     (lambda x: x.transpose(1, 2).flatten(2), 2),  # channels and columns, for each row
     (lambda x: torch.cat([x, x * 2], 1), 1),

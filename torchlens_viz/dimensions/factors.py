@@ -113,6 +113,13 @@ def inserted(dims: Dims, place: int, size: int) -> Dims:
     return (*dims[:place], _dim(size, PLACE), *dims[place:])
 
 
+def unfolded(dims: Dims, made: Shape) -> Dims:
+    """Return the dimensions of windows over the last two: their places beside channels, then one each."""
+    *around, channels, rows, columns = dims
+    inside = _dim(made[-2] // max(size_of(channels), 1), PLACE)
+    return (*around, (*channels, *inside), _dim(made[-1], kind_of((*rows, *columns)) or PLACE))
+
+
 def repeated(dims: Dims, times: Sequence[int]) -> Dims:
     """Return the dimensions of what was repeated along each, and along new ones in front."""
     aligned = (*([()] * (len(times) - len(dims))), *dims)

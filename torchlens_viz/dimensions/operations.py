@@ -24,6 +24,7 @@ from torchlens_viz.dimensions.factors import (
     reshaped,
     resized,
     sizes_of,
+    unfolded,
     unknown,
 )
 
@@ -252,7 +253,6 @@ _SOURCES: Final[dict[str, Callable[[Called], int]]] = {
     **dict.fromkeys(_OVER_INPUTS, _second),
     **dict.fromkeys(_DENSE, _last),
     **dict.fromkeys(_OVER_CHANNELS, _before_normalised),
-    "im2col": lambda called: len(called.made) - 2,
     "col2im": lambda called: len(called.made) - 3,
 }
 # Products of matrices, and which argument is the first of the two.
@@ -270,6 +270,7 @@ _RULES: Final[dict[str, _Rule]] = {
     "view_as_real": lambda called, dims: inserted(dims, len(dims), 2),
     "view_as_complex": lambda called, dims: dims[:-1],
     "as_strided": _strided,
+    "im2col": lambda called, dims: unfolded(dims, called.made),
     **dict.fromkeys(("_cdist_forward", "_euclidean_dist", "diagonal"), _nobody_knows),
 }
 SOURCES: Final = frozenset(_SOURCES)
