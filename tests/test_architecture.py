@@ -17,6 +17,7 @@ PACKAGE = Path(torchlens_viz.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "nested": set(),
+    "dimensions": set(),
     "notebook": set(),
     "arguments": {"errors"},
     "progress": {"errors", "arguments"},
@@ -27,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"errors", "nested", "arguments", "files"},
     "zoo": {"errors", "arguments", "files", "models"},
     "draw": {"errors", "arguments"},
-    "hooks": {"errors", "nested", "notebook", "arguments", "files", "stats", "models", "draw"},
+    "hooks": {"errors", "nested", "dimensions", "notebook", "arguments", "files", "stats", "models", "draw"},
     "receptive": {"errors", "nested", "arguments", "models", "hooks"},
     "overview": {"errors", "nested", "models", "hooks", "receptive"},
     "backprop": {"errors", "nested", "arguments", "models", "hooks"},

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.nets import quiet
-from torchlens_viz import Survey, survey
+from torchlens_viz import Survey, capture, survey
 from torchlens_viz.errors import InvalidArgumentError
 
 # A convolution, and the shape of what it takes.
@@ -209,3 +209,50 @@ def test_inputs_are_made_of_pictures_by_a_preprocessing_that_makes_clips():
     sample = int(found.top["0"].samples[0, 0])
     seen = torch.from_numpy(np.array(pictures[sample])).movedim(2, 0)[:, rows, columns] / 255
     torch.testing.assert_close(patch.pixels, seen[:, None].expand(-1, 3, -1, -1), rtol=0, atol=1e-5)
+
+
+class SequenceFirst(nn.Module):
+    """Tokens (L, N, C), as `batch_first=False` has them."""
+
+    def __init__(self, *, need_weights=False):
+        super().__init__()
+        self.stem, self.need_weights = nn.Conv2d(3, 8, 4, 4), need_weights
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.norm, self.act, self.head = nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).permute(2, 0, 1)
+        x = self.norm(x + self.attention(x, x, x, need_weights=self.need_weights)[0])
+        return self.head(self.act(x).mean(0))
+
+
+@pytest.mark.parametrize("layer", ["attention", "norm", "act"])
+@pytest.mark.parametrize(
+    "batch", [5, 6]
+)  # with as many inputs as there are tokens nothing else tells them apart
+def test_inputs_that_are_counted_by_the_second_dimension_are_known(layer, batch):
+    torch.manual_seed(0)
+    net, images = SequenceFirst().eval(), torch.rand(12, 3, 8, 12)
+    found = survey(net, images.split(batch), layer, top_k=3, target=lambda output, _: output[:, 1], **quiet)
+    with torch.no_grad(), capture(net, layer) as acts:
+        net(images)
+    values = acts[layer][0] if layer == "attention" else acts[layer]  # (6, 12, 8)
+    best = values.amax(0).topk(3, dim=0)
+    assert found.top[layer].samples.equal(best.indices.T)
+    places = [
+        [values[:, sample, channel].argmax() for sample in row] for channel, row in enumerate(best.indices.T)
+    ]
+    assert found.top[layer].positions[..., 1].tolist() == [[int(place) for place in row] for row in places]
+    torch.testing.assert_close(found.stats[layer].mean, values.double().mean((0, 1)), rtol=1e-5, atol=1e-7)
+    rows = found.top_by_relevance[layer]
+    if layer == "act":  # (mean over tokens) @ head: the gradient is known
+        expected = (values.mean(0) * net.head.weight[1]).topk(3, dim=0)
+        assert rows.samples.equal(expected.indices.T)
+        torch.testing.assert_close(rows.values, expected.values.T, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_that_puts_out_its_weights_says_what_to_do():
+    with pytest.raises(
+        InvalidArgumentError, match=r"one tensor, got several in one call.*`need_weights=False`"
+    ):
+        survey(SequenceFirst(need_weights=True), [torch.rand(5, 3, 8, 12)], "attention", **quiet)

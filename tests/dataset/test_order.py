@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tests.nets import quiet
 from torchlens_viz import survey
-from torchlens_viz.dataset.order import batch_sizes, loader_within
+from torchlens_viz.dataset.order import batch_sizes, loader_within, order_within_batches_watched
 from torchlens_viz.errors import InvalidArgumentError
 
 PLANTED = torch.zeros(10, 1, 4, 4)
@@ -209,6 +209,151 @@ def test_a_collate_function_that_drops_items_is_refused_and_indices_make_it_righ
     assert found.top["0"].samples[0].tolist() == [9, 8, 7, 6, 5, 3, 2, 0]
     patches = found.patches("0", 0, PLANTED)
     assert [float(patch.values.max()) for patch in patches] == found.top["0"].values[0].tolist()
+
+
+SIGNALS = [torch.cat([torch.zeros(1), PLANTED[index].flatten()[: 3 + 7 * index % 11]]) for index in range(10)]
+for index, signal in enumerate(SIGNALS):
+    signal[0] = index + 1.0
+
+
+class Pairs(Dataset):
+    """Rows of a tensor, or signals of many lengths, with labels."""
+
+    def __init__(self, values, labels=None):
+        self.values, self.labels = values, list(range(len(values))) if labels is None else labels
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, index):
+        return self.values[index], self.labels[index]
+
+
+def by_length(rows):
+    rows.sort(key=lambda row: -len(row[0]))  # in place, as packed sequences want it
+    padded = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)
+    return padded[:, None], torch.tensor([row[1] for row in rows])
+
+
+def by_label(rows):
+    return default_collate(sorted(rows, key=lambda row: -row[1]))
+
+
+def turned(rows):
+    return {"images": torch.stack([row[0] for row in rows]).flip(0)}
+
+
+def shuffled(rows):
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(len(rows))).tolist()
+    return default_collate([rows[place] for place in order])
+
+
+def normalised_and_turned(rows):
+    images, labels = default_collate(rows[::-1])
+    return (images - 0.5) / 0.25, labels
+
+
+def itself(loader):
+    return loader
+
+
+TURNED = [by_label, turned, shuffled, normalised_and_turned]
+
+
+@pytest.mark.parametrize(
+    ("collate", "wrap", "workers"),
+    [
+        *((collate, wrap, 0) for collate in TURNED for wrap in (itself, Prefetching, iter)),
+        (by_label, Prefetching, 2),
+    ],
+)
+def test_a_collate_function_that_changes_the_order_is_refused(same_as_it_is, collate, wrap, workers):
+    loader = DataLoader(Pairs(PLANTED), batch_size=5, collate_fn=collate, num_workers=workers)
+    with pytest.raises(
+        InvalidArgumentError, match=r"^`loader` must keep the order of .*`indices`, a function"
+    ):
+        survey(same_as_it_is, wrap(loader), "0", **quiet)
+    assert loader.collate_fn is collate
+
+
+def test_a_collate_function_that_sorts_by_length_is_refused_and_indices_make_it_right():
+    net = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False))
+    nn.init.ones_(net[0].weight)
+    loader = DataLoader(Pairs(SIGNALS), batch_size=5, collate_fn=by_length)
+    for indices in (None, range(10)):
+        with pytest.raises(
+            InvalidArgumentError, match="`loader` must keep the order of the items in a batch"
+        ):
+            survey(net, loader, "0", indices=indices, **quiet)
+    found = survey(net, loader, "0", top_k=10, indices=lambda batch: batch[1], **quiet)
+    assert found.top["0"].samples[0].tolist() == list(range(9, -1, -1))
+
+
+def dropped_and_turned(rows):
+    return default_collate([row for row in rows[::-1] if row[1] % 2])
+
+
+def test_a_collate_function_that_drops_items_and_turns_the_others_is_refused(same_as_it_is):
+    loader = DataLoader(Pairs(PLANTED), batch_size=5, collate_fn=dropped_and_turned)
+    with pytest.raises(InvalidArgumentError, match="got a batch of 2 where 5 were named"):
+        survey(same_as_it_is, loader, "0", **quiet)
+
+
+def normalised(rows):
+    images, labels = default_collate(rows)
+    return (images - 0.5) / 0.25, labels
+
+
+def mixed_up(rows):
+    images, labels = default_collate(rows)
+    return 0.9 * images + 0.1 * images.flip(0), labels, labels.flip(0)
+
+
+def padded(rows):
+    return nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True)[:, None]
+
+
+def as_a_list(rows):
+    return [row[0] for row in rows], [row[1] for row in rows[::-1]]
+
+
+def other_labels(rows):
+    return torch.stack([row[0] for row in rows]), torch.tensor([row[1] for row in rows[::-1]])
+
+
+@pytest.mark.parametrize("collate", [readable, normalised, mixed_up, as_a_list, other_labels])
+@pytest.mark.parametrize(
+    "values", [PLANTED, PLANTED[[0, 0, 1, 1, 1, 1, 2, 2, 9, 9]], torch.ones(10, 1, 4, 4)]
+)
+def test_a_collate_function_that_keeps_the_order_is_taken(same_as_it_is, collate, values):
+    loader = DataLoader(Pairs(values, [1, 0, 1, 1, 0] * 2), batch_size=5, collate_fn=collate)
+    images = (lambda batch: torch.stack(batch[0])) if collate is as_a_list else None
+    found = survey(same_as_it_is, loader, "0", top_k=1, input_of=images, **quiet)
+    assert found.top["0"].samples[0].tolist() == [int(values.flatten(1).amax(1).argmax())]
+
+
+def test_signals_that_are_padded_in_their_order_are_taken():
+    net = nn.Sequential(nn.Conv1d(1, 1, 1, bias=False))
+    nn.init.ones_(net[0].weight)
+    found = survey(net, DataLoader(Pairs(SIGNALS), batch_size=5, collate_fn=padded), "0", top_k=3, **quiet)
+    assert found.top["0"].samples[0].tolist() == [9, 8, 7]
+
+
+def test_workers_that_stay_are_left_alone(same_as_it_is):
+    loader = DataLoader(
+        Pairs(PLANTED), batch_size=5, collate_fn=turned, num_workers=1, persistent_workers=True
+    )
+    survey(same_as_it_is, loader, "0", **quiet)
+    assert [batch["images"][0, 0, 0, 0].item() for batch in loader] == [5, 10]
+
+
+def test_the_default_collate_function_is_not_watched():
+    loader = DataLoader(Pairs(PLANTED), batch_size=5)
+    with order_within_batches_watched(loader):
+        assert loader.collate_fn is default_collate
+    loader = DataLoader(Pairs(PLANTED), batch_size=5, collate_fn=shuffled)
+    with order_within_batches_watched(loader):
+        assert loader.collate_fn is not shuffled
 
 
 def test_a_collate_function_that_makes_two_of_one_is_refused(same_as_it_is):

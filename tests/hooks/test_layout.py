@@ -44,6 +44,16 @@ FOLLOWED = [
     (lambda x: x.mean((2, 3), keepdim=True), 1),
     (lambda x: x.permute(0, 2, 3, 1).amax(1), 2),
     (lambda x: F.adaptive_avg_pool2d(x.permute(0, 2, 3, 1).permute(0, 3, 1, 2), 1), 1),
+    (lambda x: F.adaptive_avg_pool2d(x.to(memory_format=torch.channels_last), 1), 1),
+    (lambda x: F.layer_norm(x.flatten(2).mT.unflatten(2, (2, 3)).transpose(1, 2), (3,)), 3),  # of each head
+    (lambda x: F.instance_norm(x.expand(2, -1, -1, -1)), 1),
+    (lambda x: x.reshape(6, 1, 4, 5).reshape(1, 6, 4, 5), 1),  # each channel for itself, and back
+    (lambda x: F.linear(x, torch.ones(7, 5), torch.ones(7)), 1),  # mixes columns, and no channels
+    (lambda x: torch.ones(3, 4) @ x, 1),
+    (lambda x: F.unfold(x, 2), 1),
+    (lambda x: F.unfold(x.transpose(0, 1), 2), 0),
+    (lambda x: F.pixel_unshuffle(x[..., :4], 2), 1),
+    (lambda x: x.transpose(1, 2).flatten(2), 2),  # channels and columns, for each row
     (lambda x: torch.cat([x, x * 2], 1), 1),
     (lambda x: torch.cat([x, x], 3), 1),
     (lambda x: x[:, :, 1:], 1),
@@ -61,7 +71,7 @@ FOLLOWED = [
     (lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (6,)), 3),
     (lambda x: F.layer_norm(x, (6, 4, 5)), 1),
     (lambda x: F.linear(x.permute(0, 2, 3, 1), torch.ones(7, 6)), 3),
-    (lambda x: F.linear(x, torch.ones(7, 5)), 3),
+    (lambda x: F.linear(x, torch.ones(7, 5)), 1),
     (lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.ones(3, 4, 1, 1)), 1),
     (lambda x: F.batch_norm(x.permute(0, 2, 1, 3), torch.zeros(4), torch.ones(4)), 1),
     (lambda x: F.scaled_dot_product_attention(*[x.flatten(2).mT[:, None]] * 3)[:, 0], 2),
@@ -71,9 +81,11 @@ FOLLOWED = [
     (lambda x: F.conv1d(x.flatten(2).mT, torch.ones(20, 20, 1)) + x.flatten(2).mT, 2),
 ]
 LOST = [
-    lambda x: x.reshape(1, 12, 2, 5),  # channels and rows are mixed
+    lambda x: x.reshape(1, 8, 3, 5),  # channels and rows are mixed
     lambda x: x.view(1, 2, 3, 4, 5),  # there are two dimensions of channels
-    lambda x: x.flatten(1).view(1, 12, 10),
+    lambda x: x.flatten(1).view(1, 5, 24),
+    lambda x: x.reshape(6, 1, 4, 5),  # channels and inputs
+    lambda x: x.diagonal(dim1=1, dim2=2),
     lambda x: x.sum(1),
     lambda x: x.flatten(2).mT @ x.flatten(2),  # queries times keys: a number for each two places
     lambda x: (x.flatten(2).mT @ x.flatten(2)).softmax(-1),
@@ -236,14 +248,14 @@ def test_a_doubtful_tensor_says_what_was_drawn_of_it(tmp_path):
     with torch.no_grad(), capture(net, ["1", "1"]) as acts:
         net(image)
     plain = {"upscale": 1, "padding": 0, "nrow": 1}
-    said = r"nothing tells which dimension of what `1`.*\(1, 12, 2, 5\)\): the second one is drawn"
+    said = r"nothing tells which dimension of what `1`.*\(1, 8, 3, 5\)\): the second one is drawn"
     with pytest.warns(UserWarning, match=said):
-        assert feature_grid(acts["1"], **plain).size == (5, 12 * 2)
+        assert feature_grid(acts["1"], **plain).size == (5, 8 * 3)
     with pytest.warns(UserWarning, match=said):
         save_feature_maps(acts, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert feature_grid(acts["1"], channel_dim=-1, **plain).size == (2, 5 * 12)
+        assert feature_grid(acts["1"], channel_dim=-1, **plain).size == (3, 5 * 8)
 
 
 class Mixed(nn.Module):
@@ -354,8 +366,8 @@ def test_what_nothing_tells_is_said_and_can_be_told():
         lambda **told: survey(net, [image], "1", progress=False, **told).stats["1"].channels,
         lambda **told: maximize(net, "1", [0], size=(4, 5), steps=1, **told).means.shape[1],
     ):
-        with pytest.warns(UserWarning, match=r"nothing tells which dimension of what `1`.*\(1, 12, 2, 5\)"):
-            assert run() == 12
+        with pytest.warns(UserWarning, match=r"nothing tells which dimension of what `1`.*\(1, 8, 3, 5\)"):
+            assert run() == 8
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert run(channel_dim=-1) == 5

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import nullcontext
+from itertools import chain, islice
+from traceback import clear_frames
 from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
@@ -12,8 +14,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchlens_viz.arguments import check_dense, listed
 from torchlens_viz.dataset.order import (
     batch_sizes,
+    is_refusal_of_order,
     loader_within,
+    order_within_batches_watched,
     padding,
+    refusal_of_order,
     refuse_hidden_order,
     refuse_loss_of_order,
     refuse_unknown_order,
@@ -121,11 +126,20 @@ class Numbering:
             InvalidArgumentError: With the first of them a DataLoader has come to light whose order is not
                 known.
         """
-        batches = iter(loader)
-        for count, batch in enumerate(batches):
-            if count == 0 and self._is_open:
+        watched = nullcontext() if self._function is not None else order_within_batches_watched(loader)
+        try:
+            with watched:  # with the first batch those who collate the others have been told
+                batches = iter(loader)
+                running = (batch for batch in batches)  # asked for once: some begin anew when asked again
+                first = list(islice(running, 1))
+            if first and self._is_open:
                 refuse_hidden_order(batches)
-            yield batch
+            yield from chain(first, running)
+        except InvalidArgumentError as error:
+            if not is_refusal_of_order(error):
+                raise
+            clear_frames(error.__traceback__)  # or else workers stop where garbage is collected, slowly
+            raise refusal_of_order() from None
 
     def read(self, batch: Any) -> Batch:
         """Return the next batch with the index of every input; padding is left out.

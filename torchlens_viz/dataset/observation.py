@@ -210,8 +210,9 @@ class Observation:
         if rows.ndim < 2 or len(rows) != self._inputs or channel_dim % rows.ndim == 0:
             raise InvalidArgumentError(
                 f"it must put out one row per input, got shape {tuple(values.shape)} for {self._inputs} "
-                f"inputs with `channel_dim` {channel_dim}; choose another layer, or pass `top_k=0` and no "
-                "`loss`, `by_class` or `encoder` for statistics alone"
+                f"inputs with `channel_dim` {channel_dim}; choose a layer before inputs are folded into "
+                "another dimension, or behind that, or pass `top_k=0` and no `loss`, `by_class` or `encoder` "
+                "for statistics alone"
             )
         return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice, repeat
 from types import CellType, FunctionType, GeneratorType, MethodType
@@ -12,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,6 +24,8 @@ from torch.utils.data import (
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
+    default_collate,
+    default_convert,
 )
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
@@ -33,6 +37,12 @@ _DEPTH: Final = 8  # how far to look for a DataLoader inside of something else
 _MOST: Final = 1000  # and at how many objects
 _CONTAINERS: Final = (list, tuple, Mapping)
 _LINKS: Final = (FunctionType, MethodType, CellType, partial)
+_PROBED: Final = 1024  # so many values of an item are compared with those in the batch
+_DISTINCT: Final = 3  # so many different items tell that they were put into another order
+_REORDERED: Final = (
+    "`loader` must keep the order of the items in a batch, got one whose `collate_fn` changes it, so that "
+    "which is which is lost; leave that out, or pass `indices`, a function of a batch"
+)
 _SHUFFLING: Final = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -219,3 +229,121 @@ def inputs_in(loader: Any) -> int | None:
         return len(loader.dataset if sampler is None else sampler)
     except (AttributeError, TypeError):
         return None
+
+
+@contextmanager
+def order_within_batches_watched(loader: Any) -> Iterator[None]:
+    """Let a loader that starts within the block refuse what it collates in another order than it was read.
+
+    That is seen where a function of the caller's keeps the values of items. Workers that stay from one pass
+    to the next would go on with it, and are left alone.
+    """
+    found = loader_within(loader)
+    holder = found if isinstance(found, DataLoader) else getattr(found, "_dataset_fetcher", None)
+    collate = getattr(holder, "collate_fn", None)
+    is_single = getattr(found, "batch_sampler", getattr(found, "_auto_collation", None)) in (None, False)
+    is_kept = getattr(found, "persistent_workers", False)
+    if collate in (None, default_collate, default_convert) or is_single or is_kept:
+        yield
+        return
+    holder.collate_fn = _InOrder(collate)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if holder is found:  # else a running iterator, which goes on with it
+            holder.collate_fn = collate
+
+
+def is_refusal_of_order(error: InvalidArgumentError) -> bool:
+    """Tell whether that is the error of below, also where a worker put it among the lines of a traceback."""
+    return _REORDERED in str(error)
+
+
+def refusal_of_order() -> InvalidArgumentError:
+    """Return the error for a loader that collates in another order."""
+    return InvalidArgumentError(_REORDERED)
+
+
+class _InOrder:
+    """Collates items as another function does, and refuses what it puts into another order."""
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        given = list(items)  # it may sort the list itself
+        batch = self._collate(items)
+        if are_reordered(given, batch):
+            raise refusal_of_order()
+        return batch
+
+
+def are_reordered(items: Sequence[Any], batch: Any) -> bool:
+    """Tell whether a batch holds items in another order, by the largest part that has their values."""
+    parts = [[value for each in tree_leaves(item) for value in _as_tensors(each)] for item in items]
+    if len({len(each) for each in parts}) != 1:
+        return False
+    said: dict[int, set[bool]] = {}
+    for rows in _columns(batch, len(items)):
+        for part in zip(*parts, strict=True):
+            order = _order_of(part, rows) if rows[0].ndim == part[0].ndim else None
+            if order is not None:
+                size = sum(each.numel() for each in part)
+                said.setdefault(size, set()).add(order == list(range(len(items))))
+    return bool(said) and True not in said[max(said)]
+
+
+def _columns(batch: Any, count: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Yield all in a batch that has a row for each of so many items."""
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        yield from (each.unbind() for each in _as_tensors(batch) if each.ndim and len(each) == count)
+    elif isinstance(batch, Mapping | list | tuple):
+        parts = list(batch.values() if isinstance(batch, Mapping) else batch)
+        rows = [value for each in parts for value in _as_tensors(each)]
+        if len(rows) == len(parts) == count:
+            yield rows
+        for each in parts:
+            yield from _columns(each, count)
+
+
+def _order_of(items: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> list[int] | None:
+    """Return which item each row holds; None where rows are no items, or too many of these are alike."""
+    different: list[torch.Tensor] = []
+    least = _DISTINCT if items[0].numel() == 1 else min(_DISTINCT, len(items))
+    for item in items:
+        if len(different) < least and not any(_holds(each, item) for each in different):
+            different.append(item)
+    if len(different) < least:
+        return None
+    if all(map(_holds, rows, items)):
+        return list(range(len(items)))
+    left, order = dict(enumerate(items)), list[int]()
+    for row in rows:
+        order += [next((place for place, item in left.items() if _holds(row, item)), -1)]
+        if left.pop(order[-1], None) is None:
+            return None
+    return order
+
+
+def _holds(row: torch.Tensor, item: torch.Tensor) -> bool:
+    """Tell whether a row is an item, or one that was padded at its end with the same value throughout."""
+    if row.ndim != item.ndim or any(map(int.__lt__, row.shape, item.shape)):
+        return False
+    for dim, (size, least) in enumerate(zip(row.shape, item.shape, strict=True)):
+        if size > least:
+            rest = row.narrow(dim, least, size - least)
+            if rest.numel() and bool((rest != rest.flatten()[0]).any()):
+                return False
+            row = row.narrow(dim, 0, least)
+    step = max(1, item.numel() // _PROBED)
+    probed, expected = row.reshape(-1)[::step], item.reshape(-1)[::step]
+    return torch.equal(probed, expected.to(probed.dtype))
+
+
+def _as_tensors(value: Any) -> list[torch.Tensor]:
+    """Return what holds plain numbers as a tensor on the CPU, as the only one in a list."""
+    try:
+        found = [torch.as_tensor(value)] if isinstance(value, torch.Tensor | np.ndarray | int | float) else []
+    except (TypeError, ValueError, RuntimeError):
+        return []
+    return [each.detach() for each in found if each.layout == torch.strided and each.device.type == "cpu"]

@@ -21,7 +21,7 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.followers import Followers
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
-from torchlens_viz.hooks.layout import Layout
+from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.layers import Layer, unwrap
 from torchlens_viz.models.state import complete_call, inference
@@ -66,7 +66,7 @@ class Pass:
         self._gradients = gradients
         self._model = model if gradients is None else gradients.model
         self._layers = tuple(layers) if gradients is None else gradients.within(tuple(layers))
-        self._layout = Layout(self._layers, channel_dim)
+        self._layout = Layout(self._layers, channel_dim, finds_inputs=mixes_layouts(self._model))
         self._watch = _Watch(self._layout, gradients)
         self._watching: Callable[[], AbstractContextManager[None]] = nullcontext  # of the first batch's pass
         self.progress = Progress(tallies=dict.fromkeys((layer.name for layer in layers), empty))
@@ -231,7 +231,7 @@ class _Watch(Sink[None]):
         self.followers = Followers()
         self._seen: dict[str, Observation] = {}
         self._calls = Counter[str]()
-        self._dims: dict[str, int] = {}
+        self._dims: dict[str, tuple[int, int]] = {}  # of inputs, and of channels
         self._aliases: dict[str, str] = {}
 
     def begin(self, batch: dict[str, Observation]) -> None:
@@ -248,10 +248,7 @@ class _Watch(Sink[None]):
         """
         for name, calls in self._calls.items():
             if self._seen[name].calls != calls:
-                raise InvalidArgumentError(
-                    f"`{name}` cannot be surveyed: it must put out one tensor, got "
-                    f"{self._seen[name].calls} in {calls} calls; choose a layer inside it"
-                )
+                raise _no_one_tensor(name, f"{self._seen[name].calls} in {calls} calls")
         found = {name: seen.finish(told) for name, seen in self._seen.items() if name not in self._aliases}
         return {name: found[self._aliases.get(name, name)] for name in self._seen}
 
@@ -266,16 +263,20 @@ class _Watch(Sink[None]):
     def keep(self, tensor: torch.Tensor | torch.fx.Proxy, layer: str) -> torch.Tensor | Taken | None:
         """Take in what a layer put out; of it is kept what a gradient of it takes, if any."""
         given, seen = real_tensor(tensor, layer), self._seen[layer]
+        if seen.calls > self._calls[layer]:
+            raise _no_one_tensor(layer, "several in one call")
         values = given.detach()
         dim = self._layout.found(values, layer)
         if dim is None:
             dim = self._layout.channel_dim(values, layer) if seen.channel_dim is None else seen.channel_dim
-        self._dims[layer] = dim
+        inputs = self._layout.input_dim(values, layer)
+        self._dims[layer] = inputs, dim
+        values, dim = _inputs_first(values, inputs, dim)
         if self._gradients is not None:
             with self.followers.unseen():
                 seen.see(values, dim)
                 return self._gradients.take(given, layer)
-        with self.followers.put_out(values, layer):
+        with self.followers.put_out(given, layer):
             seen.see(values, dim)
         return None
 
@@ -288,17 +289,34 @@ class _Watch(Sink[None]):
 
     def weigh(self, name: Name, call: Taken, gradient: torch.Tensor | None, is_only: bool) -> None:
         """Take in how much what one call of a layer put out mattered."""
-        seen, dim = self._seen[call.layer], self._dims[call.layer]
+        seen, (inputs, channels) = self._seen[call.layer], self._dims[call.layer]
+        values, dim = _inputs_first(call.values, inputs, channels)
+        if gradient is not None:
+            gradient, _ = _inputs_first(gradient, inputs, channels)
         if name == "loss":
-            seen.learn(call.values, gradient, dim)
+            seen.learn(values, gradient, dim)
         else:
-            seen.weigh(call.values, gradient, dim, is_only=is_only)
+            seen.weigh(values, gradient, dim, is_only=is_only)
 
     def record(self, names: Sequence[str], kept: Any) -> None:
         """Count a call, and note that what is known of one name is known of all."""
         first, *others = names
         self._calls[first] += 1
         self._aliases.update(dict.fromkeys(others, first))
+
+
+def _no_one_tensor(layer: str, got: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"`{layer}` cannot be surveyed: it must put out one tensor, got {got}; choose a layer inside "
+        "or behind it, and of attention ask for no weights, with `need_weights=False`"
+    )
+
+
+def _inputs_first(tensor: torch.Tensor, inputs: int, channels: int) -> tuple[torch.Tensor, int]:
+    """Return a tensor with the dimension of inputs as its first, and where its channels are then."""
+    if inputs == 0 or inputs == channels:
+        return tensor, channels
+    return tensor.movedim(inputs, 0), channels + (channels < inputs)
 
 
 def _refuse_repeated(tallies: Mapping[str, Tally]) -> None:

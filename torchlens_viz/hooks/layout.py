@@ -45,22 +45,26 @@ class Layout:
     Args:
         layers: The layers.
         told: The dimension of all of them, where the caller says it.
+        finds_inputs: Whether operations are to be followed for `input_dim` too.
 
     Raises:
         InvalidTypeError: `told` is no integer.
     """
 
-    def __init__(self, layers: Sequence[Layer], told: int | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], told: int | None = None, *, finds_inputs: bool = False
+    ) -> None:
         self._told = None if told is None else integer(told, "channel_dim")
         self._modules = {layer.name: layer.module for layer in layers}
         self._axes: ChannelAxes | None = None
         self._known: dict[tuple[str, int], int] = {}
         self._says = {name for name, module in self._modules.items() if _by_kind(module, 4) is not None}
-        self._is_open = self._modules.keys() - self._says
+        self._is_open = set(self._modules) if finds_inputs else self._modules.keys() - self._says
+        self._inputs: dict[tuple[str, int], int] = {}
 
     @property
     def must_follow(self) -> bool:
-        """Whether there are layers of which the kind does not say it."""
+        """Whether there is anything that the kind of a layer does not say."""
         return self._told is None and bool(self._is_open)
 
     def doubts(self, tensor: torch.Tensor, layer: str) -> bool:
@@ -129,6 +133,16 @@ class Layout:
             self._axes.stop()
         return known
 
+    def input_dim(self, tensor: torch.Tensor, layer: str) -> int:
+        """Return the dimension of a tensor, of a layer, that counts inputs: the first where none is known."""
+        found = None if self._axes is None else self._axes.inputs_of(tensor)
+        if found is None:
+            found = self._inputs.get((layer, tensor.ndim))
+        if found is None:
+            found = int(layer in self._says and tensor.ndim == 3 and _is_sequence_first(self._modules[layer]))
+        self._inputs[layer, tensor.ndim] = found
+        return found
+
 
 def told_dim(tensor: torch.Tensor, told: int, what: str) -> int:
     """Return a dimension that the caller named as an index from 0.
@@ -191,14 +205,24 @@ def mixes_layouts(model: nn.Module) -> bool:
     """Tell whether a model has parts that count channels in the last dimension of what has positions.
 
     Normalisation, attention and recurrence over the last dimension say so, and so do dense layers, but for
-    those of a classifier, of which it is certain that they take (N, C).
+    those of a classifier, of which it is certain that they take (N, C). Matrices that are no layer's of
+    torch may be multiplied with anything.
     """
     return _has_dense_maps(model) or any(
-        isinstance(module, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding | nn.RNNBase)
+        _has_matrices(module)
+        or isinstance(module, nn.LayerNorm | nn.MultiheadAttention | nn.Embedding | nn.RNNBase)
         or "Permute" in type(module).__name__
         or "RMSNorm" in type(module).__name__
         for module in model.modules()
     )
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    """Tell whether a module that somebody wrote has weights of its own with two dimensions or more."""
+    if type(module).__module__.startswith("torch.nn."):
+        return False
+    parameters = [each for each in module._parameters.values() if each is not None]
+    return any(sum(size > 1 for size in each.shape) > 1 for each in parameters)
 
 
 def _has_dense_maps(model: nn.Module) -> bool:
@@ -233,6 +257,13 @@ def _has_dense_maps(model: nn.Module) -> bool:
 def _pools_all(module: nn.Module) -> bool:
     size = getattr(module, "output_size", None)
     return "Adaptive" in type(module).__name__ and size is not None and {size} <= {1, (1,), (1, 1), (1, 1, 1)}
+
+
+def _is_sequence_first(module: nn.Module) -> bool:
+    """Tell whether a layer of torch's own puts out (L, N, C)."""
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        module = module.layers[0]
+    return not getattr(getattr(module, "self_attn", module), "batch_first", True)
 
 
 def has_signals(model: nn.Module) -> bool:
