@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from torchlens_viz.arguments import check_dense, listed
 from torchlens_viz.dataset.order import (
+    UnknownOrder,
     batch_sizes,
     is_refusal_of_order,
     loader_within,
@@ -28,7 +29,7 @@ from torchlens_viz.dataset.order import (
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.models.calls import ModelInputs, arguments_of, inputs_like
 from torchlens_viz.models.inputs import InputOf, images_in, input_of
-from torchlens_viz.nested import map_tensors
+from torchlens_viz.nested import map_tensors, tensors
 
 Indices: TypeAlias = Sequence[int] | torch.Tensor | Callable[[Any], Any] | None
 
@@ -235,6 +236,20 @@ class Numbering:
                 "and more inputs"
             )
         return samples
+
+
+def inputs_in(loader: Any) -> int | None:
+    """Return how many inputs a loader will yield, as far as can be told."""
+    loader = loader_within(loader)
+    sampler = sampler_of(loader)
+    if isinstance(sampler, UnknownOrder):
+        return None
+    try:
+        if isinstance(loader, list | tuple):
+            return sum(len(first) for batch in loader for first in islice(tensors(batch), 1))
+        return len(loader.dataset if sampler is None else sampler)
+    except (AttributeError, TypeError):
+        return None
 
 
 def _checked(indices: Any) -> torch.Tensor:

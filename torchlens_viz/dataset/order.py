@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice, repeat
+from math import prod
 from types import CellType, FunctionType, GeneratorType, MethodType
 from typing import Any, Final, NamedTuple
 
@@ -31,13 +32,13 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
-from torchlens_viz.nested import tensors
 
 _DEPTH: Final = 8  # how far to look for a DataLoader inside of something else
 _MOST: Final = 1000  # and at how many objects
 _CONTAINERS: Final = (list, tuple, Mapping)
 _LINKS: Final = (FunctionType, MethodType, CellType, partial)
-_PROBED: Final = 1024  # so many values of an item are compared with those in the batch
+_VALUES: Final = (torch.Tensor, np.ndarray, int, float)
+_PROBED: Final = 4096  # so many values of an item, or a few more, are compared with those in the batch
 _DISTINCT: Final = 3  # so many different items tell that they were put into another order
 _REORDERED: Final = (
     "`loader` must keep the order of the items in a batch, got one whose `collate_fn` changes it, so that "
@@ -217,26 +218,12 @@ def refuse_unknown_order(sampler: Any, *, shared: bool) -> None:
         )
 
 
-def inputs_in(loader: Any) -> int | None:
-    """Return how many inputs a loader will yield, as far as can be told."""
-    loader = loader_within(loader)
-    sampler = sampler_of(loader)
-    if isinstance(sampler, UnknownOrder):
-        return None
-    try:
-        if isinstance(loader, list | tuple):
-            return sum(len(first) for batch in loader for first in islice(tensors(batch), 1))
-        return len(loader.dataset if sampler is None else sampler)
-    except (AttributeError, TypeError):
-        return None
-
-
 @contextmanager
 def order_within_batches_watched(loader: Any) -> Iterator[None]:
     """Let a loader that starts within the block refuse what it collates in another order than it was read.
 
-    That is seen where a function of the caller's keeps the values of items. Workers that stay from one pass
-    to the next would go on with it, and are left alone.
+    That is seen where it keeps their values. Workers that stay for the next pass would go on with it, and are
+    left alone.
     """
     found = loader_within(loader)
     holder = found if isinstance(found, DataLoader) else getattr(found, "_dataset_fetcher", None)
@@ -255,7 +242,7 @@ def order_within_batches_watched(loader: Any) -> Iterator[None]:
 
 
 def is_refusal_of_order(error: InvalidArgumentError) -> bool:
-    """Tell whether that is the error of below, also where a worker put it among the lines of a traceback."""
+    """Tell whether that is `refusal_of_order`, also where a worker put it among the lines of a traceback."""
     return _REORDERED in str(error)
 
 
@@ -280,17 +267,22 @@ class _InOrder:
 
 def are_reordered(items: Sequence[Any], batch: Any) -> bool:
     """Tell whether a batch holds items in another order, by the largest part that has their values."""
-    parts = [[value for each in tree_leaves(item) for value in _as_tensors(each)] for item in items]
+    parts = [[each for each in tree_leaves(item) if isinstance(each, _VALUES)] for item in items]
+    columns, said, size = list(_columns(batch, len(items))), set[bool](), 0
     if len({len(each) for each in parts}) != 1:
         return False
-    said: dict[int, set[bool]] = {}
-    for rows in _columns(batch, len(items)):
-        for part in zip(*parts, strict=True):
-            order = _order_of(part, rows) if rows[0].ndim == part[0].ndim else None
-            if order is not None:
-                size = sum(each.numel() for each in part)
-                said.setdefault(size, set()).add(order == list(range(len(items))))
-    return bool(said) and True not in said[max(said)]
+    for given in sorted(zip(*parts, strict=True), key=lambda given: -_size(given[0])):
+        if said and _size(given[0]) < size:
+            break
+        size, part = _size(given[0]), [value for each in given for value in _as_tensors(each)]
+        if len(part) == len(items):
+            found = [_order_of(part, rows) for rows in columns if rows[0].ndim == part[0].ndim]
+            said |= {order == list(range(len(items))) for order in found if order is not None}
+    return bool(said) and True not in said
+
+
+def _size(value: Any) -> int:
+    return prod(getattr(value, "shape", ()))
 
 
 def _columns(batch: Any, count: int) -> Iterator[Sequence[torch.Tensor]]:
@@ -329,21 +321,23 @@ def _holds(row: torch.Tensor, item: torch.Tensor) -> bool:
     """Tell whether a row is an item, or one that was padded at its end with the same value throughout."""
     if row.ndim != item.ndim or any(map(int.__lt__, row.shape, item.shape)):
         return False
-    for dim, (size, least) in enumerate(zip(row.shape, item.shape, strict=True)):
-        if size > least:
-            rest = row.narrow(dim, least, size - least)
+    for dim, least in enumerate(item.shape if row.shape != item.shape else ()):
+        if row.shape[dim] > least:
+            rest = row.narrow(dim, least, row.shape[dim] - least)
             if rest.numel() and bool((rest != rest.flatten()[0]).any()):
                 return False
             row = row.narrow(dim, 0, least)
-    step = max(1, item.numel() // _PROBED)
-    probed, expected = row.reshape(-1)[::step], item.reshape(-1)[::step]
-    return torch.equal(probed, expected.to(probed.dtype))
+    if item.numel() > _PROBED:
+        step = item.numel() // _PROBED
+        row, item = row.reshape(-1)[::step], item.reshape(-1)[::step]
+    return torch.equal(row, item if item.dtype == row.dtype else item.to(row.dtype))
 
 
 def _as_tensors(value: Any) -> list[torch.Tensor]:
     """Return what holds plain numbers as a tensor on the CPU, as the only one in a list."""
     try:
-        found = [torch.as_tensor(value)] if isinstance(value, torch.Tensor | np.ndarray | int | float) else []
+        found = torch.as_tensor(value) if isinstance(value, _VALUES) else None
     except (TypeError, ValueError, RuntimeError):
         return []
-    return [each.detach() for each in found if each.layout == torch.strided and each.device.type == "cpu"]
+    is_plain = found is not None and found.layout == torch.strided and found.device.type == "cpu"
+    return [found.detach()] if found is not None and is_plain else []

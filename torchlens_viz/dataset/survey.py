@@ -17,9 +17,8 @@ from torchlens_viz.ablation.losses import Loss, labels_of
 from torchlens_viz.arguments import flag, function, integer, shown
 from torchlens_viz.dataset.checkpoint import Logbook, Progress
 from torchlens_viz.dataset.gradients import Gradients, Target, questions_of
-from torchlens_viz.dataset.loader import Batch, Indices, Numbering
+from torchlens_viz.dataset.loader import Batch, Indices, Numbering, inputs_in
 from torchlens_viz.dataset.observation import Told
-from torchlens_viz.dataset.order import inputs_in
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.dataset.run import Pass
 from torchlens_viz.dataset.tally import Tally, empty_tally

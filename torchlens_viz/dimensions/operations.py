@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
@@ -57,11 +58,17 @@ class Called(NamedTuple):
 
     def given(self, name: str) -> Any:
         """Return an argument by the name that it has in the operation's schema; None where it has none."""
-        for place, each in enumerate(getattr(getattr(self.func, "_schema", None), "arguments", ())):
-            if each.name == name:
-                at_place = self.args[place] if place < len(self.args) else each.default_value
-                return self.kwargs.get(name, at_place)
-        return None
+        place, default = _place_of(self.func, name)
+        return self.kwargs.get(name, self.args[place] if -1 < place < len(self.args) else default)
+
+
+@lru_cache(1024)
+def _place_of(func: Any, name: str) -> tuple[int, Any]:
+    """Return which argument of an operation has a name, and its default; -1 where none has."""
+    for place, each in enumerate(getattr(getattr(func, "_schema", None), "arguments", ())):
+        if each.name == name:
+            return place, each.default_value
+    return -1, None
 
 
 # Of an operation, and of the dimensions of what it takes, those of what it makes; None where nobody knows.
@@ -114,6 +121,8 @@ def followed(name: str, called: Called, known: Sequence[Known], now: int) -> See
             dims = rule(called, best.seen.dims)
         except (LookupError, TypeError, ValueError):  # another overload: no reason to stop the network
             dims = None
+    elif sizes_of(best.seen.dims) == made:
+        dims = best.seen.dims
     else:
         others = [each.seen.dims for each in said if each is not best]
         dims = _by_dim(called, best.seen.dims) or broadcast(best.seen.dims, made, others)

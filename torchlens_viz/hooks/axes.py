@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeAlias, final
 
 import torch
@@ -103,6 +104,7 @@ def _place_of(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
+@lru_cache(1024)
 def _is_made_of_others(func: Any) -> bool:
     """Tell whether an operation is nothing but a few others, on every device."""
     if not isinstance(func, torch._ops.OpOverload):
