@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import torch
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, one_line
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, in_one_line, one_line
 
 T = TypeVar("T")
 
@@ -29,8 +29,7 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # a value of the caller's may do anything
         text = f"a value of type {type(value).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 4]} ..."
+    return in_one_line(text, _MOST_SHOWN)
 
 
 def integer(value: object, name: str, *, least: int | None = None, most: int | None = None) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Any
+from typing import Any, Final
+
+_MOST_QUOTED: Final = 500  # characters of what somebody else's exception says
 
 
 class TorchlensVizError(Exception):
@@ -93,14 +95,30 @@ def needed(package: str, what: str, extra: str | None = None, *, otherwise: str 
         ) from error
 
 
+def message_of(error: BaseException) -> str:
+    """Return the message of an exception; an empty one where its class fails to make one."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def in_one_line(text: str, most: int = _MOST_QUOTED) -> str:
+    """Return text as a message shows it: in one line of at most `most` printable characters."""
+    words = " ".join(text[: 16 * most].split())
+    line = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in words
+    )
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
+
 def reason_of(error: BaseException) -> str:
     """Say in one line what an exception reports."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
+    return in_one_line(str(getattr(error, "strerror", None) or message_of(error))) or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
     """Say in one line what an exception reports: its kind, and the first sentence or line of its message."""
-    text = str(error).strip()
-    first = re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0].rstrip(" .:")
+    text = message_of(error)[: 16 * _MOST_QUOTED].strip()
+    first = in_one_line(re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0]).rstrip(" .:")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

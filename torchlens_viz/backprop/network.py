@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import _StopRecomputationError
 
-from torchlens_viz.errors import CaptureError
+from torchlens_viz.errors import CaptureError, in_one_line, message_of
 from torchlens_viz.hooks.forward import eager_stance, is_traced, let_go
 from torchlens_viz.models.copying import private_copy
 from torchlens_viz.models.layers import called_alike, select_one, unwrap
@@ -152,7 +152,7 @@ class Cut:
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
                 values = self._compiled(images)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).partition("\n\n")[0].split())[:300]
+            reason = in_one_line(message_of(error).partition("\n\n")[0])
             raise CaptureError(
                 f"`torch.compile` failed on this model; leave `compile` out ({reason})"
             ) from error

@@ -17,6 +17,7 @@ from torchlens_viz.errors import (
     InvalidArgumentError,
     TorchlensVizError,
     one_line,
+    reason_of,
 )
 from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
@@ -147,12 +148,12 @@ class Scorer:
             if is_out_of_memory(error):
                 raise CaptureMemoryError(
                     "a single image is more than there is memory for; choose a smaller `size`, an earlier "
-                    f"layer, or a larger device ({' '.join(str(error).split())[:200]})"
+                    f"layer, or a larger device ({reason_of(error)})"
                 ) from error
             after = f" (after `preprocess`, {tuple(prepared.shape[1:])})" if self._preprocess else ""
             raise InvalidArgumentError(
                 f"the model cannot take images of shape {tuple(images.shape[1:])}{after}: "
-                f"{' '.join(str(error).split())}; choose another `size`, `image` or `preprocess`, or say "
+                f"{reason_of(error)}; choose another `size`, `image` or `preprocess`, or say "
                 "with `inputs` what it takes beside images"
             ) from error
         if acts.not_called:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, reason_of
 from torchlens_viz.models.state import same_random_numbers, set_eval
 
 # Where a module keeps what runs with it, forward and backward.
@@ -56,7 +56,7 @@ def private_copy(
     except Exception as error:
         raise InvalidTypeError(
             f"`model` must be a module that can be copied, got {type(model).__name__}, of which "
-            f"copy.deepcopy says: {' '.join(str(error).split())}; give the nn.Module alone"
+            f"copy.deepcopy says: {reason_of(error)}; give the nn.Module alone"
         ) from error
     _require_same_tensors(model, twin, memo)
     _close_over_copies(model, memo)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchlens_viz.arguments import named_device
-from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
+from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, message_of, one_line
 from torchlens_viz.models.layers import unwrap
 
 _RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
@@ -161,7 +161,7 @@ def complete_call() -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        if not re.search(r"missing \d+ required .*argument", str(error)):
+        if not re.search(r"missing \d+ required .*argument", message_of(error)):
             raise
         raise InvalidArgumentError(
             f"`inputs` must hold what the model takes beside images ({one_line(error)}); where that is in "
@@ -173,7 +173,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception means that memory ran out, on whichever device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
+    return isinstance(error, RuntimeError) and any(words in message_of(error) for words in _RAN_OUT)
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def going_back() -> Iterator[None]:
     except Exception as error:  # an operation of the model's own may raise whatever it likes
         if is_out_of_memory(error):
             raise
-        text = str(error).lower()
+        text = message_of(error).lower()
         if "checkpoint" in text:
             raise InvalidArgumentError(
                 "the model uses gradient checkpointing, which can give no gradient with respect to what goes "
