@@ -257,7 +257,7 @@ def told_as_model_error(loaded: LoadedModel, what: str) -> Iterator[None]:
         yield
     except TorchlensVizError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelLoadError(
             f"{loaded.name} cannot run on {what} ({one_line(error)}); use other pictures, or put a function "
             "preprocess(image) that fits beside the factory"
