@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
+_RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _MOST_QUOTED: Final = 500  # characters of what somebody else's exception says
 
 
@@ -19,6 +22,10 @@ class TorchlensVizError(Exception):
 
 class InvalidArgumentError(TorchlensVizError, ValueError):
     """An argument has the right type and a value that cannot be used."""
+
+
+class ModelFailedError(InvalidArgumentError):
+    """The model raised something when it was given what was made of an argument; `__cause__` is what."""
 
 
 class InvalidTypeError(TorchlensVizError, TypeError):
@@ -122,3 +129,36 @@ def one_line(error: BaseException) -> str:
     text = message_of(error)[: 16 * _MOST_QUOTED].strip()
     first = in_one_line(re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0]).rstrip(" .:")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out, on whichever device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in message_of(error) for words in _RAN_OUT)
+
+
+@contextmanager
+def calling(call: str, rule: str) -> Iterator[None]:
+    """Say of whatever a function of the caller's raises within the block which argument it was given as.
+
+    An error of ours passes as it is, and so does what ran out of memory.
+
+    Args:
+        call: How the function is called, by the name of the argument: `"input_of(batch)"`.
+        rule: What it must do.
+
+    Raises:
+        InvalidArgumentError: It failed.
+    """
+    try:
+        yield
+    except TorchlensVizError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        name = call.partition("(")[0]
+        raise InvalidArgumentError(
+            f"`{name}` must {rule}, but it fails ({one_line(error)}); it is called as `{call}`"
+        ) from error

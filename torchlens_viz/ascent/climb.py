@@ -15,8 +15,7 @@ from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.ascent.starts import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
 from torchlens_viz.backprop.relu import Redirection, gradient_within
 from torchlens_viz.backprop.scorer import Scorer, Sensitivity
-from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError, reason_of
-from torchlens_viz.models.state import is_out_of_memory
+from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError, is_out_of_memory, reason_of
 
 _HURRY: Final = 3.0
 

@@ -15,7 +15,10 @@ from torchlens_viz.errors import (
     CaptureError,
     CaptureMemoryError,
     InvalidArgumentError,
+    ModelFailedError,
     TorchlensVizError,
+    calling,
+    is_out_of_memory,
     one_line,
     reason_of,
 )
@@ -23,7 +26,7 @@ from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.state import device_of, is_out_of_memory, refuse_quantized
+from torchlens_viz.models.state import device_of, refuse_quantized
 
 _LINEAR: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -151,7 +154,7 @@ class Scorer:
                     f"layer, or a larger device ({reason_of(error)})"
                 ) from error
             after = f" (after `preprocess`, {tuple(prepared.shape[1:])})" if self._preprocess else ""
-            raise InvalidArgumentError(
+            raise ModelFailedError(
                 f"the model cannot take images of shape {tuple(images.shape[1:])}{after}: "
                 f"{reason_of(error)}; choose another `size`, `image` or `preprocess`, or say "
                 "with `inputs` what it takes beside images"
@@ -286,7 +289,8 @@ class Scorer:
         if self._preprocess is None:  # a copy in any case: the network may work in place on what it gets
             is_plane = images.ndim == 4
             return images.clone(memory_format=self._memory_format if is_plane else torch.contiguous_format)
-        prepared = self._preprocess(images.clone())
+        with calling("preprocess(images)", "make a batch of a batch (N, C, H, W)"):
+            prepared = self._preprocess(images.clone())
         if not isinstance(prepared, torch.Tensor) or len(prepared) != len(images):
             raise InvalidArgumentError(
                 f"`preprocess` must make a batch of a batch (N, C, ...), got {_kind(prepared)} for "

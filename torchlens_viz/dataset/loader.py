@@ -20,7 +20,7 @@ from torchlens_viz.dataset.order import (
     refuse_what_is_no_loader,
     sampler_of,
 )
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, calling
 from torchlens_viz.models.calls import ModelInputs, arguments_of, inputs_like
 from torchlens_viz.models.inputs import InputOf, images_in, input_of
 from torchlens_viz.nested import map_tensors
@@ -203,7 +203,8 @@ class Numbering:
 
     def _next(self, batch: Any, count: int) -> torch.Tensor:
         if self._function is not None:
-            samples = _checked(self._function(batch))
+            with calling("indices(batch)", "return the index of every input of a batch"):
+                samples = _checked(self._function(batch))
             if len(samples) != count:
                 raise InvalidArgumentError(
                     f"`indices` must give one index per input, got {len(samples)} for a batch of {count}"

@@ -28,6 +28,7 @@ from torchlens_viz.errors import (
     DistributedError,
     InvalidArgumentError,
     NoDataError,
+    calling,
 )
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.files.tensors import checksum
@@ -249,7 +250,8 @@ def _told(label_of: InputOf, encoder: Encoder | None, output: Any, batch: Batch,
         found = output
     else:
         with inference(encoder) if isinstance(encoder, nn.Module) else nullcontext():
-            found = encoder(*batch.args, **batch.kwargs)
+            with calling("encoder(inputs)", "make an embedding of each input, called as the model is"):
+                found = encoder(*batch.args, **batch.kwargs)
     is_tensor = isinstance(found, torch.Tensor)
     if not is_tensor or found.shape[:1] != (inputs,) or found.ndim < 2 or not found.is_floating_point():
         what = f"{found.dtype} of shape {tuple(found.shape)}" if is_tensor else type(found).__name__

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,10 +16,15 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from torchlens_viz.arguments import named_device
-from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, message_of, one_line
+from torchlens_viz.errors import (
+    InvalidArgumentError,
+    TorchlensVizError,
+    is_out_of_memory,
+    message_of,
+    one_line,
+)
 from torchlens_viz.models.layers import unwrap
 
-_RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _GENERATORS: Final = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 _CPU: Final = torch.device("cpu")
 _QUANTIZED: Final = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
@@ -149,31 +153,6 @@ def no_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(was_enabled)
-
-
-@contextmanager
-def complete_call() -> Iterator[None]:
-    """Say of a model that is called within the block without all that it takes where that goes.
-
-    Raises:
-        InvalidArgumentError: It is.
-    """
-    try:
-        yield
-    except TypeError as error:
-        if not re.search(r"missing \d+ required .*argument", message_of(error)):
-            raise
-        raise InvalidArgumentError(
-            f"`inputs` must hold what the model takes beside images ({one_line(error)}); where that is in "
-            "the batches, let a function as `input_of` return a tuple or a dict"
-        ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that memory ran out, on whichever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in message_of(error) for words in _RAN_OUT)
 
 
 @contextmanager
