@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from math import inf, isfinite
 from numbers import Real
@@ -30,6 +30,21 @@ def shown(value: object) -> str:
     except Exception:  # a value of the caller's may do anything
         text = f"a value of type {type(value).__name__}"
     return in_one_line(text, _MOST_SHOWN)
+
+
+def made_of(value: Any, make: Callable[[Any], T], rule: str) -> T:
+    """Return what a function makes of a value of the caller's, which may raise anything as it is looked at.
+
+    Raises:
+        InvalidArgumentError: It has another value than the rule says.
+        InvalidTypeError: It is of another kind.
+    """
+    try:
+        return make(value)
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError(rule) from None
+    except Exception:
+        raise InvalidTypeError(rule) from None
 
 
 def integer(value: object, name: str, *, least: int | None = None, most: int | None = None) -> int:
@@ -88,6 +103,8 @@ def real(value: object, name: str) -> float:
         return float(value)
     except OverflowError:
         return inf
+    except Exception:
+        raise InvalidTypeError(f"`{name}` must be a number, got {shown(value)}") from None
 
 
 def pair(value: object, name: str) -> tuple[float, float]:
@@ -110,7 +127,7 @@ def limits(value: object, name: str) -> tuple[float, float]:
     given: Any = value
     try:
         low, high = given
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(f"`{name}` must be (low, high), got {shown(value)}") from None
     return real(low, name), real(high, name)
 
@@ -159,7 +176,7 @@ def listed(value: Iterable[T], name: str, *, most: int = _MOST_INDICES) -> list[
         raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
     try:
         found = list(islice(value, most + 1))
-    except (TypeError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(f"`{name}` must be a list, got {shown(value)}") from None
     if len(found) > most:
         raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
@@ -221,7 +238,7 @@ def _all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
     single = _as_index(chosen)
     try:
         given = list(islice(chosen, _MOST_INDICES + 1)) if single is None else [single]  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # a nested tensor raises the latter
+    except Exception:
         given = [chosen]  # type: ignore[list-item]
     if len(given) > _MOST_INDICES:
         raise InvalidArgumentError(f"`{name}` must choose at most {_MOST_INDICES:,}, got {shown(chosen)}")
@@ -237,11 +254,11 @@ def _all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
 
 def _as_index(value: object) -> int | None:
     """Return an integer of any kind as an int, and None for all else: a bool is a mask, not an index."""
-    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
-        return None
     try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
+            return None
         return operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # of a tensor without values the latter
+    except Exception:
         return None
 
 

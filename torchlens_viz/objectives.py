@@ -102,9 +102,9 @@ def direction(
         given = vector if isinstance(vector, torch.Tensor) else listed(vector, "vector")
         weights = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
         check_dense(weights, "`vector`")
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        if isinstance(error, TorchlensVizError):
-            raise
+    except TorchlensVizError:
+        raise
+    except Exception as error:
         raise InvalidTypeError(f"`vector` must be numbers, one per channel, got {shown(vector)}") from error
     if weights.ndim != 1 or not len(weights) or not bool(weights.isfinite().all()):
         raise InvalidArgumentError(

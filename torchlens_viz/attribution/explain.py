@@ -223,7 +223,7 @@ def _settings(
 def _rows_and_columns(grid: Any) -> tuple[int, int]:
     try:
         rows, columns = grid
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(f"`grid` must be (rows, columns), got {shown(grid)}") from None
     return integer(rows, "grid", least=1), integer(columns, "grid", least=1)
 

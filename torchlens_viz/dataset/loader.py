@@ -232,7 +232,7 @@ def _checked(indices: Any) -> torch.Tensor:
         )
         check_dense(found, "`indices`")
         found = found.detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise InvalidTypeError(f"`indices` must be ints, got {type(indices).__name__}") from error
     if found.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device="cpu")

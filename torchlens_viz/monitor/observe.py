@@ -10,8 +10,7 @@ from typing import Final, NamedTuple, final
 import torch
 from torch import nn
 
-from torchlens_viz.arguments import plain, shown
-from torchlens_viz.errors import InvalidTypeError
+from torchlens_viz.arguments import made_of, plain, shown
 from torchlens_viz.hooks.followers import Followers
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink, real_tensor
@@ -199,10 +198,7 @@ def number(global_step: int) -> int:
     Raises:
         InvalidTypeError: It is none.
     """
-    try:
-        return operator.index(global_step)
-    except (TypeError, RuntimeError):  # of a tensor without values the latter
-        raise InvalidTypeError(f"`global_step` must be an int, got {shown(global_step)}") from None
+    return made_of(global_step, operator.index, f"`global_step` must be an int, got {shown(global_step)}")
 
 
 class Update(NamedTuple):
