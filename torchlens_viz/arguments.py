@@ -193,11 +193,8 @@ def one_of(value: Any, name: str, choices: Sequence[T]) -> T:
         if type(value) is type(choice) and value == choice:
             return choice
     *first, last = (f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices)
-    raise InvalidArgumentError(
-        f"`{name}` must be {', '.join(first)} or {last}, got {shown(value)}"
-        if first
-        else f"`{name}` must be {last}, got {shown(value)}"
-    )
+    rule = f"{', '.join(first)} or {last}" if first else last
+    raise InvalidArgumentError(f"`{name}` must be {rule}, got {shown(value)}")
 
 
 def named_device(device: torch.device | str, name: str = "device") -> torch.device:
@@ -257,7 +254,7 @@ def _as_index(value: object) -> int | None:
     try:
         if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
             return None
-        return operator.index(value)  # type: ignore[arg-type]
+        return int.__add__(operator.index(value), 0)  # type: ignore[arg-type]  # not of a class of its own
     except Exception:
         return None
 
@@ -282,6 +279,11 @@ def check_dense(tensor: torch.Tensor, what: str) -> None:
         )
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has values: one on the meta device, or of FakeTensorMode, has none."""
+    return not tensor.is_meta and all(kind.__name__ != "FakeTensor" for kind in type(tensor).__mro__)
+
+
 def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
     """Return the numbers of a tensor, detached, in a type that torch computes with.
 
@@ -295,8 +297,9 @@ def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
         InvalidTypeError: It is not dense, or it holds complex numbers or none.
     """
     check_dense(tensor, what)
-    if tensor.is_meta or tensor.is_complex():
-        remedy = "load its values first" if tensor.is_meta else "take its `.real` part or its `.abs()`"
+    is_loaded = has_values(tensor)
+    if not is_loaded or tensor.is_complex():
+        remedy = "take its `.real` part or its `.abs()`" if is_loaded else "load its values first"
         raise InvalidTypeError(
             f"{what} must hold real numbers to draw, got {tensor.dtype} on {tensor.device}; {remedy}"
         )

@@ -226,11 +226,11 @@ def _term(
     couples: bool = False,
     chosen: bool = False,
 ) -> Objective:
-    given = [] if index is None else [str(index)]
-    given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
     layer = options["layer"]
     if layer is not None:
         _require_name(layer)
+    given = [] if index is None else [str(index)]
+    given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
     return Objective(
         function=function,
         text=f"{name}({', '.join(given)})",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 import torch
 from torch import nn
 
-from torchlens_viz.arguments import shown
+from torchlens_viz.arguments import integer, shown
 from torchlens_viz.errors import (
     CaptureError,
     InvalidArgumentError,
@@ -223,6 +223,7 @@ def _names(known: list[Layer]) -> list[str]:
 
 def _numbered(known: list[Layer], number: int) -> nn.Module:
     leaves = list({id(layer.module): layer.module for layer in known if not layer.module._modules}.values())
+    number = integer(number, "layers")
     if not -len(leaves) <= number < len(leaves):
         _fail(
             f"layer {shown(number)} is out of range: the model has {len(leaves)} modules without children, "
