@@ -18,7 +18,7 @@ from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Layer, unwrap
-from torchlens_viz.models.state import untouched
+from torchlens_viz.models.state import require_values, untouched
 from torchlens_viz.nested import map_tensors, tensors
 
 # Makes of what a layer puts out, channels second, what is to stand in the place of any of its channels.
@@ -115,6 +115,7 @@ class Rewritten:
 
     def __init__(self, model: nn.Module, layer: Layer, channel_dim: int | None) -> None:
         refuse_torchscript(model)
+        require_values(model)
         self._model, self._layer = model, layer
         self._layout = Layout([layer], channel_dim)
         self._sink = Rewriting(self._layout)

@@ -17,6 +17,7 @@ from torchlens_viz.errors import CaptureError, in_one_line, message_of
 from torchlens_viz.hooks.forward import eager_stance, is_traced, let_go
 from torchlens_viz.models.copying import private_copy
 from torchlens_viz.models.layers import called_alike, select_one, unwrap
+from torchlens_viz.models.state import require_values
 
 # Their weights are what autocast would convert anew at every step; all else stays as autocast wants it.
 _CAST: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -42,10 +43,11 @@ def shadow_of(
         and those of its modules, are copied too; those that somebody else registered are not, and never run.
 
     Raises:
-        InvalidArgumentError: It has lazy parameters, without values yet.
+        InvalidArgumentError: It has no values: its parameters are lazy, on the meta device, or fake.
         InvalidTypeError: The model holds something that cannot be copied.
     """
     original = unwrap(model)
+    require_values(original)
     cast = _weights_to_cast(original) if dtype != torch.float32 and not keeps_types else set()
 
     def change(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Layer, named_layers, unwrap
-from torchlens_viz.models.state import like_parameters, untouched
+from torchlens_viz.models.state import like_parameters, require_values, untouched
 from torchlens_viz.nested import map_tensors
 
 OUTPUT: Final = "(output)"
@@ -75,6 +75,7 @@ class Side:
                 f"`{name}` cannot be compared layer by layer: {error}; of an exported model, pass the "
                 "ExportedProgram itself instead of its `.module()`"
             ) from error
+        require_values(model)
         self.model = model
         self.hooked = _all_layers(model) if layers is None else list(layers(model))
         self.modules = {plain_name(layer.name) or OUTPUT: layer.module for layer in self.hooked}

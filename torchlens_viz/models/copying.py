@@ -12,11 +12,10 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, reason_of
-from torchlens_viz.models.state import same_random_numbers, set_eval
+from torchlens_viz.errors import InvalidTypeError, reason_of
+from torchlens_viz.models.state import refuse_lazy, same_random_numbers, set_eval
 
 # Where a module keeps what runs with it, forward and backward.
 _HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -143,10 +142,7 @@ def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
     plain = [value for module in model.modules() for value in vars(module).values()]
     found = [*model.parameters(), *model.buffers(), *plain]
     tensors = [value for value in found if isinstance(value, torch.Tensor)]
-    if any(is_lazy(tensor) for tensor in tensors):
-        raise InvalidArgumentError(
-            "`model` has lazy parameters, which have no values yet; run it once on an input first"
-        )
+    refuse_lazy(tensors)
     return tensors
 
 

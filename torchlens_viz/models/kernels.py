@@ -201,7 +201,8 @@ def _noting(forward: Callable[..., Any], layer: Layer, ran: list[Layer]) -> Call
 
 def _stored_weight(module: nn.Module) -> torch.Tensor | None:
     is_plain = "weight" in module._parameters and not hasattr(type(module), "weight")
-    if is_plain and not module._forward_pre_hooks:  # nothing computes it anew
+    # Nothing computes it anew, or a lazy one is still to be made.
+    if is_plain and (not module._forward_pre_hooks or isinstance(module.weight, UninitializedParameter)):
         return _if_kernels(module.weight)
     with inference(module):  # a spectral norm in training mode changes with every look at the weight
         weight = getattr(module, "weight", None)

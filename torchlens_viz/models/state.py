@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from torchlens_viz.arguments import named_device
+from torchlens_viz.arguments import has_values, named_device
 from torchlens_viz.errors import (
     InvalidArgumentError,
     TorchlensVizError,
@@ -36,7 +36,11 @@ def inference(model: nn.Module) -> Iterator[None]:
 
     Afterwards every module has its own `training` flag back, every buffer its values, and random numbers go
     on as if nothing had run: Python's, numpy's, torch's, and those of generators that modules hold.
+
+    Raises:
+        InvalidArgumentError: The model has lazy parameters, which the first run would give values.
     """
+    refuse_lazy(chain(model.parameters(), model.buffers()))
     flags = {module: module.training for module in model.modules()}
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(model))
@@ -48,6 +52,37 @@ def inference(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in flags.items():
                 module.training = training
+
+
+def refuse_lazy(tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse parameters and buffers of a model that get their values with the first run.
+
+    Raises:
+        InvalidArgumentError: One does.
+    """
+    if any(map(is_lazy, tensors)):
+        raise InvalidArgumentError(
+            "`model` has lazy parameters, which have no values yet; run it once on an input first"
+        )
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse a model that has no values to compute with.
+
+    Raises:
+        InvalidArgumentError: Its parameters are lazy, on the meta device, or fake.
+    """
+    refuse_lazy(chain(model.parameters(), model.buffers()))
+    first = next(chain(model.named_parameters(), model.named_buffers()), None)
+    if first is not None and not has_values(first[1]):
+        raise InvalidArgumentError(
+            f"`model` must have values, got `{first[0]}` {_without(first[1])}; build it on cpu, or call "
+            '`model.to_empty(device="cpu")` and load its weights'
+        )
+
+
+def _without(tensor: torch.Tensor) -> str:
+    return "on the meta device" if tensor.is_meta else "made within FakeTensorMode"
 
 
 def set_eval(model: nn.Module) -> None:
