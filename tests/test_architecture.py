@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "draw": {"errors", "arguments"},
     "hooks": {"errors", "nested", "dimensions", "notebook", "arguments", "files", "stats", "models", "draw"},
     "receptive": {"errors", "nested", "arguments", "models", "hooks"},
-    "overview": {"errors", "nested", "models", "hooks", "receptive"},
+    "overview": {"errors", "nested", "arguments", "models", "hooks", "receptive"},
     "backprop": {"errors", "nested", "arguments", "models", "hooks"},
     "comparison": {"errors", "nested", "arguments", "models", "draw", "hooks"},
     "ablation": {"errors", "nested", "arguments", "models", "hooks"},

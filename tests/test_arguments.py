@@ -7,7 +7,18 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from torchlens_viz import (
+    RunningStats,
+    feature_grid,
+    kernel_grid,
+    layers,
+    make_grid,
+    objectives,
+    receptive_field,
+    survey,
+)
 from torchlens_viz.arguments import (
     a_name,
     flag,
@@ -15,6 +26,7 @@ from torchlens_viz.arguments import (
     indices_of,
     integer,
     listed,
+    made_of,
     named_device,
     number,
     one_of,
@@ -24,6 +36,7 @@ from torchlens_viz.arguments import (
     shown,
 )
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, needed
+from torchlens_viz.files.paths import as_path
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)])
@@ -199,3 +212,81 @@ def test_devices_are_named():
         named_device("cuda:99")
     with pytest.raises(InvalidTypeError, match="`device` must be a device or its name, got 3"):
         named_device(3)
+
+
+def odd(error):
+    """An object of which nothing can be asked without an error of that kind."""
+
+    def fail(*_):
+        raise error("on purpose")
+
+    names = "index float int bool len iter getitem fspath eq repr array"
+    return type("Odd", (), {**{f"__{name}__": fail for name in names.split()}, "__hash__": lambda _: 1})()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, ZeroDivisionError, RuntimeError, TypeError])
+def test_what_raises_anything_as_it_is_looked_at_is_refused(error):
+    refused = pytest.raises(InvalidTypeError, match=r"`x` must be .*, got a (value of type )?Odd$")
+    value = odd(error)
+    for check in (integer, number, real, pair, flag, a_name, listed, as_path):
+        with refused:
+            check(value, "x")
+    for given in (value, [value]):
+        with pytest.raises(InvalidTypeError, match=r"`x` must be an int or a list of ints, got"):
+            indices_of(given, 3, "x")
+    with pytest.raises(InvalidArgumentError, match="`x` must be 1 or 2, got a value of type Odd"):
+        one_of(value, "x", (1, 2))
+    kind = InvalidArgumentError if error is ValueError else InvalidTypeError
+    with pytest.raises(kind, match=r"^the rule$"):
+        made_of(value, float, "the rule")
+
+
+class OddFloat(float):
+    def __float__(self):
+        raise ValueError("on purpose")
+
+
+class OddInt(int):
+    def __lt__(self, other):
+        raise ValueError("on purpose")
+
+    __gt__ = __le__ = __ge__ = __eq__ = __lt__
+    __hash__ = int.__hash__
+
+
+def test_numbers_of_a_class_of_its_own_count_by_their_value():
+    with pytest.raises(InvalidTypeError, match=r"`x` must be a number, got 1\.5"):
+        number(OddFloat(1.5), "x")
+    found = integer(OddInt(2), "x", least=1, most=3)
+    assert type(found) is int
+    assert found == 2
+
+
+ODD = {
+    "RunningStats": (lambda x: RunningStats(bins=[x, 1.0]), "bins"),
+    "kernel_grid": (lambda x: kernel_grid(torch.rand(2, 3, 3, 3), value_range=(x, 1.0)), "value_range"),
+    "kernel_grid labels": (lambda x: kernel_grid(torch.rand(2, 3, 3, 3), labels=["a", x]), "labels"),
+    "make_grid": (
+        lambda x: make_grid(torch.rand(1, 3, 4, 4), normalize=True, value_range=(x, 1.0)),
+        "value_range",
+    ),
+    "feature_grid": (lambda x: feature_grid(torch.rand(1, 4, 3), grid=(x, 2)), "grid"),
+    "receptive_field": (lambda x: receptive_field(nn.Conv2d(3, 2, 3), "", (1, 3, x, 8)), "input_shape"),
+    "region": (lambda x: receptive_field(nn.Conv2d(3, 2, 3), "", (1, 3, 8, 8)).region((x, 0)), "position"),
+    "layers": (lambda x: layers(nn.Conv2d(3, 2, 3), input_shape=(1, 3, x, 8)), "input_shape"),
+    "neuron": (lambda x: objectives.neuron(layer=x), "layer"),
+    "direction": (lambda x: objectives.direction([x, 1.0]), "vector"),
+    "survey": (lambda x: survey(nn.Conv2d(3, 2, 3), [], "", checkpoint_seconds=x), "checkpoint_seconds"),
+    "survey indices": (
+        lambda x: survey(nn.Conv2d(3, 2, 3), [torch.rand(1, 3, 4, 4)], "", indices=[x]),
+        "indices",
+    ),
+}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError])
+@pytest.mark.parametrize("where", ODD)
+def test_every_check_of_numbers_refuses_what_raises_anything(where, error):
+    act, name = ODD[where]
+    with pytest.raises((InvalidArgumentError, InvalidTypeError), match=f"`{name}` must be "):
+        act(odd(error))

@@ -131,8 +131,9 @@ def test_two_processes_make_what_one_makes_and_both_have_it_all(tmp_path):
 @pytest.mark.slow
 def test_where_one_process_fails_the_other_says_so(tmp_path):
     (first, _, _), (second, _, _) = together("fails", tmp_path)
-    assert "DistributedError process 1 failed, so that the result would be incomplete: ValueError" in first
-    assert said(second)[0] == "ValueError not today"
+    assert "DistributedError process 1 failed, so that the result would be incomplete: Invalid" in first
+    assert said(second)[0].startswith("ValueError `preprocess` must make a batch")
+    assert all("(ValueError: not today)" in each for each in (first, second))
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from math import inf, isfinite
 from numbers import Real
@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import torch
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, one_line
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, in_one_line, one_line
 
 T = TypeVar("T")
 
@@ -29,8 +29,22 @@ def shown(value: object) -> str:
         text = repr(value)
     except Exception:  # a value of the caller's may do anything
         text = f"a value of type {type(value).__name__}"
-    text = " ".join(text.split())
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 4]} ..."
+    return in_one_line(text, _MOST_SHOWN)
+
+
+def made_of(value: Any, make: Callable[[Any], T], rule: str) -> T:
+    """Return what a function makes of a value of the caller's, which may raise anything as it is looked at.
+
+    Raises:
+        InvalidArgumentError: It has another value than the rule says.
+        InvalidTypeError: It is of another kind.
+    """
+    try:
+        return make(value)
+    except (ValueError, OverflowError):
+        raise InvalidArgumentError(rule) from None
+    except Exception:
+        raise InvalidTypeError(rule) from None
 
 
 def integer(value: object, name: str, *, least: int | None = None, most: int | None = None) -> int:
@@ -89,6 +103,8 @@ def real(value: object, name: str) -> float:
         return float(value)
     except OverflowError:
         return inf
+    except Exception:
+        raise InvalidTypeError(f"`{name}` must be a number, got {shown(value)}") from None
 
 
 def pair(value: object, name: str) -> tuple[float, float]:
@@ -111,7 +127,7 @@ def limits(value: object, name: str) -> tuple[float, float]:
     given: Any = value
     try:
         low, high = given
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(f"`{name}` must be (low, high), got {shown(value)}") from None
     return real(low, name), real(high, name)
 
@@ -160,7 +176,7 @@ def listed(value: Iterable[T], name: str, *, most: int = _MOST_INDICES) -> list[
         raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
     try:
         found = list(islice(value, most + 1))
-    except (TypeError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(f"`{name}` must be a list, got {shown(value)}") from None
     if len(found) > most:
         raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
@@ -177,11 +193,8 @@ def one_of(value: Any, name: str, choices: Sequence[T]) -> T:
         if type(value) is type(choice) and value == choice:
             return choice
     *first, last = (f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in choices)
-    raise InvalidArgumentError(
-        f"`{name}` must be {', '.join(first)} or {last}, got {shown(value)}"
-        if first
-        else f"`{name}` must be {last}, got {shown(value)}"
-    )
+    rule = f"{', '.join(first)} or {last}" if first else last
+    raise InvalidArgumentError(f"`{name}` must be {rule}, got {shown(value)}")
 
 
 def named_device(device: torch.device | str, name: str = "device") -> torch.device:
@@ -222,7 +235,7 @@ def _all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
     single = _as_index(chosen)
     try:
         given = list(islice(chosen, _MOST_INDICES + 1)) if single is None else [single]  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # a nested tensor raises the latter
+    except Exception:
         given = [chosen]  # type: ignore[list-item]
     if len(given) > _MOST_INDICES:
         raise InvalidArgumentError(f"`{name}` must choose at most {_MOST_INDICES:,}, got {shown(chosen)}")
@@ -238,11 +251,11 @@ def _all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
 
 def _as_index(value: object) -> int | None:
     """Return an integer of any kind as an int, and None for all else: a bool is a mask, not an index."""
-    if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
-        return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):  # of a tensor without values the latter
+        if isinstance(value, bool) or getattr(value, "dtype", None) in (torch.bool, np.dtype(np.bool_)):
+            return None
+        return int.__add__(operator.index(value), 0)  # type: ignore[arg-type]  # not of a class of its own
+    except Exception:
         return None
 
 
@@ -266,6 +279,11 @@ def check_dense(tensor: torch.Tensor, what: str) -> None:
         )
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor has values: one on the meta device, or of FakeTensorMode, has none."""
+    return not tensor.is_meta and all(kind.__name__ != "FakeTensor" for kind in type(tensor).__mro__)
+
+
 def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
     """Return the numbers of a tensor, detached, in a type that torch computes with.
 
@@ -279,8 +297,9 @@ def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
         InvalidTypeError: It is not dense, or it holds complex numbers or none.
     """
     check_dense(tensor, what)
-    if tensor.is_meta or tensor.is_complex():
-        remedy = "load its values first" if tensor.is_meta else "take its `.real` part or its `.abs()`"
+    is_loaded = has_values(tensor)
+    if not is_loaded or tensor.is_complex():
+        remedy = "take its `.real` part or its `.abs()`" if is_loaded else "load its values first"
         raise InvalidTypeError(
             f"{what} must hold real numbers to draw, got {tensor.dtype} on {tensor.device}; {remedy}"
         )

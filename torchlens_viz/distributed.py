@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
-from torchlens_viz.errors import DistributedError
+from torchlens_viz.errors import DistributedError, in_one_line, message_of, reason_of
 
 T = TypeVar("T")
 
@@ -59,21 +59,21 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
     except RuntimeError as error:
         raise DistributedError(
             "another process of this run died before its share began "
-            f"({_shortened(error)}); start the run again"
+            f"({reason_of(error)}); start the run again"
         ) from error
     mine: Sequence[T] = ()
     try:
         mine = work()
     except BaseException as error:
         failure = error
-    told = None if failure is None else f"{type(failure).__name__}: {failure}"
+    told = None if failure is None else f"{type(failure).__name__}: {in_one_line(message_of(failure))}"
     shares: list[Any] = [None] * count
     try:
         dist.all_gather_object(shares, (list(mine), told), group=group)
     except RuntimeError as error:
         raise failure or DistributedError(
             "another process of this run died before its share was done "
-            f"({_shortened(error)}); start the run again"
+            f"({reason_of(error)}); start the run again"
         ) from error
     finally:
         dist.destroy_process_group(group)
@@ -86,7 +86,3 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
         if told is not None:
             raise DistributedError(f"process {other} failed, so that the result would be incomplete: {told}")
     return [part for share, _ in shares for part in share]
-
-
-def _shortened(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

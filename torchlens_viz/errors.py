@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+_RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
+_MOST_QUOTED: Final = 500  # characters of what somebody else's exception says
 
 
 class TorchlensVizError(Exception):
@@ -17,6 +22,10 @@ class TorchlensVizError(Exception):
 
 class InvalidArgumentError(TorchlensVizError, ValueError):
     """An argument has the right type and a value that cannot be used."""
+
+
+class ModelFailedError(InvalidArgumentError):
+    """The model raised something when it was given what was made of an argument; `__cause__` is what."""
 
 
 class InvalidTypeError(TorchlensVizError, TypeError):
@@ -93,14 +102,63 @@ def needed(package: str, what: str, extra: str | None = None, *, otherwise: str 
         ) from error
 
 
+def message_of(error: BaseException) -> str:
+    """Return the message of an exception; an empty one where its class fails to make one."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
+
+
+def in_one_line(text: str, most: int = _MOST_QUOTED) -> str:
+    """Return text as a message shows it: in one line of at most `most` printable characters."""
+    words = " ".join(text[: 16 * most].split())
+    line = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in words
+    )
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
+
 def reason_of(error: BaseException) -> str:
     """Say in one line what an exception reports."""
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())
+    return in_one_line(str(getattr(error, "strerror", None) or message_of(error))) or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
     """Say in one line what an exception reports: its kind, and the first sentence or line of its message."""
-    text = str(error).strip()
-    first = re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0].rstrip(" .:")
+    text = message_of(error)[: 16 * _MOST_QUOTED].strip()
+    first = in_one_line(re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0]).rstrip(" .:")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an exception means that memory ran out, on whichever device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in message_of(error) for words in _RAN_OUT)
+
+
+@contextmanager
+def calling(call: str, rule: str) -> Iterator[None]:
+    """Say of whatever a function of the caller's raises within the block which argument it was given as.
+
+    An error of ours passes as it is, and so does what ran out of memory.
+
+    Args:
+        call: How the function is called, by the name of the argument: `"input_of(batch)"`.
+        rule: What it must do.
+
+    Raises:
+        InvalidArgumentError: It failed.
+    """
+    try:
+        yield
+    except TorchlensVizError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        name = call.partition("(")[0]
+        raise InvalidArgumentError(
+            f"`{name}` must {rule}, but it fails ({one_line(error)}); it is called as `{call}`"
+        ) from error

@@ -102,9 +102,9 @@ def direction(
         given = vector if isinstance(vector, torch.Tensor) else listed(vector, "vector")
         weights = torch.as_tensor(given, dtype=torch.float32, device="cpu").detach()
         check_dense(weights, "`vector`")
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        if isinstance(error, TorchlensVizError):
-            raise
+    except TorchlensVizError:
+        raise
+    except Exception as error:
         raise InvalidTypeError(f"`vector` must be numbers, one per channel, got {shown(vector)}") from error
     if weights.ndim != 1 or not len(weights) or not bool(weights.isfinite().all()):
         raise InvalidArgumentError(
@@ -226,11 +226,11 @@ def _term(
     couples: bool = False,
     chosen: bool = False,
 ) -> Objective:
-    given = [] if index is None else [str(index)]
-    given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
     layer = options["layer"]
     if layer is not None:
         _require_name(layer)
+    given = [] if index is None else [str(index)]
+    given += [f"{key}={value!r}" for key, value in options.items() if value is not None]
     return Objective(
         function=function,
         text=f"{name}({', '.join(given)})",

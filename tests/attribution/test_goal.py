@@ -64,7 +64,7 @@ def test_one_number_per_image_needs_no_target(net, images):
         ([1, 2, 3], r"`target` must have an int for each of 2 images, got 3; pass one int for all of them"),
         (lambda output: output, r"`target` must make a floating-point tensor \(2,\), .* shape \(2, 5\)"),
         (lambda output: output.argmax(1), r"must make a floating-point tensor \(2,\), .* got int64"),
-        (lambda output: output[:, 9], r"`target` fails on what the model puts out, float32 .* \(IndexError"),
+        (lambda output: output[:, 9], r"`target` must make .* model puts out, float32 .* fails \(IndexError"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(net, images, target, message):

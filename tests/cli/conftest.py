@@ -49,6 +49,10 @@ def four():
     return nn.Conv2d(4, 2, 3)
 
 
+def folded():
+    return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 2, 3))
+
+
 def dense():
     return nn.Linear(3, 2)
 

@@ -77,6 +77,18 @@ def test_kernels_draws_the_layer_with_the_options_asked_for(folder, run):
     assert np.array_equal(pixels("new/k.png"), colours(expected))
 
 
+def test_a_network_that_folds_gray_pixels_into_channels_is_shown_gray_pictures(folder, run):
+    code, out, err = run("maps", "tiny_net:folded", "photo.png", "-o", "new")
+    assert (code, out) == (0, [str(folder / "new" / "1.png")])
+    assert err[0].endswith("in gray")
+    code, out, _ = run(
+        *("maximize", "tiny_net:folded", "--layer", "1", "--channels", "0", "--steps", "1", "--size", "16"),
+        *("-o", "made"),
+    )
+    assert code == 0
+    assert Maximization.load("made/1").images.shape == (1, 1, 16, 16)
+
+
 def test_switches_and_limits_reach_the_sheet(folder, run):
     code, *_ = run(
         *("kernels", "tiny_net:Net", "-o", "k.png", "--layer", "second"),

@@ -99,6 +99,63 @@ def test_bad_input_gets_one_line_and_changes_nothing(folder, run, arguments, fix
     assert contents(folder) == before
 
 
+ENDING = """
+import sys
+import torch
+from torch import nn
+
+
+class Own(BaseException):
+    pass
+
+
+def raising(error):
+    def fail(*args):
+        raise error
+    return fail
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU())
+
+
+def built(place, error):
+    def build():
+        if place == "factory":
+            raise error
+        model = net()
+        if place == "forward":
+            model[1].forward = raising(error)
+        return (model, raising(error)) if place == "preprocess" else model
+    return build
+
+
+for kind in (SystemExit(3), GeneratorExit("x"), Own("\\x1b[2J\\n" + "x" * 10**5)):
+    for place in ("factory", "preprocess", "forward"):
+        globals()[f"{place}_{type(kind).__name__}"] = built(place, kind)
+"""
+
+
+@pytest.mark.parametrize("kind", ["SystemExit: 3", "GeneratorExit: x", "Own: \\x1b[2J"])
+@pytest.mark.parametrize("place", ["factory", "preprocess", "forward"])
+@pytest.mark.parametrize("command", ["maps", "explain", "survey"])
+def test_code_of_a_model_that_ends_the_program_is_told_in_one_line(folder, run, command, place, kind):
+    Path("ending.py").write_text(ENDING)
+    Path("pictures").mkdir()
+    Path("photo.png").rename("pictures/photo.png")
+    picture = "pictures" if command == "survey" else "pictures/photo.png"
+    target = ("--target", "0") if command == "explain" else ()
+    name = kind.partition(":")[0]
+    code, out, err = run(command, f"ending:{place}_{name}", picture, "-o", "new", *target)
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith("torchlens-viz: error: ")
+    assert kind in err[0]
+    assert err[0].isprintable()
+    assert len(err[0]) < 1000
+    assert not Path("new").exists()
+    del sys.modules["ending"]
+
+
 def test_a_failed_download_is_one_line(folder, run, monkeypatch):
     def no_network(*_args, **_options):
         raise OSError("no network in this test")

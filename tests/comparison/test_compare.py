@@ -23,6 +23,7 @@ from torchlens_viz.errors import (
     InvalidTypeError,
     LayerNotCapturedError,
     LayerNotFoundError,
+    ModelFailedError,
     NoDataError,
 )
 
@@ -385,7 +386,9 @@ def test_networks_inputs_and_random_numbers_are_as_before():
 
 def test_a_network_that_fails_leaves_no_hooks():
     a = small()
-    with pytest.raises(RuntimeError, match=r"(?i)channels|size"):
+    with pytest.raises(
+        ModelFailedError, match=r"`inputs` must be what the model takes: .* 3 channels, but got 2"
+    ):
         compare(a, copy.deepcopy(a), torch.randn(1, 2, 10, 10))
     assert hook_count(a) == 0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -338,6 +341,24 @@ class TakesTwo(DecoderFirst):
         return super().forward(x) + y
 
 
+class Quarters(nn.Module):
+    """Makes four images of every other row and column, as focus layers do."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x):
+        return self.convolution(
+            torch.cat([x[..., row::2, column::2] for row in (0, 1) for column in (0, 1)], 1)
+        )
+
+
+class Mixed(Quarters):
+    def forward(self, x):
+        return self.convolution(x.mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize(
     ("model", "name", "channels"),
     [
@@ -348,6 +369,19 @@ class TakesTwo(DecoderFirst):
         (DecoderFirst(latent=4), "encoder", 3),
         (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3)), "1", 3),
         (nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16, 4, 3)), "1", 1),
+        (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 8, 3)), "1", 1),
+        (
+            nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 3, 3), nn.Conv2d(3, 3, 1)),
+            "1",
+            1,
+        ),
+        (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(8, 4, 3)), "1", 2),
+        (nn.Sequential(nn.PixelShuffle(2), nn.Conv2d(1, 4, 3)), "1", 4),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)), "0", 4),
+        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "0", 2),
+        (Quarters(nn.Conv2d(4, 8, 3)), "convolution", 1),
+        (Quarters(nn.Conv2d(12, 8, 3)), "convolution", 3),
+        (Mixed(nn.Conv2d(1, 4, 3)), "convolution", 1),  # takes any number
         (nn.Sequential(nn.PixelUnshuffle(2), parametrizations.weight_norm(nn.Conv2d(12, 4, 3))), "1", 3),
         (nn.Sequential(nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "0", 6),  # of another size
         (TakesTwo(), "decoder", 8),  # cannot be tried, so that the order of definition counts
@@ -361,6 +395,24 @@ def test_images_enter_at_the_first_convolution_to_run(model, name, channels):
     assert kernels_of(model).name == name
     assert all(map(torch.equal, before.values(), model.state_dict().values()))
     assert model.training
+
+
+def test_looking_for_it_draws_no_random_numbers():
+    class Noisy(Quarters):
+        def forward(self, x):
+            return super().forward(
+                x
+                + torch.rand(x.shape, device=x.device)
+                + torch.rand(1).item()
+                + random.random()
+                + np.random.rand()
+            )
+
+    model = Noisy(nn.Conv2d(4, 8, 3))
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
+    assert image_channels(model) == 1
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[2]) == before[1:]
 
 
 class Of(nn.Module):
@@ -454,3 +506,11 @@ def test_kernels_are_those_of_now(kind, change):
     result = maximize(net, "0", size=6, steps=2, precision="float32")
     told = net(result.images).mean((2, 3)).diagonal().detach()
     torch.testing.assert_close(result.scores, told)
+
+
+def test_an_image_that_is_made_has_the_channels_that_enter():
+    for inputs, channels in ((4, 1), (12, 3)):
+        found = maximize(
+            nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(inputs, 2, 3)), "1", [0], size=16, steps=1
+        )
+        assert found.images.shape == (1, channels, 16, 16)

@@ -263,3 +263,16 @@ def test_a_step_that_was_broken_off_is_logged_when_it_is_tried_again(probe):
     with monitor.watch(10):
         net(probe)
     assert board.steps("maps/0") == [10]
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_lazy_layer_is_watched_from_the_step_that_makes_it():
+    net, board = nn.Sequential(nn.LazyConv2d(4, 3)), Recorder()
+    monitor = Monitor(net, board, layers="0", every=1, norms=True, strict=True, alarm=None)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(3):
+        with monitor.watch(step):
+            loss = net(torch.rand(2, 3, 8, 8)).square().mean()
+            loss.backward()
+            optimizer.step()
+    assert board.steps("health/0/update_norm") == [1, 2]

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from torchlens_viz.arguments import wide
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, calling
 from torchlens_viz.models.inputs import InputOf, part_of
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor] | Literal["cross_entropy"]
@@ -30,7 +30,7 @@ def labels_of(batch: Any, rule: InputOf) -> torch.Tensor | None:
     """
     found: Any = None
     if rule is not None:
-        found = part_of(batch, rule)
+        found = part_of(batch, rule, "label_of")
     elif isinstance(batch, Mapping):
         found = next((batch[key] for key in _USUAL_KEYS if key in batch), None)
     elif isinstance(batch, tuple | list) and len(batch) > 1:
@@ -64,7 +64,8 @@ def losses_of(loss: Loss, output: Any, batch: Any, inputs: int, rule: InputOf) -
         InvalidTypeError: It is no tensor, or the output is none.
     """
     if callable(loss):
-        found = loss(output, batch)
+        with calling("loss(output, batch)", f"return one number per input, ({inputs},)"):
+            found = loss(output, batch)
         if not isinstance(found, torch.Tensor) or not found.is_floating_point():
             kind = found.dtype if isinstance(found, torch.Tensor) else type(found).__name__
             raise InvalidTypeError(f"`loss` must return a tensor of floating numbers, (N,), got {kind}")

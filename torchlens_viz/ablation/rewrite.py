@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Final, TypeAlias, final
 
@@ -16,8 +16,9 @@ from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Layer, unwrap
-from torchlens_viz.models.state import untouched
+from torchlens_viz.models.state import require_values, untouched
 from torchlens_viz.nested import map_tensors, tensors
 
 # Makes of what a layer puts out, channels second, what is to stand in the place of any of its channels.
@@ -114,6 +115,7 @@ class Rewritten:
 
     def __init__(self, model: nn.Module, layer: Layer, channel_dim: int | None) -> None:
         refuse_torchscript(model)
+        require_values(model)
         self._model, self._layer = model, layer
         self._layout = Layout([layer], channel_dim)
         self._sink = Rewriting(self._layout)
@@ -130,6 +132,9 @@ class Rewritten:
         finally:
             self._sink.channel = self._sink.filling = self._sink.watcher = self._sink.repeating = None
 
+    def _taking(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+        return shown_to(self._model, (args, kwargs), "loader", "say with `input_of` what it takes of a batch")
+
     def look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Run the network as far as the layer, and return how many channels it puts out.
 
@@ -137,7 +142,7 @@ class Rewritten:
             InvalidArgumentError: The layer does not run.
         """
         if self._sink.looked is None:
-            with self._layout.following(), self._hooks(stop=True):
+            with self._taking(args, kwargs), self._layout.following(), self._hooks(stop=True):
                 self._model(*_own(args), **_own(kwargs))
         looked = self._sink.looked
         if looked is None:
@@ -151,7 +156,7 @@ class Rewritten:
     ) -> None:
         """Run the network as it is, and tell `watcher` what the layer puts out, channels second."""
         self.look(args, kwargs)
-        with self._hooks():
+        with self._taking(args, kwargs), self._hooks():
             self._sink.watcher = watcher
             self._model(*_own(args), **_own(kwargs))
 
@@ -166,15 +171,16 @@ class Rewritten:
             channels: (K,) int64; `NOTHING` replaces none.
             filling: What is to stand there.
         """
-        while True:
-            try:
-                with self._hooks():
-                    self._sink.filling = filling
-                    return self._ways[0](args, kwargs, channels)
-            except (CannotRepeatError, RuntimeError):  # something that this way does not know or cannot do
-                if len(self._ways) == 1:
-                    raise
-                del self._ways[0]
+        with self._taking(args, kwargs):
+            while True:
+                try:
+                    with self._hooks():
+                        self._sink.filling = filling
+                        return self._ways[0](args, kwargs, channels)
+                except (CannotRepeatError, RuntimeError):  # this way does not know or cannot do something
+                    if len(self._ways) == 1:
+                        raise
+                    del self._ways[0]
 
     def _from_there(self, args: tuple[Any, ...], kwargs: dict[str, Any], channels: torch.Tensor) -> list[Any]:
         """Run it on the inputs as far as the layer, and on copies of the batch from there."""

@@ -18,7 +18,7 @@ from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.colours import Bands, as_pixels
 from torchlens_viz.models.inputs import as_shown, model_input
 from torchlens_viz.models.kernels import image_channels
-from torchlens_viz.models.state import like_parameters
+from torchlens_viz.models.state import like_parameters, require_values
 
 Given: TypeAlias = str | os.PathLike[str] | Image.Image | torch.Tensor
 
@@ -65,6 +65,7 @@ def pictures_of(
         InvalidTypeError: One is something else.
         PictureError: A file cannot be read.
     """
+    require_values(model)
     function(preprocess, "preprocess")
     function(invert, "invert")
     channels = image_channels(model)

@@ -15,8 +15,7 @@ from torchlens_viz.ascent.plan import Climb, Plan, Request, as_frame, verdict
 from torchlens_viz.ascent.starts import LOOK_EVERY, Action, Rows, Run, Starts, is_watched, next_action
 from torchlens_viz.backprop.relu import Redirection, gradient_within
 from torchlens_viz.backprop.scorer import Scorer, Sensitivity
-from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError
-from torchlens_viz.models.state import is_out_of_memory
+from torchlens_viz.errors import CaptureMemoryError, InvalidArgumentError, is_out_of_memory, reason_of
 
 _HURRY: Final = 3.0
 
@@ -64,7 +63,7 @@ def climb(
             if batch_size == 1:
                 raise CaptureMemoryError(
                     "one image at a time is more than there is memory for; choose a smaller `size`, an "
-                    f"earlier layer, or a larger device ({' '.join(str(error).split())[:200]})"
+                    f"earlier layer, or a larger device ({reason_of(error)})"
                 ) from error
             waiting.extendleft(reversed(on_the_way))
             batch_size = max(1, batch_size // 2)

@@ -20,11 +20,10 @@ from torchlens_viz.ascent.plan import Plan, Request
 from torchlens_viz.backprop.device import free_bytes
 from torchlens_viz.backprop.objective import Objective
 from torchlens_viz.backprop.scorer import Scorer
-from torchlens_viz.errors import InvalidArgumentError
+from torchlens_viz.errors import InvalidArgumentError, is_out_of_memory
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.inputs import image_batch
 from torchlens_viz.models.layers import OnImages, unwrap
-from torchlens_viz.models.state import is_out_of_memory
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}
 _SIZES: Final[dict[int, Size]] = {1: (4096,), 2: (224, 224), 3: (16, 112, 112)}

@@ -16,7 +16,7 @@ from torchlens_viz.attribution.layers import maps_to_explain
 from torchlens_viz.attribution.trust import measure
 from torchlens_viz.attribution.twin import Twin
 from torchlens_viz.attribution.way import AT_PIXELS, Method, Way
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, calling
 from torchlens_viz.hooks.forward import is_compiled
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import (
@@ -225,7 +225,7 @@ def _settings(
 def _rows_and_columns(grid: Any) -> tuple[int, int]:
     try:
         rows, columns = grid
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(f"`grid` must be (rows, columns), got {shown(grid)}") from None
     return integer(rows, "grid", least=1), integer(columns, "grid", least=1)
 
@@ -258,7 +258,8 @@ def _batch(
         )
     if preprocess is None:
         return image.float() / 255 if image.dtype == torch.uint8 else image
-    made = preprocess(image)
+    with calling("preprocess(image)", f"make a batch (N, {shape}) of a batch"):
+        made = preprocess(image)
     is_batch = isinstance(made, torch.Tensor) and made.ndim == axes + 2 and len(made) == len(image)
     if not is_batch or made.numel() == 0:
         what = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__

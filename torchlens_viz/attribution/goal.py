@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, final
 import torch
 
 from torchlens_viz.arguments import indices_of, shown
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, TorchlensVizError, one_line
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, calling
 
 Target: TypeAlias = int | Sequence[int] | torch.Tensor | Callable[[Any], torch.Tensor] | None
 
@@ -86,15 +86,9 @@ class Goal:
 
     def _called(self, output: Any, rows: int) -> torch.Tensor:
         assert self.function is not None
-        try:
+        rule = f"make a tensor ({rows},), a number per image, of what the model puts out, {_kind(output)}"
+        with calling("target(output)", rule):
             scores = self.function(output)
-        except TorchlensVizError:
-            raise
-        except Exception as error:
-            raise InvalidArgumentError(
-                f"`target` fails on what the model puts out, {_kind(output)} ({one_line(error)}); it must "
-                f"make of it a tensor ({rows},), a number per image"
-            ) from error
         if not isinstance(scores, torch.Tensor) or not scores.is_floating_point() or scores.shape != (rows,):
             raise InvalidArgumentError(
                 f"`target` must make a floating-point tensor ({rows},), a number per image, of what the "

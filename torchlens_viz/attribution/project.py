@@ -195,7 +195,7 @@ def _position(given: Any) -> Position:
         return one_of(given, "position", ("max", "all"))
     try:
         row, column = given
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(
             f'`position` must be "max", "all" or (row, column), got {shown(given)}'
         ) from None

@@ -20,7 +20,9 @@ from torchlens_viz.errors import (
     CaptureError,
     CaptureMemoryError,
     InvalidArgumentError,
+    ModelFailedError,
     TorchlensVizError,
+    is_out_of_memory,
     one_line,
 )
 from torchlens_viz.hooks.capture import Capture
@@ -29,7 +31,7 @@ from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.keeping import same_attributes, same_random_numbers
 from torchlens_viz.models.layers import select
-from torchlens_viz.models.state import device_of, going_back, inference, is_out_of_memory, refuse_quantized
+from torchlens_viz.models.state import device_of, going_back, inference, refuse_quantized
 from torchlens_viz.models.watching import Parting
 
 
@@ -257,7 +259,7 @@ class Twin:
         except TorchlensVizError:
             raise
         except Exception as error:  # whatever the model raises
-            raise InvalidArgumentError(
+            raise ModelFailedError(
                 f"the model cannot take images of shape {tuple(batch.shape[1:])}: {one_line(error)}; choose "
                 "another `image` or `preprocess`, or say with `inputs` what it takes beside images"
             ) from error

@@ -18,12 +18,14 @@ from torchlens_viz.errors import (
     CaptureError,
     CaptureMemoryError,
     InvalidArgumentError,
+    ModelFailedError,
     TorchlensVizError,
+    is_out_of_memory,
     one_line,
 )
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.state import is_out_of_memory, refuse_quantized
+from torchlens_viz.models.state import refuse_quantized
 from torchlens_viz.models.watching import Parting
 from torchlens_viz.receptive.crops import Crop, crops_for
 from torchlens_viz.receptive.field import ReceptiveField
@@ -155,7 +157,7 @@ class Units:
         except Exception as error:  # whatever the model raises
             if is_out_of_memory(error):
                 raise _too_large(shape, error) from error
-            raise InvalidArgumentError(
+            raise ModelFailedError(
                 f"the model cannot take an image of shape {shape[1:]} ({one_line(error)}); give another "
                 "`image`, a `preprocess` that makes of it what the model takes, or as `inputs` what it takes "
                 "beside"

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import _StopRecomputationError
 
-from torchlens_viz.errors import CaptureError
+from torchlens_viz.errors import CaptureError, in_one_line, message_of
 from torchlens_viz.hooks.forward import eager_stance, is_traced, let_go
 from torchlens_viz.models.copying import private_copy
 from torchlens_viz.models.layers import called_alike, select_one, unwrap
+from torchlens_viz.models.state import require_values
 
 # Their weights are what autocast would convert anew at every step; all else stays as autocast wants it.
 _CAST: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
@@ -43,10 +44,11 @@ def shadow_of(
         Its first pass is to be made within `Parting`, since a model may write to its weights.
 
     Raises:
-        InvalidArgumentError: It has lazy parameters, without values yet.
+        InvalidArgumentError: It has no values: its parameters are lazy, on the meta device, or fake.
         InvalidTypeError: The model holds something that cannot be copied.
     """
     original = unwrap(model)
+    require_values(original)
     cast = _weights_to_cast(original) if dtype != torch.float32 and not keeps_types else set()
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,7 +155,7 @@ class Cut:
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
                 values = self._compiled(images)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = " ".join(str(error).partition("\n\n")[0].split())[:300]
+            reason = in_one_line(message_of(error).partition("\n\n")[0])
             raise CaptureError(
                 f"`torch.compile` failed on this model; leave `compile` out ({reason})"
             ) from error

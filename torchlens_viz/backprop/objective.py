@@ -13,7 +13,7 @@ from typing import Final, final
 import torch
 
 from torchlens_viz.arguments import real, shown
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, calling
 
 _GREATEST: Final = 1e38
 
@@ -63,7 +63,8 @@ class Objective:
 
     def __call__(self, scene: Scene) -> torch.Tensor:
         """Return the score of every image, (N,) float32."""
-        scores = self.function(scene)
+        with calling("objective(scene)", f"give one number per image, ({len(scene.channels)},), of a Scene"):
+            scores = self.function(scene)
         if not isinstance(scores, torch.Tensor) or scores.shape != scene.channels.shape:
             given = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
             raise InvalidArgumentError(

@@ -15,14 +15,18 @@ from torchlens_viz.errors import (
     CaptureError,
     CaptureMemoryError,
     InvalidArgumentError,
+    ModelFailedError,
     TorchlensVizError,
+    calling,
+    is_out_of_memory,
     one_line,
+    reason_of,
 )
 from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
-from torchlens_viz.models.state import device_of, is_out_of_memory, refuse_quantized
+from torchlens_viz.models.state import device_of, refuse_quantized
 from torchlens_viz.models.watching import Parting
 
 _LINEAR: Final = (
@@ -152,12 +156,12 @@ class Scorer:
             if is_out_of_memory(error):
                 raise CaptureMemoryError(
                     "a single image is more than there is memory for; choose a smaller `size`, an earlier "
-                    f"layer, or a larger device ({' '.join(str(error).split())[:200]})"
+                    f"layer, or a larger device ({reason_of(error)})"
                 ) from error
             after = f" (after `preprocess`, {tuple(prepared.shape[1:])})" if self._preprocess else ""
-            raise InvalidArgumentError(
+            raise ModelFailedError(
                 f"the model cannot take images of shape {tuple(images.shape[1:])}{after}: "
-                f"{' '.join(str(error).split())}; choose another `size`, `image` or `preprocess`, or say "
+                f"{reason_of(error)}; choose another `size`, `image` or `preprocess`, or say "
                 "with `inputs` what it takes beside images"
             ) from error
         if acts.not_called:
@@ -290,7 +294,8 @@ class Scorer:
         if self._preprocess is None:  # a copy in any case: the network may work in place on what it gets
             is_plane = images.ndim == 4
             return images.clone(memory_format=self._memory_format if is_plane else torch.contiguous_format)
-        prepared = self._preprocess(images.clone())
+        with calling("preprocess(images)", "make a batch of a batch (N, C, H, W)"):
+            prepared = self._preprocess(images.clone())
         if not isinstance(prepared, torch.Tensor) or len(prepared) != len(images):
             raise InvalidArgumentError(
                 f"`preprocess` must make a batch of a batch (N, C, ...), got {_kind(prepared)} for "

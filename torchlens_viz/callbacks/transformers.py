@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
-from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
+from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError, calling
 from torchlens_viz.monitor.health import Trouble, warn
 from torchlens_viz.monitor.monitor import Monitor
 
@@ -82,7 +82,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
         self._close()  # what an exception left of a training before
         self._should_stop = False
-        model = given["model"] if self._module is None else self._module(given["model"])
+        with calling("module(model)", "return the network to watch"):
+            model = given["model"] if self._module is None else self._module(given["model"])
         is_quiet = self._alarm is None and not self._stop
         self.monitor = Monitor(model, self._writer, alarm=None if is_quiet else alarm, **self._options)
 

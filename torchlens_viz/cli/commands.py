@@ -19,6 +19,7 @@ from torchlens_viz.ascent.maximize import maximize
 from torchlens_viz.distributed import joined
 from torchlens_viz.errors import (
     InvalidArgumentError,
+    ModelFailedError,
     ModelLoadError,
     PictureError,
     TorchlensVizError,
@@ -255,11 +256,12 @@ def told_as_model_error(loaded: LoadedModel, what: str) -> Iterator[None]:
     """Say of whatever a model raises that the model did."""
     try:
         yield
-    except TorchlensVizError:
-        raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TorchlensVizError) and not isinstance(error, ModelFailedError):
+            raise
+        own = error.__cause__ if isinstance(error, ModelFailedError) and error.__cause__ else error
         raise ModelLoadError(
-            f"{loaded.name} cannot run on {what} ({one_line(error)}); use other pictures, or put a function "
+            f"{loaded.name} cannot run on {what} ({one_line(own)}); use other pictures, or put a function "
             "preprocess(image) that fits beside the factory"
         ) from error
 

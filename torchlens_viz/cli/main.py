@@ -8,14 +8,15 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from torchlens_viz.cli.parser import PROGRAM, parser
-from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError
+from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, in_one_line, message_of, one_line
 
 if TYPE_CHECKING:
     from torchlens_viz.cli.commands import Outcome
 
+_MOST_SAID: Final = 4000  # characters of an error, which may name every layer
 _DRAWING_OPTIONS = (
     "cmap", "nrow", "padding", "scale_each", "value_range", "filters", "channels", "upscale",
     "interpolation", "labels", "legend", "title", "sort_by", "max_tiles", "page", "channel_dim", "grid",
@@ -41,18 +42,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 1 where `compare` finds a difference; 2 where the input is at fault (one line on
         stderr says what to change), 130 after Ctrl-C, 141 where nobody reads the output any more.
     """
+    arguments = None
     try:
         arguments = parser().parse_args(argv)
         code = _run(arguments, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except TorchlensVizError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {in_one_line(message_of(error), _MOST_SAID)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         _silence_stdout()
         return 141
+    except BaseException as error:
+        if arguments is None or isinstance(error, Exception):  # --help, or a fault of ours
+            raise
+        print(
+            f"{PROGRAM}: error: code that belongs to the model ended the program ({one_line(error)}); let it "
+            "raise an Exception, or return",
+            file=sys.stderr,
+        )
+        return 2
     return code
 
 

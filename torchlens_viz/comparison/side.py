@@ -17,8 +17,9 @@ from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Layer, named_layers, unwrap
-from torchlens_viz.models.state import like_parameters, untouched
+from torchlens_viz.models.state import like_parameters, require_values, untouched
 from torchlens_viz.nested import map_tensors
 
 OUTPUT: Final = "(output)"
@@ -74,6 +75,7 @@ class Side:
                 f"`{name}` cannot be compared layer by layer: {error}; of an exported model, pass the "
                 "ExportedProgram itself instead of its `.module()`"
             ) from error
+        require_values(model)
         self.model = model
         self.hooked = _all_layers(model) if layers is None else list(layers(model))
         self.modules = {plain_name(layer.name) or OUTPUT: layer.module for layer in self.hooked}
@@ -96,7 +98,8 @@ class Side:
             return like_parameters(tensor.detach().clone(), self.model)
 
         args, kwargs = map_tensors(own, args), map_tensors(own, kwargs)
-        with untouched(self.model):
+        remedy = "say with `input_of` what it takes of a batch"
+        with untouched(self.model), shown_to(self.model, (args, kwargs), "inputs", remedy):
             self.model(*args, **kwargs)
 
 

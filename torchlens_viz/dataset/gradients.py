@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torchlens_viz.ablation.losses import Loss, losses_of
 from torchlens_viz.arguments import shown
 from torchlens_viz.dataset.loader import Batch
-from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
+from torchlens_viz.errors import InvalidArgumentError, calling
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.copying import private_copy
 from torchlens_viz.models.inputs import InputOf
@@ -242,16 +242,9 @@ def _losses(
 
 def _scores(target: Target, output: Any, batch: Batch) -> torch.Tensor:
     rows = len(batch.samples)
-    rule = f"a floating-point tensor ({rows},), a number per input, of the model's output and the batch"
-    try:
+    rule = f"a floating-point tensor ({rows},), a number per input, of the model's output and of the batch"
+    with calling("target(output, batch)", f"make {rule}"):
         scores = target(output, batch.whole)
-    except TorchlensVizError:
-        raise
-    except Exception as error:
-        raise InvalidArgumentError(
-            f"`target` must make {rule}, but it fails ({one_line(error)}); it is called as "
-            "`target(output, batch)`, with the batch as the loader yields it"
-        ) from error
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point() or scores.shape != (rows,):
         is_tensor = isinstance(scores, torch.Tensor)
         what = f"{scores.dtype} of shape {tuple(scores.shape)}" if is_tensor else shown(scores)

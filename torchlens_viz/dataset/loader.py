@@ -26,7 +26,7 @@ from torchlens_viz.dataset.order import (
     refuse_what_is_no_loader,
     sampler_of,
 )
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, calling
 from torchlens_viz.models.calls import ModelInputs, arguments_of, inputs_like
 from torchlens_viz.models.inputs import InputOf, images_in, input_of
 from torchlens_viz.nested import map_tensors, tensors
@@ -218,7 +218,8 @@ class Numbering:
 
     def _next(self, batch: Any, count: int) -> torch.Tensor:
         if self._function is not None:
-            samples = _checked(self._function(batch))
+            with calling("indices(batch)", "return the index of every input of a batch"):
+                samples = _checked(self._function(batch))
             if len(samples) != count:
                 raise InvalidArgumentError(
                     f"`indices` must give one index per input, got {len(samples)} for a batch of {count}"
@@ -260,7 +261,7 @@ def _checked(indices: Any) -> torch.Tensor:
         )
         check_dense(found, "`indices`")
         found = found.detach().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise InvalidTypeError(f"`indices` must be ints, got {type(indices).__name__}") from error
     if found.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device="cpu")

@@ -23,9 +23,14 @@ from torchlens_viz.hooks.followers import Followers
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Layer, unwrap
-from torchlens_viz.models.state import complete_call, inference
+from torchlens_viz.models.state import inference
 
+_BESIDE: Final = (
+    "what it takes beside images goes into `inputs`; where that is in the batches, let a function as "
+    "`input_of` return a tuple or a dict"
+)
 _FOLLOWED: Final = 2  # batches in which it is found out where the channels are
 
 
@@ -89,7 +94,7 @@ class Pass:
             count(before.inputs)
             return
         try:
-            with complete_call(), inference(self._model, watched=False) as watching, self._hooks():
+            with inference(self._model, watched=False) as watching, self._hooks():
                 self._watching = watching
                 for raw in self._numbering.each(loader):
                     batch = self._numbering.read(raw)
@@ -173,7 +178,12 @@ class Pass:
             }
         )
         watching, self._watching = self._watching, nullcontext
-        with watching(), self._followed() if must_follow else nullcontext():
+        given = (batch.args, batch.kwargs)
+        with (
+            shown_to(self._model, given, "loader", _BESIDE),
+            watching(),
+            self._followed() if must_follow else nullcontext(),
+        ):
             return self._model(*batch.args, **batch.kwargs)
 
     def _weighed(self, gradients: Gradients, batch: Batch, *, in_order: bool, must_follow: bool) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.ablation.losses import Loss, labels_of
-from torchlens_viz.arguments import flag, function, integer, shown
+from torchlens_viz.arguments import flag, function, integer, real, shown
 from torchlens_viz.dataset.checkpoint import Logbook, Progress
 from torchlens_viz.dataset.gradients import Gradients, Target, questions_of
 from torchlens_viz.dataset.loader import Batch, Indices, Numbering, inputs_in
@@ -27,13 +27,14 @@ from torchlens_viz.errors import (
     DistributedError,
     InvalidArgumentError,
     NoDataError,
+    calling,
 )
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.files.tensors import checksum
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import Selector, select, unwrap
-from torchlens_viz.models.state import inference, usable_device
+from torchlens_viz.models.state import inference, require_values, usable_device
 from torchlens_viz.progress import counter, is_shown
 from torchlens_viz.stats.running import Bins, edges_of
 
@@ -159,7 +160,7 @@ def survey(
     if encoder != "output":
         function(encoder, "encoder")
     top_k = integer(top_k, "top_k", least=0)
-    if not isinstance(checkpoint_seconds, int | float) or not checkpoint_seconds >= 0:
+    if not (checkpoint_seconds := real(checkpoint_seconds, "checkpoint_seconds")) >= 0:
         # Infinity writes at the end alone.
         raise InvalidArgumentError(f"`checkpoint_seconds` must be 0 or more, got {shown(checkpoint_seconds)}")
     correlations = flag(correlations, "correlations")
@@ -184,6 +185,8 @@ def survey(
         "by_class": by_class,
         "encoder": _name_of(encoder),
     }
+    if device is None or first is None or not first.is_meta:  # others may be loaded layer by layer
+        require_values(model)
     if checkpoint is not None or processes > 1:
         settings["weights"] = checksum(unwrap(model))
 
@@ -248,7 +251,8 @@ def _told(label_of: InputOf, encoder: Encoder | None, output: Any, batch: Batch,
         found = output
     else:
         with inference(encoder) if isinstance(encoder, nn.Module) else nullcontext():
-            found = encoder(*batch.args, **batch.kwargs)
+            with calling("encoder(inputs)", "make an embedding of each input, called as the model is"):
+                found = encoder(*batch.args, **batch.kwargs)
     is_tensor = isinstance(found, torch.Tensor)
     if not is_tensor or found.shape[:1] != (inputs,) or found.ndim < 2 or not found.is_floating_point():
         what = f"{found.dtype} of shape {tuple(found.shape)}" if is_tensor else type(found).__name__

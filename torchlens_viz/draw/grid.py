@@ -8,7 +8,7 @@ from math import inf
 
 import torch
 
-from torchlens_viz.arguments import check_dense, flag, integer, real, shown, wide
+from torchlens_viz.arguments import check_dense, flag, integer, made_of, real, shown, wide
 from torchlens_viz.draw.scale import finite_range
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
@@ -187,12 +187,12 @@ def _frame(
 
 def _two_numbers(value_range: Sequence[float]) -> tuple[float, float]:
     rule = f"`value_range` must be (low, high), got {shown(value_range)}"
-    try:
-        low, high = (float(end) for end in islice(value_range, 3))
-    except (ValueError, OverflowError):
-        raise InvalidArgumentError(rule) from None
-    except (TypeError, RuntimeError):
-        raise InvalidTypeError(rule) from None
+    low, high = made_of(value_range, _two_floats, rule)
+    return low, high
+
+
+def _two_floats(given: Sequence[float]) -> tuple[float, float]:
+    low, high = (float(end) for end in islice(given, 3))
     return low, high
 
 

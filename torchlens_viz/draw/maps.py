@@ -85,7 +85,7 @@ def _channels_first(
 def _folded(tokens: torch.Tensor, grid: tuple[int, int], what: str) -> torch.Tensor:
     try:
         rows, columns = (operator.index(size) for size in grid)
-    except (TypeError, ValueError, RuntimeError):
+    except Exception:
         raise InvalidTypeError(f"`grid` must be (rows, columns), got {shown(grid)}") from None
     if tokens.ndim not in (2, 3) or rows < 1 or columns < 1 or tokens.shape[-2] < rows * columns:
         raise InvalidArgumentError(

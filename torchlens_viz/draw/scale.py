@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.arguments import shown, wide
+from torchlens_viz.arguments import made_of, shown, wide
 from torchlens_viz.draw.palette import NAN, NEGATIVE_INFINITY, POSITIVE_INFINITY
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError
 
 ValueRange: TypeAlias = Sequence[float] | Literal["robust"]
 
@@ -175,12 +175,7 @@ def _as_range(value_range: Any) -> tuple[float, float]:
         f'`value_range` must be (low, high) with low <= high, both finite, or "robust", got '
         f"{shown(value_range)}"
     )
-    try:
-        limits = [float(limit) for limit in islice(value_range, 3)]
-    except (TypeError, RuntimeError):
-        raise InvalidTypeError(rule) from None
-    except (ValueError, OverflowError):
-        raise InvalidArgumentError(rule) from None
+    limits = made_of(value_range, lambda given: [float(limit) for limit in islice(given, 3)], rule)
     if len(limits) != 2 or not all(map(isfinite, limits)) or limits[0] > limits[1]:
         raise InvalidArgumentError(rule)
     return limits[0], limits[1]

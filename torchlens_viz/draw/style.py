@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, TypedDict, TypeVar, get_args
 
 import torch
 
-from torchlens_viz.arguments import flag, integer, listed, one_of, shown, wide
+from torchlens_viz.arguments import flag, integer, listed, made_of, one_of, shown, wide
 from torchlens_viz.draw.palette import Colormap, Table, colormap
 from torchlens_viz.draw.scale import ValueRange
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
@@ -247,7 +247,8 @@ def own_labels(style: Style, count: int) -> list[str] | Literal[False]:
         raise InvalidTypeError(
             f"`labels` must be True or a list of {count} strings, got {shown(style.labels)}"
         )
-    labels = [" ".join(str(label).split()) for label in listed(style.labels, "labels")]
+    rule = f"`labels` must be {count} strings, one per tile, got {shown(style.labels)}"
+    labels = [" ".join(made_of(label, str, rule).split()) for label in listed(style.labels, "labels")]
     if len(labels) != count:
         raise InvalidArgumentError(f"`labels` must be {count} strings, one per tile, got {len(labels)}")
     return labels

@@ -31,9 +31,10 @@ def as_path(path: str | os.PathLike[str], name: str = "path") -> Path:
     Raises:
         InvalidTypeError: It is neither a string nor a path.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InvalidTypeError(f"`{name}` must be a string or a path, got a {type(path).__name__}")
-    found = os.fspath(path)
+    try:
+        found = os.fspath(path)
+    except Exception:  # one of the caller's own kind may raise anything
+        raise InvalidTypeError(f"`{name}` must be a string or a path, got a {type(path).__name__}") from None
     if not isinstance(found, str):
         raise InvalidTypeError(f"`{name}` must be a string or a path of text, got bytes; use `os.fsdecode`")
     return Path(found)
@@ -124,8 +125,9 @@ def require_regular(
         error: What to raise where it is missing, a folder, a pipe or a device.
         remedy: What to do then, as the end of a sentence.
     """
+    named = as_path(path)
     try:
-        mode = as_path(path).stat().st_mode
+        mode = named.stat().st_mode
     except (OSError, ValueError) as reason:
         raise error(f"cannot read {str(path)!r}: {reason_of(reason)}; {remedy}") from reason
     if not stat.S_ISREG(mode):

@@ -31,7 +31,7 @@ from torchlens_viz.models.colours import Bands, as_pixels, as_signal, bands_note
 from torchlens_viz.models.inputs import AXES, as_shown, model_input, shown_to
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, require_module, select_one
-from torchlens_viz.models.state import inference, like_parameters
+from torchlens_viz.models.state import inference, like_parameters, require_values
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field
 
@@ -161,6 +161,7 @@ def overlay_grid(
         (195, 131)
     """
     require_module(model)
+    require_values(model)
     function(preprocess, "preprocess")
     function(invert, "invert")
     one_of(backdrop, "backdrop", get_args(Backdrop))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from torchlens_viz.arguments import function, indices_of, shown
-from torchlens_viz.errors import InvalidArgumentError, one_line
+from torchlens_viz.errors import InvalidArgumentError, calling, one_line
 from torchlens_viz.models.inputs import as_batch, model_input
 from torchlens_viz.models.keeping import same_random_numbers
 
@@ -194,7 +194,8 @@ def inverted(batch: torch.Tensor, invert: Callable[[torch.Tensor], torch.Tensor]
     values = batch.detach()
     if function(invert, "invert") is not None:
         assert invert is not None
-        values = as_batch(invert(values), batch.ndim - 2)
+        with calling("invert(batch)", "make pixels in [0, 1] of what the model takes"):
+            values = as_batch(invert(values), batch.ndim - 2)
         if values.shape[2:] != batch.shape[2:]:
             raise InvalidArgumentError(
                 f"`invert` must keep the height and width of {tuple(batch.shape)}, got {tuple(values.shape)}"

@@ -12,12 +12,11 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidTypeError, reason_of
 from torchlens_viz.models.keeping import same_random_numbers
-from torchlens_viz.models.state import set_eval
+from torchlens_viz.models.state import refuse_lazy, set_eval
 from torchlens_viz.models.watching import Parting
 
 # Where a module keeps what runs with it, forward and backward.
@@ -58,7 +57,7 @@ def private_copy(
     except Exception as error:
         raise InvalidTypeError(
             f"`model` must be a module that can be copied, got {type(model).__name__}, of which "
-            f"copy.deepcopy says: {' '.join(str(error).split())}; give the nn.Module alone"
+            f"copy.deepcopy says: {reason_of(error)}; give the nn.Module alone"
         ) from error
     _require_same_tensors(model, twin, memo)
     _close_over_copies(model, memo)
@@ -146,10 +145,7 @@ def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
     plain = [value for module in model.modules() for value in vars(module).values()]
     found = [*model.parameters(), *model.buffers(), *plain]
     tensors = [value for value in found if isinstance(value, torch.Tensor)]
-    if any(is_lazy(tensor) for tensor in tensors):
-        raise InvalidArgumentError(
-            "`model` has lazy parameters, which have no values yet; run it once on an input first"
-        )
+    refuse_lazy(tensors)
     return tensors
 
 

@@ -12,7 +12,17 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.arguments import check_dense, function, shown
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, TorchlensVizError, one_line
+from torchlens_viz.errors import (
+    CaptureMemoryError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    ModelFailedError,
+    TorchlensVizError,
+    calling,
+    is_out_of_memory,
+    one_line,
+    reason_of,
+)
 from torchlens_viz.files.pictures import as_rgb, upright
 from torchlens_viz.models.layers import unwrap
 from torchlens_viz.nested import tensors
@@ -48,18 +58,25 @@ def input_of(batch: Any, rule: InputOf) -> Any:
     )
 
 
-def part_of(batch: Any, rule: InputOf) -> Any:
-    """Do as `input_of` with what may hold something else than tensors, such as an item of a dataset."""
+def part_of(batch: Any, rule: InputOf, name: str = "input_of") -> Any:
+    """Do as `input_of` with what may hold something else than tensors, such as an item of a dataset.
+
+    Args:
+        batch: The batch or item.
+        rule: As for `input_of`.
+        name: What that option is called.
+    """
     if callable(rule):
-        return rule(batch)
+        with calling(f"{name}(batch)", "return a part of what the loader or data set yields"):
+            return rule(batch)
     if rule is not None:
         if not isinstance(rule, str | int):
-            raise InvalidTypeError(f"`input_of` must be a key, a place or a function, got {shown(rule)}")
+            raise InvalidTypeError(f"`{name}` must be a key, a place or a function, got {shown(rule)}")
         try:
             return batch[rule]
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InvalidArgumentError(
-                f"`input_of` must be a part of every batch, got {shown(rule)} for a {_told(batch)}"
+                f"`{name}` must be a part of every batch, got {shown(rule)} for a {_told(batch)}"
             ) from error
     if isinstance(batch, Mapping):
         key = next((key for key in _USUAL_KEYS if key in batch), None)
@@ -192,26 +209,39 @@ def require_usual_shape(image: Image.Image, name: str) -> None:
 
 
 @contextmanager
-def shown_to(model: nn.Module, batch: torch.Tensor, name: str = "image") -> Iterator[None]:
+def shown_to(
+    model: nn.Module,
+    given: Any,
+    name: str = "image",
+    remedy: str = "what it takes beside images goes into `inputs`",
+) -> Iterator[None]:
     """Say of whatever a model raises within the block that it did not take such an input.
 
     Args:
         model: The model that runs.
-        batch: What it is given.
+        given: What it is given: tensors, by themselves or within others.
         name: What the option is called that it was made of.
+        remedy: What to do about it.
 
     Raises:
-        InvalidArgumentError: The model failed.
+        CaptureMemoryError: There is not memory enough.
+        ModelFailedError: It failed.
     """
     try:
         yield
     except TorchlensVizError:
         raise
     except Exception as error:
-        raise InvalidArgumentError(
-            f"`{name}` must be what the model takes: {type(unwrap(model)).__name__} fails for {batch.dtype} "
-            f"of shape {tuple(batch.shape)} ({one_line(error)}); what it takes beside images goes into "
-            "`inputs`"
+        first = next(tensors(given), None)
+        what = type(given).__name__ if first is None else f"{first.dtype} of shape {tuple(first.shape)}"
+        kind = type(unwrap(model)).__name__
+        if is_out_of_memory(error):
+            raise CaptureMemoryError(
+                f"`{name}` is more than there is memory for: {kind} fails for {what} ({reason_of(error)}); "
+                "make it smaller, or take a larger device"
+            ) from error
+        raise ModelFailedError(
+            f"`{name}` must be what the model takes: {kind} fails for {what} ({one_line(error)}); {remedy}"
         ) from error
 
 
@@ -238,7 +268,9 @@ def model_input(
         return image_batch(image, channels, axes)
     assert preprocess is not None
     if not isinstance(image, Image.Image):
-        return as_batch(preprocess(image), axes)
+        with calling("preprocess(image)", f"make what the model takes, (1, {AXES[axes]}), of an image"):
+            made = preprocess(image)
+        return as_batch(made, axes)
     require_usual_shape(image, "image")
     try:
         return as_batch(preprocess(image), axes)

@@ -14,8 +14,6 @@ from typing import Any, Final, final
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import is_lazy
 
 from torchlens_viz.models.watching import Restoring, address_of
 
@@ -23,8 +21,6 @@ _GENERATORS: Final = (torch.Generator, random.Random, np.random.RandomState, np.
 _CONTAINERS: Final = (list, set, dict, OrderedDict, defaultdict, Counter)
 _PARTS: Final = ("_parameters", "_modules")
 _EVERYWHERE: Final = vars(nn.Module()).keys()  # hooks, for one
-# Modules that keep their attributes elsewhere, or become another kind of module in their first pass.
-_ELSEWHERE: Final = (torch.jit.ScriptModule, LazyModuleMixin)
 # Wrappers that keep track of weights themselves, which are sharded or gathered as they see fit.
 _SHARDING: Final = ("torch.distributed", "deepspeed")
 
@@ -120,7 +116,8 @@ class _Attributes:
     """What the modules of a model have, but for what every module has and a pass has no business with."""
 
     def __init__(self, model: nn.Module) -> None:
-        is_theirs = (*_ELSEWHERE, nn.Module) if _is_sharded(model) else _ELSEWHERE
+        # Modules in TorchScript keep their attributes elsewhere.
+        is_theirs = nn.Module if _is_sharded(model) else torch.jit.ScriptModule
         modules = [module for module in model.modules() if not isinstance(module, is_theirs)]
         parts = [vars(module)[kind] for module in modules for kind in _PARTS]
         self._parts = [(held, copy.copy(held)) for held in parts]
@@ -172,7 +169,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)  # whose buffers stay the same tensors
     ]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not is_lazy(buffer)]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torchlens_viz.arguments import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.models.copying import computes_weights, private_copy
+from torchlens_viz.models.keeping import same_random_numbers
 from torchlens_viz.models.layers import Layer, Selector, called_alike, named_layers, select_one, unwrap
 from torchlens_viz.models.state import inference
 
@@ -106,10 +107,10 @@ class Entry(NamedTuple):
 def entry_of(model: nn.Module) -> Entry:
     """Return where images enter a network.
 
-    That is mostly its first convolution in the order of definition. Where that does not look like one that
-    images enter, as where a decoder is defined before its encoder, pixels are unshuffled first, or it is one
-    over signals or volumes, which a network may make of images, a copy of the model runs on the meta device,
-    where nothing is computed.
+    That is its first convolution in the order of definition where it takes red, green and blue. Where it
+    takes anything else, as where a decoder is defined before its encoder, pixels are unshuffled first, or it
+    is one over signals or volumes, which a network may make of images, a copy of the model runs on the meta
+    device, where nothing is computed, as far as its first convolution.
 
     Raises:
         LayerNotFoundError: It has no convolution.
@@ -118,11 +119,11 @@ def entry_of(model: nn.Module) -> Entry:
     defined = Entry(found[0], _inputs_of(found[0].module), _axes_of(found[0].module))
     if found[0].module is unwrap(model):
         return defined
-    sizes = [_inputs_of(layer.module) for layer in found]
-    likely = defined.channels == _RGB or (defined.channels in _FEW and _RGB not in sizes)
-    if likely and defined.axes == _AXES:
+    if (defined.channels, defined.axes) == (_RGB, _AXES):
         return defined
-    tries = [(number, _AXES) for number in (_RGB, 1, *sizes, 2, 4)]
+    sizes = [_inputs_of(layer.module) for layer in found]
+    is_likely = defined.channels in _FEW and _RGB not in sizes
+    tries = [(number, _AXES) for number in (*sizes[:is_likely], _RGB, 1, *sizes, 2, 4)]
     if defined.axes != _AXES:
         tries = [*((number, defined.axes) for number in (defined.channels, *sizes)), *tries]
     return next(_tried(model, found, dict.fromkeys(tries)), defined)
@@ -175,14 +176,14 @@ def _tried(model: nn.Module, found: list[Layer], tries: Iterable[tuple[int, int]
     ran: list[Layer] = []
     for module in twin.modules():
         if id(module) in names:
-            module.forward = _noting(module.forward, names[id(module)], ran)
+            module.forward = _noting(module, names[id(module)], ran)
     for number, axes in tries:
         for side in _SIDES:
             ran.clear()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), same_random_numbers():
                     called(torch.zeros(1, number, *[side] * axes, device="meta"))
-            except Exception:  # what comes after the first convolution may well want another size
+            except Exception:  # the first convolution took it, or something did not
                 pass
             # Convolutions over more axes take a batch of signals for a single image.
             if ran and (axes == _AXES or _axes_of(ran[0].module) == axes):
@@ -190,18 +191,32 @@ def _tried(model: nn.Module, found: list[Layer], tries: Iterable[tuple[int, int]
                 break
 
 
-def _noting(forward: Callable[..., Any], layer: Layer, ran: list[Layer]) -> Callable[..., Any]:
+class _FoundError(Exception):
+    """Ends a run where it is known which convolution took what it was given."""
+
+
+def _noting(module: nn.Module, layer: Layer, ran: list[Layer]) -> Callable[..., Any]:
+    forward = module.forward
+    # What torch's own takes can be told without running it, which on the meta device costs a second once.
+    home = getattr(getattr(type(module), "forward", None), "__module__", "")
+    is_known = home == nn.modules.conv.__name__ and _axes_of(module) == _AXES
+
     def noting(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
+        if is_known and len(args) == 1 and not kwargs:
+            if args[0].ndim not in (3, 4) or args[0].shape[-3] != _inputs_of(module):
+                raise InvalidArgumentError("the images have another number of channels")
+        else:
+            forward(*args, **kwargs)
         ran.append(layer)
-        return output
+        raise _FoundError
 
     return noting
 
 
 def _stored_weight(module: nn.Module) -> torch.Tensor | None:
     is_plain = "weight" in module._parameters and not hasattr(type(module), "weight")
-    if is_plain and not module._forward_pre_hooks:  # nothing computes it anew
+    # Nothing computes it anew, or a lazy one is still to be made.
+    if is_plain and (not module._forward_pre_hooks or isinstance(module.weight, UninitializedParameter)):
         return _if_kernels(module.weight)
     with inference(module):  # a spectral norm in training mode changes with every look at the weight
         weight = getattr(module, "weight", None)

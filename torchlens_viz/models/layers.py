@@ -12,8 +12,14 @@ from typing import Any, NamedTuple, TypeAlias, final
 import torch
 from torch import nn
 
-from torchlens_viz.arguments import shown
-from torchlens_viz.errors import CaptureError, InvalidArgumentError, InvalidTypeError, LayerNotFoundError
+from torchlens_viz.arguments import integer, shown
+from torchlens_viz.errors import (
+    CaptureError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    LayerNotFoundError,
+    calling,
+)
 
 OneSelector: TypeAlias = (
     str | int | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
@@ -191,7 +197,7 @@ def _matches(by_name: Mapping[str, Layer], known: list[Layer], selector: OneSele
     if isinstance(selector, int):
         module = _numbered(known, selector)
         return [layer for layer in known if layer.module is module]
-    if isinstance(selector, re.Pattern):
+    if isinstance(selector, re.Pattern) and isinstance(selector.pattern, str):
         found = [layer for layer in known if layer.name and selector.search(layer.name)]
         return found or _fail(f"no layer name matches {selector.pattern!r}; {nearest('', _names(known))}")
     if isinstance(selector, nn.Module):
@@ -202,7 +208,8 @@ def _matches(by_name: Mapping[str, Layer], known: list[Layer], selector: OneSele
         found = [layer for layer in known if isinstance(layer.module, selector)]
         return found or _fail(f"the model has no {selector.__name__}; it has {_kinds(known)}")
     if callable(selector) and not isinstance(selector, type):
-        found = [layer for layer in known if selector(layer.name, layer.module)]
+        with calling("layers(name, module)", "tell of every layer whether it is meant, True or False"):
+            found = [layer for layer in known if selector(layer.name, layer.module)]
         return found or _fail(f"no layer satisfies the predicate; {nearest('', _names(known))}")
     raise InvalidTypeError(
         "`layers` must be a name, an int, a glob, a re.Pattern, a module class, a module, a predicate or a "
@@ -216,6 +223,7 @@ def _names(known: list[Layer]) -> list[str]:
 
 def _numbered(known: list[Layer], number: int) -> nn.Module:
     leaves = list({id(layer.module): layer.module for layer in known if not layer.module._modules}.values())
+    number = integer(number, "layers")
     if not -len(leaves) <= number < len(leaves):
         _fail(
             f"layer {shown(number)} is out of range: the model has {len(leaves)} modules without children, "

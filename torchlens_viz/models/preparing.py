@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
-from torchlens_viz.errors import InvalidArgumentError, one_line
+from torchlens_viz.errors import InvalidArgumentError, calling, one_line
 from torchlens_viz.models.colours import CHECKS, CLOSE, Preprocess, colours_of, typical
 from torchlens_viz.models.inputs import AXES, as_batch, image_batch
 from torchlens_viz.models.keeping import same_random_numbers
@@ -67,7 +67,8 @@ def check_prepared_alone(preprocess: Preprocess, example: torch.Tensor) -> None:
         with same_random_numbers(), torch.no_grad():
             return preprocess(images.clone())
 
-    alone, together, again = prepared(ramp), prepared(pair), preprocess(pair.clone())
+    with calling("preprocess(images)", "take a batch of any number of images"):
+        alone, together, again = prepared(ramp), prepared(pair), preprocess(pair.clone())
     if not isinstance(alone, torch.Tensor) or not isinstance(together, torch.Tensor):
         return  # which is said elsewhere
     if not isinstance(again, torch.Tensor) or together.ndim < 2 or together.shape[1:] != alone.shape[1:]:

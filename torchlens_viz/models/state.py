@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from typing import Final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from torchlens_viz.arguments import named_device
-from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
+from torchlens_viz.arguments import has_values, named_device
+from torchlens_viz.errors import (
+    InvalidArgumentError,
+    TorchlensVizError,
+    is_out_of_memory,
+    message_of,
+    one_line,
+)
 from torchlens_viz.models.keeping import same_buffers, same_flags, same_random_numbers, same_weights
 from torchlens_viz.models.layers import unwrap
 
-_RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _CPU: Final = torch.device("cpu")
 _QUANTIZED: Final = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
 
@@ -36,7 +41,11 @@ def inference(
         watched: Look in the whole block for what is written to weights, which takes some microseconds an
             operation. Else that is done within what the block is given, which is to be entered for the
             first pass at least.
+
+    Raises:
+        InvalidArgumentError: The model has lazy parameters, which the first run would give values.
     """
+    refuse_lazy(chain(model.parameters(), model.buffers()))
     with ExitStack() as stack:
         stack.enter_context(same_random_numbers(model))
         stack.enter_context(same_flags(model))
@@ -48,6 +57,37 @@ def inference(
         if watched:
             stack.enter_context(watching())
         yield watching
+
+
+def refuse_lazy(tensors: Iterable[torch.Tensor]) -> None:
+    """Refuse parameters and buffers of a model that get their values with the first run.
+
+    Raises:
+        InvalidArgumentError: One does.
+    """
+    if any(map(is_lazy, tensors)):
+        raise InvalidArgumentError(
+            "`model` has lazy parameters, which have no values yet; run it once on an input first"
+        )
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse a model that has no values to compute with.
+
+    Raises:
+        InvalidArgumentError: Its parameters are lazy, on the meta device, or fake.
+    """
+    refuse_lazy(chain(model.parameters(), model.buffers()))
+    first = next(chain(model.named_parameters(), model.named_buffers()), None)
+    if first is not None and not has_values(first[1]):
+        raise InvalidArgumentError(
+            f"`model` must have values, got `{first[0]}` {_without(first[1])}; build it on cpu, or call "
+            '`model.to_empty(device="cpu")` and load its weights'
+        )
+
+
+def _without(tensor: torch.Tensor) -> str:
+    return "on the meta device" if tensor.is_meta else "made within FakeTensorMode"
 
 
 def set_eval(model: nn.Module) -> None:
@@ -105,31 +145,6 @@ def no_autocast_cache() -> Iterator[None]:
 
 
 @contextmanager
-def complete_call() -> Iterator[None]:
-    """Say of a model that is called within the block without all that it takes where that goes.
-
-    Raises:
-        InvalidArgumentError: It is.
-    """
-    try:
-        yield
-    except TypeError as error:
-        if not re.search(r"missing \d+ required .*argument", str(error)):
-            raise
-        raise InvalidArgumentError(
-            f"`inputs` must hold what the model takes beside images ({one_line(error)}); where that is in "
-            "the batches, let a function as `input_of` return a tuple or a dict"
-        ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception means that memory ran out, on whichever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
-
-
-@contextmanager
 def going_back() -> Iterator[None]:
     """Say in one message why no gradient can be taken, where a backward pass fails that runs within.
 
@@ -145,7 +160,7 @@ def going_back() -> Iterator[None]:
     except Exception as error:  # an operation of the model's own may raise whatever it likes
         if is_out_of_memory(error):
             raise
-        text = str(error).lower()
+        text = message_of(error).lower()
         if "checkpoint" in text:
             raise InvalidArgumentError(
                 "the model uses gradient checkpointing, which can give no gradient with respect to what goes "

@@ -10,7 +10,7 @@ from typing import Any, final
 
 from torch import nn
 
-from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError
+from torchlens_viz.errors import InvalidArgumentError, MissingDependencyError, calling
 from torchlens_viz.monitor.health import Trouble, warn
 from torchlens_viz.monitor.monitor import Monitor
 from torchlens_viz.trackers.recognise import is_run
@@ -77,7 +77,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]
 
         is_quiet = self._alarm is None and not self._stop
         writer = self._writer if self._writer is not None else _writer_of(trainer)
-        model = pl_module if self._module is None else self._module(pl_module)
+        with calling("module(pl_module)", "return the network to watch"):
+            model = pl_module if self._module is None else self._module(pl_module)
         self.monitor = Monitor(model, writer, alarm=None if is_quiet else alarm, **self._options)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -9,9 +9,9 @@ from typing import Final, NamedTuple, final
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from torchlens_viz.arguments import plain, shown
-from torchlens_viz.errors import InvalidTypeError
+from torchlens_viz.arguments import made_of, plain, shown
 from torchlens_viz.hooks.followers import Followers
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink, real_tensor
@@ -199,10 +199,7 @@ def number(global_step: int) -> int:
     Raises:
         InvalidTypeError: It is none.
     """
-    try:
-        return operator.index(global_step)
-    except (TypeError, RuntimeError):  # of a tensor without values the latter
-        raise InvalidTypeError(f"`global_step` must be an int, got {shown(global_step)}") from None
+    return made_of(global_step, operator.index, f"`global_step` must be an int, got {shown(global_step)}")
 
 
 class Update(NamedTuple):
@@ -232,9 +229,7 @@ class Norms:
 
     def before(self, step: int) -> None:
         """Note the parameters as they are before the step of this number."""
-        self._before = {
-            name: [p.detach().clone() for p in m.parameters()] for name, m in self._layers.items()
-        }
+        self._before = {name: [each.clone() for each in now] for name, now in self._now().items()}
         self._step = step
 
     def weights(self) -> dict[str, float]:
@@ -252,6 +247,8 @@ class Norms:
             return {}
         found: dict[str, Update] = {}
         for name, now in self._now().items():
+            if name not in self._before:  # the step gave them their first values
+                continue
             norm = _norm(new - old for new, old in zip(now, self._before[name], strict=True))
             weight = _norm(now)
             found[name] = Update(norm, norm / weight if weight > 0 else None)
@@ -262,7 +259,13 @@ class Norms:
         return found
 
     def _now(self) -> dict[str, list[torch.Tensor]]:
-        return {name: [p.detach() for p in module.parameters()] for name, module in self._layers.items()}
+        """Return the parameters of each layer, but of lazy ones without values yet."""
+        parameters = {name: list(module.parameters()) for name, module in self._layers.items()}
+        return {
+            name: [each.detach() for each in own]
+            for name, own in parameters.items()
+            if not any(map(is_lazy, own))
+        }
 
 
 def _norm(parts: Iterable[torch.Tensor]) -> float:

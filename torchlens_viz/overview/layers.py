@@ -5,13 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
+from torchlens_viz.arguments import made_of, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, TorchlensVizError, one_line
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.copying import private_copy
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Selector, named_layers, select, unwrap
 from torchlens_viz.models.state import device_of
 from torchlens_viz.nested import tensors
@@ -20,6 +22,8 @@ from torchlens_viz.overview.rows import is_block, rows_of
 from torchlens_viz.overview.table import LayerTable
 from torchlens_viz.overview.trace import Inputs, Trace, time_shares, trace
 from torchlens_viz.receptive.everywhere import receptive_fields
+
+_MOST_AXES: Final = 16
 
 
 def layers(
@@ -83,9 +87,10 @@ def layers(
     else:
         inputs = given_inputs(model, x)
         log = _log(model, channel_dim)
-        trace(model, known, inputs, log)
-        if device_of(model).type != "meta":
-            shares = time_shares(model, known, inputs)
+        with shown_to(model, inputs, "x", "pass a tuple or a mapping of all that it takes"):
+            trace(model, known, inputs, log)
+            if device_of(model).type != "meta":
+                shares = time_shares(model, known, inputs)
     still = twin or model
     fields = receptive_fields(still, named_layers(still), *inputs, log.channel_dims())
     rows = rows_of(known, log.calls, _image_shape(inputs), fields, shares)
@@ -102,12 +107,12 @@ def layers(
 
 
 def _checked(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(size) for size in shape)
-    except TypeError:
-        raise InvalidTypeError(f"`input_shape` must be (N, C, ...) in ints, got {shape!r}") from None
+    rule = f"`input_shape` must be (N, C, ...) in ints, got {shown(shape)}"
+    sizes = made_of(shape, lambda given: tuple(map(operator.index, islice(given, _MOST_AXES))), rule)
     if len(sizes) < 2 or min(sizes) < 1:
-        raise InvalidArgumentError(f"`input_shape` must be (N, C, ...) with sizes above 0, got {shape!r}")
+        raise InvalidArgumentError(
+            f"`input_shape` must be (N, C, ...) with sizes above 0, got {shown(shape)}"
+        )
     return sizes
 
 

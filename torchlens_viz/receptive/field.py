@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeAlias
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.arguments import made_of, shown
+from torchlens_viz.errors import InvalidArgumentError
 
 Span: TypeAlias = tuple[int, int]  # the first and the last pixel; (0, -1) holds none
 
@@ -102,11 +104,8 @@ class ReceptiveField:
         )
 
     def _checked(self, position: Sequence[int]) -> tuple[int, ...]:
-        rule = f"`position` must be an index per axis of a map of {self.map_shape}, got {position!r}"
-        try:
-            place = tuple(operator.index(index) for index in position)
-        except TypeError:
-            raise InvalidTypeError(rule) from None
+        rule = f"`position` must be an index per axis of a map of {self.map_shape}, got {shown(position)}"
+        place = made_of(position, lambda given: tuple(map(operator.index, islice(given, 4))), rule)
         if len(place) != len(self.map_shape) or not all(
             0 <= index < size for index, size in zip(place, self.map_shape, strict=True)
         ):

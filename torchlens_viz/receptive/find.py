@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchlens_viz.arguments import shown
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.arguments import made_of, shown
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.models.calls import ModelInputs, called_with
@@ -118,10 +118,7 @@ def _followed(
 
 def _checked_shape(given: Sequence[int]) -> tuple[int, ...]:
     rule = f"`input_shape` must be (N, C, ...) with one to three spatial axes, got {shown(given)}"
-    try:
-        shape = tuple(operator.index(size) for size in islice(given, 6))
-    except (TypeError, RuntimeError):
-        raise InvalidTypeError(rule) from None
+    shape = made_of(given, lambda sizes: tuple(map(operator.index, islice(sizes, 6))), rule)
     if not 3 <= len(shape) <= 5 or min(shape) < 1 or max(shape) > _LONGEST:
         raise InvalidArgumentError(f"{rule}; pass `tuple(batch.shape)`")
     return (1, *shape[1:])

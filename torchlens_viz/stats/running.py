@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, final
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.arguments import has_float64, integer, listed, plain, shown
+from torchlens_viz.arguments import has_float64, integer, listed, made_of, plain, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError, one_line
 from torchlens_viz.stats.channels import (
     ChannelStats,
@@ -338,12 +338,7 @@ def edges_of(bins: Bins) -> tuple[float, ...] | None:
             raise InvalidArgumentError(f'`bins` must be "log", increasing edges or None, got {shown(bins)}')
         return LOG_EDGES
     rule = f"`bins` must be finite edges that increase, got {shown(bins)}"
-    try:
-        edges = tuple(float(edge) for edge in listed(bins, "bins", most=_MOST_EDGES))
-    except (TypeError, RuntimeError):
-        raise InvalidTypeError(rule) from None
-    except (ValueError, OverflowError):
-        raise InvalidArgumentError(rule) from None
+    edges = made_of(bins, lambda given: tuple(map(float, listed(given, "bins", most=_MOST_EDGES))), rule)
     is_increasing = all(low < high for low, high in pairwise(edges))
     if not edges or not is_increasing or not all(map(math.isfinite, edges)):
         raise InvalidArgumentError(rule)

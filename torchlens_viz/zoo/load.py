@@ -246,7 +246,7 @@ def _build(
         made = factory()
     except TorchlensVizError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelLoadError(
             f"the factory {spec!r} raised {one_line(error)}; it must build the model without arguments"
         ) from error

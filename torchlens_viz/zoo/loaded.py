@@ -149,7 +149,7 @@ class OwnPreprocess:
             prepared = self.function(image)
         except TorchlensVizError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelLoadError(
                 f"`{self.name}` raised {one_line(error)}; it must take a PIL.Image and return a tensor "
                 "(1, C, H, W)"

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from torchlens_viz.errors import MissingDependencyError, ModelLoadError, one_line
+from torchlens_viz.errors import MissingDependencyError, ModelLoadError, message_of, one_line
 from torchlens_viz.files.pictures import as_rgb
 from torchlens_viz.zoo.loaded import (
     USUAL_NOTE,
@@ -111,8 +111,10 @@ def _pretrained(name: str, builder: Callable[..., nn.Module], default: Any) -> n
             f"`--weights FILE` or put it at {cached}"
         ) from error
     except Exception as error:  # what unpickling a damaged file raises is anyone's guess
-        if isinstance(error, RuntimeError) and "invalid hash" in str(error):
-            raise ModelLoadError(f"the weights of {name} arrived damaged ({error}); try again") from error
+        if isinstance(error, RuntimeError) and "invalid hash" in message_of(error):
+            raise ModelLoadError(
+                f"the weights of {name} arrived damaged ({one_line(error)}); try again"
+            ) from error
         if not cached.exists():  # then no weights were read, and this is a bug to be seen
             raise
         raise ModelLoadError(
