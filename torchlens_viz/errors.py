@@ -8,6 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+__all__ = (  # the rest is for the library itself
+    "ArchiveError",
+    "CaptureError",
+    "CaptureMemoryError",
+    "DistributedError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "LayerNotCapturedError",
+    "LayerNotFoundError",
+    "MissingDependencyError",
+    "ModelFailedError",
+    "ModelLoadError",
+    "NoDataError",
+    "PictureError",
+    "SeveralCallsError",
+    "TorchlensVizError",
+)
+
 _RAN_OUT: Final = ("out of memory", "can't allocate memory", "not enough memory")
 _MOST_QUOTED: Final = 500  # characters of what somebody else's exception says
 
