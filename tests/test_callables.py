@@ -40,7 +40,6 @@ def captured(**options):
 
 TAKEN = {
     "layers": lambda f: captured(layers=f),
-    "reduce": lambda f: captured(reduce=f),
     "objective": lambda f: climbed(objective=f),
     "objective of score": lambda f: climbed(objective=objectives.score(f)),
     "preprocess of maximize": lambda f: climbed(preprocess=f),
@@ -89,7 +88,7 @@ def test_one_that_cannot_be_called_is_told_by_its_argument(where, function):
 
 
 @pytest.mark.parametrize("returned", [1, None, "x", object()])
-@pytest.mark.parametrize("where", [each for each in TAKEN if each not in ("layers", "reduce", "label_of")])
+@pytest.mark.parametrize("where", [each for each in TAKEN if each not in ("layers", "label_of")])
 def test_one_that_returns_something_else_is_told_by_its_argument(where, returned):
     name = {"preprocess": "preprocess|image", "invert": "invert|image", "input_of": "loader"}
     rule = name.get(where.partition(" ")[0], where.partition(" ")[0])

@@ -16,7 +16,6 @@ from torchlens_viz.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     TorchlensVizError,
-    calling,
 )
 from torchlens_viz.hooks.graph import passage, select_channels
 from torchlens_viz.hooks.layout import Layout, doubtful_layer, mark, mark_doubt, marked_dim
@@ -112,8 +111,7 @@ class Retention:
         if self.gathers:
             return self._gathered(kept, layer, held, layout.channel_dim(real, layer))
         if self.reduce is not None:
-            with calling("reduce(tensor)", f"make of what `{layer}` puts out what is to be kept"):
-                reduced = cast("Callable[[torch.Tensor], Any]", self.reduce)(kept)
+            reduced = cast("Callable[[torch.Tensor], Any]", self.reduce)(kept)
             reduced = map_tensors(torch.Tensor.detach, reduced)  # it may have parameters, and so a graph
             self._check(held, layer, size_in_bytes(reduced))
             # A reduction may return a view of what it was given, so that it is not ours; but it is small.
