@@ -6,6 +6,7 @@ import importlib.resources
 import io
 import re
 import shutil
+from itertools import product
 from urllib.parse import quote
 
 import numpy as np
@@ -384,8 +385,14 @@ def test_a_printed_page_has_its_pictures(usual_page, opened):
         assert len(page.tab.pdf()) > 20_000
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["usual_page", "hostile_page", "wide_page", "worth_page"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *product(["usual_page", "hostile_page", "worth_page"], ["light", "dark"]),
+        ("wide_page", "light"),  # which has the colours of the others
+    ],
+)
 def test_axe_finds_nothing_serious(page_of, opened, name, scheme):
     try:
         axe = importlib.resources.files("axe_playwright_python").joinpath("axe.min.js").read_text("utf-8")

@@ -67,6 +67,7 @@ def test_the_demo_writes_every_picture_and_prints_where(tmp_path, capsys, offlin
     assert sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file()) == sorted(paths)
 
 
+@pytest.mark.slow
 def test_the_pictures_are_those_of_the_network_and_the_photograph(tmp_path):
     photograph = Image.linear_gradient("L").resize((80, 60)).convert("RGB")
     photograph.save(tmp_path / "photo.png")
@@ -91,6 +92,7 @@ def test_the_next_command_that_is_printed_can_be_parsed():
     assert (arguments.command, arguments.model) == ("report", "resnet18")
 
 
+@pytest.mark.slow
 def test_a_large_photograph_is_drawn_at_screen_size(tmp_path):
     Image.linear_gradient("L").resize((3000, 2000)).save(tmp_path / "large.jpg")
     paths = run_demo(image=tmp_path / "large.jpg", out=tmp_path)
