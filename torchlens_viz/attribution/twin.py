@@ -107,7 +107,7 @@ class Twin:
         """Run the block without gradients, and leave the copy as it is: it may learn from what it sees."""
         in_first_pass, self._in_first_pass = self._in_first_pass, _nothing
         try:
-            with same_attributes(self.model), inference(self.model):
+            with same_attributes([*self.model.modules()]), inference(self.model):
                 yield
         finally:
             self._in_first_pass = in_first_pass

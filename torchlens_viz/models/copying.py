@@ -50,7 +50,7 @@ def private_copy(
         )
     own_hooks = _hooks_apart(model, memo, warn=warn)
     try:
-        with same_random_numbers(model), _CopyingValues():
+        with same_random_numbers([*model.modules()]), _CopyingValues():
             twin: nn.Module = copy.deepcopy(model, memo)
             for kept, hooks in own_hooks:
                 kept.update({key: copy.deepcopy(hook, memo) for key, hook in hooks.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import is_
@@ -26,14 +26,14 @@ _SHARDING: Final = ("torch.distributed", "deepspeed")
 
 
 @contextmanager
-def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
+def same_random_numbers(modules: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Let random numbers go on, afterwards, as if nothing had run: Python's, numpy's and torch's.
 
     Args:
-        model: Let those of generators that its modules hold do so too.
+        modules: Let those of generators that these hold do so too.
     """
     python, legacy = random.getstate(), np.random.get_state()
-    own = [] if model is None else [_rewinding(held) for held in _generators(model)]
+    own = [_rewinding(held) for held in _held_by(modules, _GENERATORS)]
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
@@ -44,9 +44,11 @@ def same_random_numbers(model: nn.Module | None = None) -> Iterator[None]:
             rewind()
 
 
-def _generators(model: nn.Module) -> list[Any]:
-    held = (value for module in model.modules() for value in vars(module).values())
-    return [value for value in held if isinstance(value, _GENERATORS)]
+def _held_by(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> list[Any]:
+    """Return what modules have of some kinds; each type is asked once, as that takes some of torch's long."""
+    held = [value for module in modules for value in vars(module).values()]
+    chosen = {kind for kind in set(map(type, held)) if issubclass(kind, kinds)}
+    return [value for value in held if type(value) in chosen]
 
 
 def _rewinding(generator: Any) -> Callable[[], object]:
@@ -61,19 +63,20 @@ def _rewinding(generator: Any) -> Callable[[], object]:
 
 
 @contextmanager
-def same_weights(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+def same_weights(modules: Sequence[nn.Module]) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Give a model back its weights: the parameters it has, and what they held.
 
     What operations write to them is seen within what the block is given. Where there was anything to give
     back, modules get their attributes back as well, since a model may note that it has folded an update into
     its weights. Else those, such as a count of calls, are what the model makes of them.
     """
-    plain = [value for module in model.modules() for value in vars(module).values()]
-    tensors = [*model.parameters(), *(value for value in plain if isinstance(value, torch.Tensor))]
-    weights = [] if _is_sharded(model) else [tensor for tensor in tensors if address_of(tensor)]
+    is_sharded = _is_sharded(modules)
+    known = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
+    plain = _held_by(modules, (torch.Tensor,))
+    weights = [] if is_sharded else [each for each in (*known.values(), *plain) if address_of(each)]
     before = [(weight, weight.data) for weight in weights]
     writes = Restoring(weights)
-    attributes = _Attributes(model)
+    attributes = _Attributes([] if is_sharded else modules)
     try:
         yield writes.on
     finally:
@@ -87,9 +90,9 @@ def same_weights(model: nn.Module) -> Iterator[Callable[[], AbstractContextManag
 
 
 @contextmanager
-def same_attributes(model: nn.Module) -> Iterator[None]:
+def same_attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Give modules back the attributes that they have now, and what those list."""
-    attributes = _Attributes(model)
+    attributes = _Attributes(modules)
     try:
         yield
     finally:
@@ -98,9 +101,9 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_flags(model: nn.Module) -> Iterator[None]:
+def same_flags(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Give every module its own `training` flag back."""
-    flags = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in modules]
     try:
         yield
     finally:
@@ -115,10 +118,9 @@ def same_flags(model: nn.Module) -> Iterator[None]:
 class _Attributes:
     """What the modules of a model have, but for what every module has and a pass has no business with."""
 
-    def __init__(self, model: nn.Module) -> None:
-        # Modules in TorchScript keep their attributes elsewhere.
-        is_theirs = nn.Module if _is_sharded(model) else torch.jit.ScriptModule
-        modules = [module for module in model.modules() if not isinstance(module, is_theirs)]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        # Those in TorchScript keep them elsewhere.
+        modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         parts = [vars(module)[kind] for module in modules for kind in _PARTS]
         self._parts = [(held, copy.copy(held)) for held in parts]
         self._own = [(module, self._of(module)) for module in modules]
@@ -145,8 +147,8 @@ class _Attributes:
             _refill(held, content)
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    kinds = {base for module in model.modules() for base in type(module).__mro__}
+def _is_sharded(modules: Sequence[nn.Module]) -> bool:
+    kinds = {base for kind in set(map(type, modules)) for base in kind.__mro__}
     return any(kind.__module__.startswith(_SHARDING) for kind in kinds)
 
 
@@ -162,14 +164,15 @@ def _refill(held: Any, content: Any) -> bool:
 
 
 @contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
+def same_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Give every buffer its values back: observers of quantisation, for one, learn in eval mode as well."""
     before = [
         (module._buffers, dict(module._buffers))
-        for module in model.modules()
+        for module in modules
         if not isinstance(module, torch.jit.ScriptModule)  # whose buffers stay the same tensors
     ]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    known = {id(each): each for module in modules for each in module._buffers.values() if each is not None}
+    values = [(buffer, buffer.clone()) for buffer in known.values()]
     try:
         yield
     finally:

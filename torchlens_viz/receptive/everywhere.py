@@ -60,7 +60,7 @@ def receptive_fields(
     sink = _Fields(shape, channel_dims)
     check = partial(refuse_unhookable, model, layers, stop=False, compiled="eager")
     try:
-        with Dependence(_MOST_NUMBERS), inference(model), Capture(unwrap(model), layers, check, sink):
+        with inference(model), Dependence(_MOST_NUMBERS), Capture(unwrap(model), layers, check, sink):
             model(*args, **kwargs)
     except Exception:  # whatever it is that extents cannot do, what ran before is known
         pass

@@ -128,7 +128,7 @@ def _traced(model: nn.Module, name: str, shape: tuple[int, ...]) -> Extents | No
     """Run the model on extents; None where its output is a constant to them."""
     # Told where channels are, which does not matter here, the capture need not follow every operation.
     recording = capture(model, name, copy=False, stop=True, channel_dim=1)
-    with Dependence(), inference(model), recording as acts:
+    with inference(model), Dependence(), recording as acts:
         model(Extents.of_input(shape))
     output = next(tensors(acts.calls(name)[0]), None) if acts.calls(name) else None
     is_single = len(list(tensors(acts.calls(name)[:1]))) == 1
