@@ -233,3 +233,134 @@ def test_what_a_network_takes_is_followed_as_maps():
     with torch.no_grad(), capture(net, "first") as acts:
         net(torch.rand(2, 3, 4, 5))
     assert marked_dim(acts["first"]) == 3
+
+
+def last(x):
+    return x.movedim(1, -1)
+
+
+def tokens(x):
+    return x.flatten(2).mT
+
+
+def in_slices(x):
+    made = torch.empty(2, 5, 6, 6)
+    made[..., :2], made[..., 2:] = last(x)[..., :2], last(x)[..., 2:]
+    return made, 3
+
+
+def behind_a_class_token(x):
+    made = x.new_zeros(2, 31, 6)
+    made[:, 1:] = tokens(x)
+    return made, 2
+
+
+def by_rows_of_inputs(x):
+    made = torch.zeros(6, 2, 5, 6)
+    for place, each in enumerate(x):
+        made[:, place] = each
+    return made, 0
+
+
+def between_pixels(x):
+    made = torch.zeros(2, 3, 10, 12)
+    made[:, :, ::2, ::2], made[:, :, 1::2, 1::2] = x.reshape(2, 2, 3, 5, 6).unbind(1)
+    return made, 1
+
+
+def through_a_view(x):
+    made = torch.full((2, 5, 6, 6), 0.0)
+    made.permute(0, 3, 1, 2).copy_(x)
+    return made, 3
+
+
+def taken_together(x):
+    made = torch.zeros(60, 1, 6)
+    made.view(2, 5, 6, 6)[:] = last(x)
+    return made, 2
+
+
+def to_places(x):
+    made = torch.zeros(2, 40, 6)
+    made[:, torch.randperm(40)[:30]] = tokens(x)
+    return made, 2
+
+
+def on_a_canvas(x):
+    canvases = [torch.zeros(6, 40) for _ in x]
+    for canvas, each in zip(canvases, x, strict=True):
+        canvas[:, torch.randperm(40)[:30]] = each.flatten(1)
+    return torch.stack(canvases), 1
+
+
+def where_a_mask_says(x):
+    mask = torch.rand(2, 5, 6) > 0.5
+    made = torch.zeros(2, 5, 6, 6)
+    made[mask] = last(x)[mask]
+    return made, 3
+
+
+def padded_to_one_length(x):
+    made = x.new_zeros(2, 50, 6)
+    for place, each in enumerate(tokens(x)):
+        made[place, : 30 - place] = each[: 30 - place]
+    return made.relu(), 2
+
+
+def over_what_was_alike(x):
+    return torch.zeros_like(x[:, :5, :5, :5]).copy_(last(x)[:, :5, :5, :5]), 3
+
+
+def as_the_result(x):
+    made = torch.zeros(2, 30, 6)
+    torch.mul(tokens(x.detach()), 2, out=made[:])
+    return made, 2
+
+
+class Written(nn.Module):
+    """A convolution, and memory that it is written to."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.conv, self.write, self.out, self.norm = nn.Conv2d(3, 6, 3), write, nn.Identity(), nn.LayerNorm(2)
+
+    def forward(self, x):
+        made, self.channel_dim = self.write(self.conv(x))
+        return self.out(made)
+
+
+WRITTEN = [
+    in_slices, behind_a_class_token, by_rows_of_inputs, between_pixels, through_a_view, taken_together,
+    to_places, on_a_canvas, where_a_mask_says, padded_to_one_length, over_what_was_alike, as_the_result,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("write", WRITTEN, ids=lambda write: write.__name__)
+def test_channels_are_followed_into_memory_that_is_written_to(write, inference):
+    net = Written(write)
+    with torch.inference_mode(inference), capture(net, ["out"]) as acts:
+        net(torch.rand(2, 3, 7, 8))
+    assert marked_dim(acts["out"]) == net.channel_dim
+
+
+class Positions(nn.Module):
+    """Hands out what it made of a weight, (1, L, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.out, self.norm = (
+            nn.Parameter(torch.randn(1, 6, 4, 4)),
+            nn.Identity(),
+            nn.LayerNorm(6),
+        )
+
+    def forward(self, x):
+        return self.norm(x + self.out(tokens(self.weight)))
+
+
+def test_what_is_made_of_weights_alone_is_in_doubt():
+    net = Positions()
+    with torch.no_grad(), capture(net, "out") as acts:
+        net(torch.rand(2, 16, 6))
+    assert marked_dim(acts["out"]) is None

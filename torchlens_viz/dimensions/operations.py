@@ -71,6 +71,17 @@ def _place_of(func: Any, name: str) -> tuple[int, Any]:
     return -1, None
 
 
+def indexed_places(called: Called) -> tuple[set[int], int]:
+    """Return the dimensions that an advanced index takes the place of, and how many it speaks of."""
+    places: set[int] = set()
+    at = 0
+    for index in called.args[1]:
+        covers = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
+        places |= set() if index is None else set(range(at, at + covers))
+        at += covers
+    return places, at
+
+
 # Of an operation, and of the dimensions of what it takes, those of what it makes; None where nobody knows.
 _Rule: TypeAlias = Callable[[Called, Dims], Dims | None]
 
@@ -85,11 +96,13 @@ def followed(name: str, called: Called, known: Sequence[Known], now: int) -> See
         now: The number of the operation.
     """
     args, made = called.args, called.made
+    if name == "copy":  # what was there before is written over
+        known = [each for each in known if each.tensor is not args[0]]
     name = name if name == "index_copy" else name.removesuffix("_copy")  # views, where these are copied
     said = [each for each in known if not each.seen.is_assumed] or list(known)
     if name in _SOURCES:
         return _from_source(name, called, said, now)
-    if not said or name.startswith("new_"):
+    if not said:
         return None
     since, is_assumed = min(each.seen.since for each in said), said[0].seen.is_assumed
     if name in _PRODUCTS:
@@ -201,13 +214,8 @@ def _windows(called: Called, dims: Dims) -> Dims:
 
 
 def _indexed(called: Called, dims: Dims) -> Dims | None:
-    places: set[int] = set()
-    at = 0
-    for index in called.args[1]:
-        covers = index.ndim if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
-        places |= set() if index is None else set(range(at, at + covers))
-        at += covers
-    return indexed(dims, places, called.made) if at <= len(dims) else None
+    places, covered = indexed_places(called)
+    return indexed(dims, places, called.made) if covered <= len(dims) else None
 
 
 def _strided(called: Called, dims: Dims) -> Dims | None:

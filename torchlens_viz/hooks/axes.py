@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias, final
 
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from torchlens_viz.dimensions.factors import channel_dim, input_dim, laid_out
 from torchlens_viz.dimensions.operations import SOURCES, Called, Known, Seen, followed
+from torchlens_viz.dimensions.parts import Part, takes_memory, view_of, whole, whole_after
 from torchlens_viz.models.watching import Following
 
 # How a tensor is known again: not as an object, of which autograd makes new ones, but by its place in memory.
@@ -27,12 +29,14 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()
         self._found: dict[_Key, Seen | None] = {}
+        self._parts: dict[_Key, Part] = {}
         self._clock = 0
 
     def stop(self) -> None:
         """Follow no longer, and forget."""
         self._is_on = False
         self._found.clear()
+        self._parts.clear()
 
     def of(self, tensor: torch.Tensor) -> int | None:
         """Return the dimension of a tensor that counts channels, from 0; None where that is not known."""
@@ -47,7 +51,7 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
     def is_untouched(self, tensor: torch.Tensor) -> bool:
         """Tell whether nothing that may have channels led to a tensor, as to what a network takes."""
         key = key_of(tensor)
-        return key is None or self._found.get(key) is None
+        return key is None or not (key in self._found or key in self._parts)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,16 +66,44 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         # Before it runs: it may change the shape of what it is given.
         known = [Known(each, seen) for each in given if (seen := self._seen(each)) is not None]
+        keys = [key_of(each) for each in given]
         result = func(*args, **kwargs)
         self._clock += 1
         for made in tree_leaves(result):
             key = key_of(made) if isinstance(made, torch.Tensor) else None
-            if key is not None and not given:  # what was there before is gone
-                self._found.pop(key, None)
-            elif key is not None:
-                called = Called(func, args, kwargs, tuple(made.shape))
+            if key is None:
+                continue
+            called = Called(func, args, kwargs, tuple(made.shape))
+            self._found.pop(key, None)  # what was there before is gone
+            if given and not name.startswith("new_"):
                 self._found[key] = followed(name, called, known, self._clock)
+            if takes_memory(name):
+                self._parts[key] = whole(key, called.made)
+            elif getattr(func, "is_view", False) and keys[0] in self._parts:
+                self._parts[key] = view_of(self._parts[keys[0]], name, called, given[0])
+            elif key not in keys:
+                self._parts.pop(key, None)
+            elif key in self._parts:
+                self._write(self._parts[key], self._found[key], name, called, known)
         return result
+
+    def _write(
+        self, part: Part, seen: Seen | None, name: str, called: Called, known: Sequence[Known]
+    ) -> None:
+        """Pass on to the whole what was written to a part of it, where nothing was known of it.
+
+        Args:
+            part: What was written to.
+            seen: What is known of it now.
+            name: The operation.
+            called: The same, with what it was given.
+            known: What it was given of which something is known.
+        """
+        before = self._found.get(part.key)
+        is_known = before is not None and not before.is_assumed and channel_dim(before.dims) is not None
+        if seen is not None and (not is_known or before is seen):
+            dims = whole_after(part, name, called, known, seen.dims)
+            self._found[part.key] = seen._replace(dims=dims)
 
     def _seen(self, tensor: torch.Tensor) -> Seen | None:
         key = key_of(tensor)
