@@ -111,7 +111,7 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
             return None
         if key in self._found:
             return self._found[key]
-        if isinstance(tensor, torch.nn.Parameter) or tensor.ndim < 3:
+        if key in self._parts or isinstance(tensor, torch.nn.Parameter) or tensor.ndim < 3:
             return None
         return Seen(laid_out(tensor.shape, 1), self._clock, is_assumed=True)
 
