@@ -38,17 +38,16 @@ def write(pytester: pytest.Pytester, shift: float) -> None:
     pytester.makepyfile(test_net=SUITE.replace("SHIFT", str(shift)))
 
 
-@pytest.mark.slow
 def test_baselines_are_written_and_held_to(pytester):
     write(pytester, 2.0)
-    missing = pytester.runpytest_subprocess()
+    missing = pytester.runpytest_inprocess()
     missing.assert_outcomes(failed=4)
     missing.stdout.fnmatch_lines(
         ["*no baseline 'test_net/test_sizes-2.json'; run `pytest --activations-overwrite` to write it, *"]
     )
     assert not (pytester.path / "test_net").exists()
 
-    pytester.runpytest_subprocess("--activations-overwrite").assert_outcomes(passed=4)
+    pytester.runpytest_inprocess("--activations-overwrite").assert_outcomes(passed=4)
     folder = pytester.path / "test_net"
     names = sorted(path.name for path in folder.iterdir())
     assert names[-2:] == ["test_sizes-2.json", "test_sizes-3.json"]
@@ -56,9 +55,9 @@ def test_baselines_are_written_and_held_to(pytester):
     assert len(names) == 6
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    pytester.runpytest_subprocess().assert_outcomes(passed=4)
+    pytester.runpytest_inprocess().assert_outcomes(passed=4)
     write(pytester, 2.5)
-    changed = pytester.runpytest_subprocess()
+    changed = pytester.runpytest_inprocess()
     changed.assert_outcomes(failed=4)
     changed.stdout.fnmatch_lines(
         [
@@ -69,7 +68,7 @@ def test_baselines_are_written_and_held_to(pytester):
         ]
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    pytester.runpytest_subprocess("--activations-overwrite").assert_outcomes(passed=4)
+    pytester.runpytest_inprocess("--activations-overwrite").assert_outcomes(passed=4)
     assert {path.name for path in folder.iterdir()} == before.keys()
     assert b"3.5" in (folder / "test_sizes-2.json").read_bytes()
 

@@ -100,6 +100,6 @@ def test_assets_that_are_no_folder_are_refused_before_anything_runs(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PictureError, match="`assets` must name a folder, got the file "):
         tv.report(nn.Conv2d(3, 1, 1), IMAGE, tmp_path / "p.html", assets=tmp_path / "file")
-    with pytest.raises(PictureError, match=r"cannot write .*Not a directory"):
+    with pytest.raises(PictureError, match=r"`assets` must name a folder that can be .*Not a directory"):
         tv.report(nn.Conv2d(3, 1, 1), IMAGE, tmp_path / "p.html", assets=tmp_path / "file" / "in")
     assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -83,7 +83,7 @@ REFUSED = [
     ((*MAPS, "-o", "notes.txt/new"), "choose a path in a folder you can write to"),
     (("demo", "--image", "missing.png", "--out", "new"), "must name an existing picture file"),
     (("demo", "--image", "tiny.png", "--out", "new"), "at least 31 pixels a side"),
-    (("demo", "--image", "photo.png", "--out", "notes.txt"), "choose a path in a folder you can write to"),
+    (("demo", "--image", "photo.png", "--out", "notes.txt"), "`--out` must name a folder, got the file"),
 ]
 
 

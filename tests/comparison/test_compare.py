@@ -121,7 +121,7 @@ def resnet() -> nn.Module:
     return fresh_resnet50()
 
 
-def planted(resnet: nn.Module, kind: type, number: int = 20) -> list[str]:
+def planted(resnet: nn.Module, kind: type, number: int = 10) -> list[str]:
     names = [name for name, module in resnet.named_modules() if isinstance(module, kind)]
     return random.Random(0).sample(names, number)
 

@@ -10,10 +10,14 @@ import pytest
 import torch
 
 
-def rehearse(*options):
+@pytest.fixture(autouse=True)
+def _device():
     pytest.importorskip("torch.utils.backend_registration")
     if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch cannot have a device that is written in Python")
+
+
+def rehearse(*options):
     run = [sys.executable, "-m", "tests.devices.rehearsal", *options]
     done = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
@@ -40,6 +44,5 @@ def test_the_rehearsal_can_fail():
         "        try: print(wrong())\n"
         "        except (TypeError, RuntimeError) as error: print(type(error).__name__)\n"
     )
-    rehearse()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "TypeError", "RuntimeError"]

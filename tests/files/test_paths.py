@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchlens_viz.errors import PictureError
-from torchlens_viz.files.paths import safe_name, safe_names, write_together, write_whole
+from torchlens_viz.files.paths import require_writable, safe_name, safe_names, write_together, write_whole
 
 
 @pytest.mark.parametrize(
@@ -98,3 +98,44 @@ def test_files_are_written_together_or_not_at_all(tmp_path):
     del files[tmp_path / "folder"]
     write_together(files, PictureError)
     assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "told"),
+    [
+        ("folder", "file", "`out` must name a folder, got the file '.*file'; choose another name"),
+        (
+            "folder",
+            "file/in",
+            "`out` must name a folder that can be written, .*Not a directory; choose a path",
+        ),
+        ("folder", "/proc/new/deep", "`out` must name a folder that can be written, "),
+        ("folder", "a" * 300, "too long"),
+        ("folder", "a\0b", "null"),
+        ("file", "folder", "`out` must name a file, got the folder '.*folder'; append a file name"),
+        ("file", "file/in", "`out` must name a file that can be written, .*Not a directory; choose"),
+        ("file", "/proc/new.png", "`out` must name a file that can be written, "),
+        ("file", "/dev/full", "which is no regular file"),
+        ("file", "a" * 300, "too long"),
+        ("file", "a\0b", "null"),
+        ("file", "loop/x", "symbolic links"),
+    ],
+)
+def test_a_place_where_nothing_can_be_written_is_refused_before_there_is_anything(tmp_path, kind, path, told):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(PictureError, match=told):
+        require_writable(tmp_path / path, "out", kind, PictureError)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder", "loop"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "path"), [("folder", "folder"), ("folder", "new/deep"), ("file", "file"), ("file", "new/deep")]
+)
+def test_a_place_where_something_can_be_written_is_left_as_it_is(tmp_path, kind, path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder").mkdir()
+    require_writable(tmp_path / path, "out", kind, PictureError)
+    assert sorted(each.name for each in tmp_path.rglob("*")) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "kept"

@@ -20,7 +20,7 @@ from torchlens_viz.comparison.result import Comparison
 from torchlens_viz.dataset.patches import Source
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
-from torchlens_viz.files.paths import as_path, is_there, write_together
+from torchlens_viz.files.paths import as_path, require_writable, write_together
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, bands_note, inverted
 from torchlens_viz.models.kernels import convolutions
@@ -123,14 +123,15 @@ def report(
     require_module(model)
     require_engine()
     given = as_path(path)
+    require_writable(given, "path", "file", PictureError)
     if max_channels is not None:
         integer(max_channels, "max_channels", least=1)
     if projections is not None:
         integer(projections, "projections", least=0)
     integer(max_bytes, "max_bytes", least=1)
     folder = None if assets is None else as_path(assets, "assets")
-    if folder is not None and is_there(folder, PictureError) and not folder.is_dir():
-        raise PictureError(f"`assets` must name a folder, got the file {str(folder)!r}; choose another name")
+    if folder is not None:
+        require_writable(folder, "assets", "folder", PictureError)
     shelf = Shelf(given, folder)
     flag(explain, "explain")
     if survey is not None and not isinstance(survey, Survey):

@@ -21,11 +21,10 @@ from torchlens_viz.errors import (
     InvalidArgumentError,
     ModelFailedError,
     ModelLoadError,
-    PictureError,
     TorchlensVizError,
     one_line,
 )
-from torchlens_viz.files.paths import is_there, safe_names
+from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.grids.features import feature_sheet
 from torchlens_viz.grids.kernels import save_kernel_grid
@@ -101,7 +100,6 @@ def draw_maps(
         The files in the order in which the layers ran, the weights used, and the layers without maps.
     """
     picture = read_image(image)
-    require_folder(out)
     loaded = load_model(model, weights=weights)
     prepared = prepared_by(loaded, picture).to(device_of(loaded.model))
     rank = prepared.ndim
@@ -165,7 +163,6 @@ def maximize_layers(
     Returns:
         The sheets, one per layer, and which weights they show; nothing in the other processes of a torchrun.
     """
-    require_folder(out)
     loaded = load_model(model, weights=weights)
     colours = _colours(loaded)
     names = [layer.name for layer in select(loaded.model, list(layers))]
@@ -210,16 +207,6 @@ def _colours(loaded: LoadedModel) -> Colours | None:
         raise InvalidArgumentError(
             f"{error}; call `maximize` from Python with a differentiable `preprocess`"
         ) from error
-
-
-def require_folder(out: Path) -> None:
-    """Refuse a place where no folder can be.
-
-    Raises:
-        PictureError: There is something else, or nothing can have that name.
-    """
-    if is_there(out, PictureError) and not out.is_dir():
-        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
 
 
 def own_gpu() -> str | None:

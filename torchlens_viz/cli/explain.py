@@ -11,8 +11,8 @@ from typing import Any
 
 from torchlens_viz.attribution.explain import explain
 from torchlens_viz.cli.commands import Outcome, own_gpu, prepared_by, told_as_model_error
-from torchlens_viz.errors import ArchiveError, InvalidArgumentError, PictureError
-from torchlens_viz.files.paths import is_there, safe_names, write_whole
+from torchlens_viz.errors import ArchiveError, InvalidArgumentError
+from torchlens_viz.files.paths import safe_names, write_whole
 from torchlens_viz.files.pictures import read_image, save_picture
 from torchlens_viz.models.state import usable_device
 from torchlens_viz.zoo.load import load_model
@@ -50,8 +50,6 @@ def explain_pictures(
         A sheet per picture and the table; the weights used, and the figures of each picture.
     """
     pictures = [read_image(path) for path in images]
-    if is_there(out, PictureError) and not out.is_dir():
-        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
     loaded = load_model(model, weights=weights)
     chosen = _index(target, loaded)
     loaded.model.to(usable_device(device or own_gpu() or "cpu", "--device"))

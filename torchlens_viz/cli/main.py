@@ -11,11 +11,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from torchlens_viz.cli.parser import PROGRAM, parser
-from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, in_one_line, message_of, one_line
+from torchlens_viz.errors import (
+    InvalidArgumentError,
+    PictureError,
+    TorchlensVizError,
+    in_one_line,
+    message_of,
+    one_line,
+)
+from torchlens_viz.files.paths import require_writable
 
 if TYPE_CHECKING:
     from torchlens_viz.cli.commands import Outcome
 
+_WRITING_ONE_FILE: Final = ("kernels", "compare", "report")  # the others write a folder
 _MOST_SAID: Final = 4000  # characters of an error, which may name every layer
 _DRAWING_OPTIONS = (
     "cmap", "nrow", "padding", "scale_each", "value_range", "filters", "channels", "upscale",
@@ -45,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = None
     try:
         arguments = parser().parse_args(argv)
+        if getattr(arguments, "out", None) is not None:
+            is_file = arguments.command in _WRITING_ONE_FILE
+            require_writable(arguments.out, "--out", "file" if is_file else "folder", PictureError)
         code = _run(arguments, sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except TorchlensVizError as error:

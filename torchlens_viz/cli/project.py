@@ -8,8 +8,7 @@ from typing import Any
 
 from torchlens_viz.attribution.project import project
 from torchlens_viz.cli.commands import Outcome, own_gpu, prepared_by, told_as_model_error
-from torchlens_viz.errors import PictureError
-from torchlens_viz.files.paths import is_there, safe_names
+from torchlens_viz.files.paths import safe_names
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import usable_device
@@ -41,8 +40,6 @@ def project_units(
         The sheets, one per layer, and which weights they show.
     """
     picture = read_image(image)
-    if is_there(out, PictureError) and not out.is_dir():
-        raise PictureError(f"`--out` must name a folder, got the file {str(out)!r}; choose another name")
     loaded = load_model(model, weights=weights)
     names = [layer.name for layer in select(loaded.model, list(layers))]
     prepared_by(loaded, picture)  # what is wrong with the preprocessing is said before anything is written

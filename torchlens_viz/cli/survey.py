@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from torchlens_viz.cli.commands import Outcome, own_gpu, prepared_by, require_folder, told_as_model_error
+from torchlens_viz.cli.commands import Outcome, own_gpu, prepared_by, told_as_model_error
 from torchlens_viz.dataset.findings import Finding
 from torchlens_viz.dataset.result import Survey
 from torchlens_viz.dataset.survey import survey
@@ -201,7 +201,6 @@ def survey_folder(
     for name, value, least in (("--batch-size", batch_size, 1), ("--top-k", top_k, 0)):
         if value < least:
             raise InvalidArgumentError(f"`{name}` must be at least {least}, got {value}")
-    require_folder(out)
     files = pictures_in(folder, but_not_in=out / "top")  # an earlier run's sheets
     loaded = load_model(model, weights=weights)
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[image_axes(loaded.model) - 1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from torchlens_viz.arguments import integer
 from torchlens_viz.dataset.loader import Batch
 from torchlens_viz.dataset.tally import Tally
 from torchlens_viz.errors import ArchiveError, one_line
-from torchlens_viz.files.paths import is_there
+from torchlens_viz.files.paths import is_there, require_writable
 from torchlens_viz.files.tensors import (
     SafetensorsFile,
     checksum,
@@ -81,7 +80,7 @@ class Logbook:
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any], *, seconds: float) -> None:
         require_safetensors(_WHAT)
         self._path = Path(path)
-        _require_writable(self._path)  # now, and not when there is something to lose
+        require_writable(self._path, "checkpoint", "file", ArchiveError)
         self._settings = json.loads(json.dumps(settings))
         self._seconds = seconds
         self._written = time.monotonic()
@@ -148,17 +147,6 @@ class Logbook:
         tallies = told.pop("tallies")
         write_ledger(self._path, tallies, {"settings": self._settings, "progress": told})
         self._written = time.monotonic()
-
-
-def _require_writable(path: Path) -> None:
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ArchiveError(
-            f"`checkpoint` must name a file that can be written, got {str(path)!r}: {error.strerror}"
-        ) from error
 
 
 def fingerprint(batch: Batch) -> int:

@@ -10,8 +10,10 @@ import platform
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from torchlens_viz.errors import InvalidTypeError, TorchlensVizError, reason_of
 
@@ -53,6 +55,38 @@ def is_there(path: Path, error: type[TorchlensVizError]) -> bool:
     except (OSError, ValueError) as reason:
         raise error(f"cannot read {str(path)!r}: {reason_of(reason)}; choose another name") from reason
     return True
+
+
+def require_writable(
+    path: Path, name: str, kind: Literal["file", "folder"], error: type[TorchlensVizError]
+) -> None:
+    """Refuse a place where nothing can be written: at once, and not when there is something to lose.
+
+    Args:
+        path: What is to be written later. Nothing is left there.
+        name: What the option is called.
+        kind: What it will be.
+        error: What to raise.
+    """
+    try:
+        if kind == "file":
+            target = Path(os.path.realpath(path))
+            _mode_to_keep(target, path, error, name)
+            place = target.parent
+        elif is_there(path, error) and not path.is_dir():
+            raise error(f"`{name}` must name a folder, got the file {str(path)!r}; choose another name")
+        else:
+            place = path.absolute()
+        there = next(each for each in (place, *place.parents) if each.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except TorchlensVizError:
+        raise
+    except (OSError, ValueError) as reason:
+        raise error(
+            f"`{name}` must name a {kind} that can be written, got {str(path)!r}: {reason_of(reason)}; "
+            "choose a path in a folder you can write to"
+        ) from reason
 
 
 @contextlib.contextmanager
@@ -135,19 +169,21 @@ def require_regular(
         raise error(f"cannot read {str(path)!r}: it is {kind} and no file; {remedy}")
 
 
-def _mode_to_keep(target: Path, given: Path, error: type[TorchlensVizError]) -> int | None:
+def _mode_to_keep(
+    target: Path, given: Path, error: type[TorchlensVizError], name: str = "path"
+) -> int | None:
     """Return the permissions of the file to replace, or None where there is none yet."""
     try:
         mode = target.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
     if stat.S_ISDIR(mode):
-        raise error(f"`path` must name a file, got the folder {str(given)!r}; append a file name")
+        raise error(f"`{name}` must name a file, got the folder {str(given)!r}; append a file name")
     # Replacing a device or pipe would delete it, and a read-only file is meant to stay.
     if not stat.S_ISREG(mode) or not os.access(target, os.W_OK):
         kind = "is read-only" if stat.S_ISREG(mode) else "is no regular file"
         raise error(
-            f"`path` must name a file that can be replaced, got {str(given)!r}, which {kind}; "
+            f"`{name}` must name a file that can be replaced, got {str(given)!r}, which {kind}; "
             "choose another name"
         )
     return stat.S_IMODE(mode)
