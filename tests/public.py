@@ -73,8 +73,8 @@ def maximised(net, images, **options):
     return [result.images, result.scores, result.means, result.history, result.grid()]
 
 
-def explained(net, images, method):
-    found = tv.explain(net, images, lambda output: output[:, 1].mean((1, 2)), method=method)
+def explained(net, images, method, **options):
+    found = tv.explain(net, images, lambda output: output[:, 1].mean((1, 2)), method=method, **options)
     trust = found.trust
     figures = [trust.kept, trust.lost, trust.rank_correlation]
     return [found.heatmaps, found.scores, *(each.nan_to_num() for each in figures), found.grid()]
@@ -122,7 +122,11 @@ PUBLIC = {
     "maximize, classic": lambda net, images: maximised(net, images, method="classic"),
     **{
         f"explain, {method}": partial(explained, method=method)
-        for method in ("layercam", "eigencam", "ablationcam", "smoothgrad", "integrated_gradients", "guided")
+        for method in ("layercam", "eigencam", "ablationcam", "guided")
+    },
+    **{
+        f"explain, {method}": partial(explained, method=method, samples=6)
+        for method in ("smoothgrad", "integrated_gradients")
     },
     "report": reported,
     "monitor": monitored,
@@ -138,11 +142,11 @@ PUBLIC = {
 def plain(value):
     """What can be compared."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy().tolist()
+        return value.detach().cpu().numpy()
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return value
     return value.tobytes() if hasattr(value, "tobytes") else value

@@ -47,6 +47,7 @@ def climbed_and_kept(net, images, folder):
 
 OTHERS = [trained_on, refused, kept_in_files, drawn_in_files, climbed_and_kept]
 CALLS = 50
+MOST = 6 * 2**20
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -62,17 +63,24 @@ def resident_bytes() -> int:
 
 
 def growth(function) -> tuple[int, int]:
-    """Return how many tensors and how many bytes 50 calls leave behind, after a few to warm up."""
+    """Return how many tensors and how many bytes 50 calls leave behind, after a few to warm up.
+
+    What an allocator comes to keep once, it does not keep again with the next 50; what leaks does.
+    """
     for _ in range(5):
         function()
     gc.collect()
     # The collector comes by after so many objects, however large: what waits for it can be many gigabytes.
     gc.disable()
     try:
-        tensors, resident = live_tensors(), resident_bytes()
-        for _ in range(CALLS):
-            function()
-        return live_tensors() - tensors, resident_bytes() - resident
+        for _ in range(3):
+            tensors, resident = live_tensors(), resident_bytes()
+            for _ in range(CALLS):
+                function()
+            tensors, resident = live_tensors() - tensors, resident_bytes() - resident
+            if tensors or resident < MOST:
+                break
+        return tensors, resident
     finally:
         gc.enable()
 
@@ -84,7 +92,7 @@ def test_no_memory_grows_with_calls(name):
     net = make_net()
     tensors, resident = growth(lambda: PUBLIC[name](net, IMAGES))
     assert tensors == 0
-    assert resident < 6 * 2**20
+    assert resident < MOST
 
 
 @pytest.mark.slow
@@ -94,7 +102,7 @@ def test_no_memory_grows_with_gradients_errors_and_files(use, tmp_path):
     net = make_net()
     tensors, resident = growth(lambda: use(net, IMAGES, tmp_path))
     assert tensors == 0
-    assert resident < 6 * 2**20
+    assert resident < MOST
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="there is no /proc here")

@@ -106,30 +106,38 @@ def rendered(
         f"default-src 'none'; img-src {album.shelf.sources}; style-src '{_hash(style)}'; "
         f"script-src '{_hash(script)}'; base-uri 'none'; form-action 'none'"
     )
-    text: str = _template().render(
-        title=title,
-        head=head,
-        weights=f"Weights: {told['weights']}"
-        if "weights" in told
-        else f"Weights with the checksum {told[CHECKSUM]}",
-        preprocessing=told[PREPROCESSING],
-        images=images,
-        health=health,
-        layers=layers,
-        hrefs={name: link(place.anchor) for name, place in places.items()},
-        channel_hrefs={name: place.hrefs for name, place in places.items()},
-        contrast=contrast,
-        orders=orders,
-        choices={key: name for key, name in CHOICES.items() if key.partition("-")[0] in orders},
-        classes=classes,
-        kinds=KINDS,
-        by_kind=[
-            (kind, own) for kind in KINDS if (own := [each for each in health.troubles if each.kind == kind])
-        ],
-        policy=policy,
-        style=markup(style),
-        script=markup(script),
+    template = _template()
+    context = template.new_context(
+        {
+            "title": title,
+            "head": head,
+            "weights": f"Weights: {told['weights']}"
+            if "weights" in told
+            else f"Weights with the checksum {told[CHECKSUM]}",
+            "preprocessing": told[PREPROCESSING],
+            "images": images,
+            "health": health,
+            "layers": layers,
+            "hrefs": {name: link(place.anchor) for name, place in places.items()},
+            "channel_hrefs": {name: place.hrefs for name, place in places.items()},
+            "contrast": contrast,
+            "orders": orders,
+            "choices": {key: name for key, name in CHOICES.items() if key.partition("-")[0] in orders},
+            "classes": classes,
+            "kinds": KINDS,
+            "by_kind": [
+                (kind, own)
+                for kind in KINDS
+                if (own := [each for each in health.troubles if each.kind == kind])
+            ],
+            "policy": policy,
+            "style": markup(style),
+            "script": markup(script),
+        }
     )
+    text = "".join(template.root_render_func(context))
+    # The engine leaves a circle of references, and with it the whole page, to the collector: it is emptied.
+    context.parent.clear()
     return text
 
 
