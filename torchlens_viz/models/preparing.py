@@ -9,7 +9,7 @@ from PIL import Image
 
 from torchlens_viz.errors import InvalidArgumentError, calling, one_line
 from torchlens_viz.models.colours import CHECKS, CLOSE, Preprocess, colours_of, typical
-from torchlens_viz.models.inputs import AXES, as_batch, image_batch
+from torchlens_viz.models.images import AXES, as_batch, image_batch
 from torchlens_viz.models.keeping import same_random_numbers
 
 
