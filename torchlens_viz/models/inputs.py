@@ -1,13 +1,17 @@
-"""Inputs: which part of a batch a model takes, and what it is said to fail for."""
+"""Inputs: which part of a batch a model takes, in which order it holds items, and what a model fails for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, compress
+from math import prod
 from typing import Any, Final, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from torchlens_viz.arguments import shown
 from torchlens_viz.errors import (
@@ -26,6 +30,9 @@ from torchlens_viz.nested import tensors
 
 InputOf: TypeAlias = str | int | Callable[[Any], Any] | None
 
+_VALUES: Final = (torch.Tensor, np.ndarray, int, float)
+_PROBED: Final = 4096  # so many values of an item, or a few more, are compared with those in the batch
+_DISTINCT: Final = 3  # so many different items tell that they were put into another order
 _USUAL_KEYS: Final = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
 
 
@@ -144,3 +151,91 @@ def shown_to(
         raise ModelFailedError(
             f"`{name}` must be what the model takes: {kind} fails for {what} ({one_line(error)}); {remedy}"
         ) from error
+
+
+def are_reordered(items: Sequence[Any], batch: Any) -> bool | None:
+    """Tell whether a batch holds items in another order, by the largest part that has their values.
+
+    None is a batch that has the values of none.
+    """
+    is_there = [item is not None for item in items]  # those that could not be read, as some data sets have it
+    columns = [list(compress(rows, is_there)) for rows in _columns(batch, len(items))]
+    items, said, size = list(compress(items, is_there)), set[bool](), 0
+    parts = [[each for each in tree_leaves(item) if isinstance(each, _VALUES)] for item in items]
+    if len({len(each) for each in parts}) != 1:
+        return None
+    for given in sorted(zip(*parts, strict=True), key=lambda given: -_size(given[0])):
+        if said and _size(given[0]) < size:
+            break
+        size, part = _size(given[0]), [value for each in given for value in _as_tensors(each)]
+        if len(part) == len(items):
+            found = [_order_of(part, rows) for rows in columns if rows[0].ndim == part[0].ndim]
+            said |= {order == list(range(len(items))) for order in found if order is not None}
+    return True not in said if said else None
+
+
+def _size(value: Any) -> int:
+    return prod(getattr(value, "shape", ()))
+
+
+def _columns(batch: Any, count: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Yield all in a batch that has a row for each of so many items."""
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        yield from (each.unbind() for each in _as_tensors(batch) if each.ndim and len(each) == count)
+    elif isinstance(batch, Mapping | list | tuple):
+        parts = list(batch.values() if isinstance(batch, Mapping) else batch)
+        rows = [value for each in parts for value in _as_tensors(each)]
+        if len(rows) == len(parts) == count:
+            yield rows
+        for each in parts:
+            yield from _columns(each, count)
+
+
+def _order_of(items: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> list[int] | None:
+    """Return which item each row holds; None where rows are no items, or too many of these are alike.
+
+    One that several rows hold is named several times.
+    """
+    different: list[torch.Tensor] = []
+    least = _DISTINCT if items[0].numel() == 1 else min(_DISTINCT, len(items))
+    for item in items:
+        if len(different) < least and not any(_holds(each, item) for each in different):
+            different.append(item)
+    if len(different) < least:
+        return None
+    if all(map(_holds, rows, items)):
+        return list(range(len(items)))
+    left, order = dict(enumerate(items)), list[int]()
+    for row in rows:
+        known = chain(left.items(), enumerate(items))  # those that no row held before come first
+        order += [next((place for place, item in known if _holds(row, item)), -1)]
+        if order[-1] < 0:
+            return None
+        left.pop(order[-1], None)
+    return order
+
+
+def _holds(row: torch.Tensor, item: torch.Tensor) -> bool:
+    """Tell whether a row is an item, or one that was padded at its end with the same value throughout."""
+    if row.ndim != item.ndim or any(map(int.__lt__, row.shape, item.shape)):
+        return False
+    for dim, least in enumerate(item.shape if row.shape != item.shape else ()):
+        if row.shape[dim] > least:
+            rest = row.narrow(dim, least, row.shape[dim] - least)
+            if rest.numel() and bool((rest != rest.flatten()[0]).any()):
+                return False
+            row = row.narrow(dim, 0, least)
+    if item.numel() > _PROBED:
+        step = item.numel() // _PROBED
+        row, item = row.reshape(-1)[::step], item.reshape(-1)[::step]
+    return torch.equal(row, item if item.dtype == row.dtype else item.to(row.dtype))
+
+
+def _as_tensors(value: Any) -> list[torch.Tensor]:
+    """Return what holds plain numbers as a tensor on the CPU, as the only one in a list."""
+    try:
+        found = torch.as_tensor(value) if isinstance(value, _VALUES) else None
+    except (TypeError, ValueError, RuntimeError):
+        return []
+    is_plain = found is not None and found.layout == torch.strided and found.device.type == "cpu"
+    return [found.detach()] if found is not None and is_plain else []
