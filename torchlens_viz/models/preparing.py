@@ -97,8 +97,8 @@ def _of_colours(preprocess: Preprocess, example: torch.Tensor) -> Callable[[torc
         height, width = example.shape[2:]
         warnings.warn(
             f"`preprocess` does more to pictures of {height} x {width} than change their colours: it "
-            "resizes, crops or moves them, or sets their contrast. That is left out, so that scores are those of the "
-            "images as they are; put through it, what is saved has another score",
+            "resizes, crops or moves them, or sets their contrast. That is left out, so that scores are "
+            "those of the images as they are; put through it, what is saved has another score",
             stacklevel=4,
         )
     return colours.apply
