@@ -542,3 +542,26 @@ def test_patches_are_cut_from_rows_with_pictures(rule):
     found = survey(net, DataLoader(Rows(), batch_size=2, collate_fn=collate), "0", top_k=2, **quiet)
     patches = found.patches("0", 0, Rows(), preprocess=to_input, input_of=rule)
     assert [round(float(patch.values.mean()) * 255) for patch in patches] == [60, 40]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda loader: itertools.islice(loader, 1, None),
+        lambda loader: itertools.dropwhile(lambda batch: batch[0].amax() < 4, loader),
+        lambda loader: filter(lambda batch: batch[0].amax() > 4, loader),
+    ],
+)
+def test_an_iterator_that_leaves_out_the_first_batches_is_refused(same_as_it_is, wrap):
+    def loader():
+        return wrap(DataLoader(TensorDataset(PLANTED), batch_size=3))
+
+    with pytest.raises(
+        InvalidArgumentError, match=r"must begin with the first batch.* left out 1.*`indices`"
+    ):
+        survey(same_as_it_is, loader(), "0", **quiet)
+    found = survey(same_as_it_is, loader(), "0", indices=range(3, 10), top_k=3, **quiet)
+    assert found.top["0"].samples[0].tolist() == [9, 8, 7]
+    first = itertools.islice(DataLoader(TensorDataset(PLANTED), batch_size=3), 2)
+    found = survey(same_as_it_is, first, "0", top_k=3, **quiet)
+    assert found.top["0"].samples[0].tolist() == [5, 4, 3]

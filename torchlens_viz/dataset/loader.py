@@ -18,6 +18,7 @@ from torchlens_viz.dataset.order import (
     loader_within,
     padding,
     refuse_loss_of_order,
+    refuse_skipping,
     refuse_unknown_order,
     refuse_what_is_no_loader,
     sampler_of,
@@ -91,6 +92,7 @@ class Numbering:
         outermost, loader = loader, loader_within(loader)
         sampler = sampler_of(loader)
         self._is_open = indices is None and loader is outermost and not isinstance(loader, DataLoader)
+        self._is_by_place = indices is None
         self._rule = input_of
         self._sizes = batch_sizes(loader) if indices is None else None
         self._function = indices if callable(indices) else None
@@ -132,6 +134,8 @@ class Numbering:
             first = list(islice(running, 1))
             for watch in watches:  # with the first batch those who collate the others have been told
                 watch.give_back(is_over=False)
+            if first and self._is_by_place:
+                refuse_skipping(batches)
             late = hidden_loader(batches) if first and self._is_open else None
             if late is not None:
                 self._sizes = batch_sizes(late)

@@ -107,6 +107,18 @@ def hidden_loader(batches: Any) -> Any:
     return found
 
 
+def refuse_skipping(batches: Any) -> None:
+    """Raise `InvalidArgumentError` where `islice` or the like left out batches before its first."""
+    found = loader_within(batches)
+    skips = isinstance(batches, filter) or type(batches).__module__ == "itertools"
+    if skips and isinstance(found, _BaseDataLoaderIter) and found._num_yielded > 1:
+        raise InvalidArgumentError(
+            f"`loader` must begin with the first batch, got a {type(batches).__name__} that left out "
+            f"{found._num_yielded - 1}, so that the place of an input says nothing of its index; pass "
+            "`indices`"
+        )
+
+
 def batch_sizes(loader: Any) -> Iterator[int] | None:
     """Return how many inputs each batch of a loader must have; None where that cannot be told."""
     sampler = getattr(loader, "batch_sampler", getattr(loader, "_index_sampler", None))
