@@ -35,6 +35,11 @@ def map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
     return map_leaves((torch.Tensor, fx.Proxy), function, value)
 
 
+def cloned(value: Any) -> Any:
+    """Return the same with a copy of every tensor, which whoever is given it may write to."""
+    return map_tensors(torch.clone, value)
+
+
 def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield every tensor in a nested value, in order."""
     if isinstance(value, torch.Tensor):

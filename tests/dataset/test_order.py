@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import queue
+import threading
 from functools import partial
 
 import pytest
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 from tests.nets import quiet
 from torchlens_viz import survey
-from torchlens_viz.dataset.order import batch_sizes, loader_within, order_within_batches_watched
+from torchlens_viz.dataset.order import Watch, batch_sizes, loader_within
 from torchlens_viz.errors import InvalidArgumentError
 
 PLANTED = torch.zeros(10, 1, 4, 4)
@@ -339,21 +341,132 @@ def test_signals_that_are_padded_in_their_order_are_taken():
     assert found.top["0"].samples[0].tolist() == [9, 8, 7]
 
 
-def test_workers_that_stay_are_left_alone(same_as_it_is):
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_workers_that_stay_are_watched_for_one_pass(same_as_it_is, is_begun):
     loader = DataLoader(
         Pairs(PLANTED), batch_size=5, collate_fn=turned, num_workers=1, persistent_workers=True
     )
-    survey(same_as_it_is, loader, "0", **quiet)
+    if is_begun:
+        list(loader)
+    with pytest.raises(InvalidArgumentError, match="`loader` must keep the order of the items in a batch"):
+        survey(same_as_it_is, loader, "0", **quiet)
+    assert loader.collate_fn is turned
     assert [batch["images"][0, 0, 0, 0].item() for batch in loader] == [5, 10]
 
 
 def test_the_default_collate_function_is_not_watched():
     loader = DataLoader(Pairs(PLANTED), batch_size=5)
-    with order_within_batches_watched(loader):
-        assert loader.collate_fn is default_collate
+    watch = Watch(loader)
+    assert loader.collate_fn is default_collate
     loader = DataLoader(Pairs(PLANTED), batch_size=5, collate_fn=shuffled)
-    with order_within_batches_watched(loader):
-        assert loader.collate_fn is not shuffled
+    watch = Watch(loader)
+    assert loader.collate_fn is not shuffled
+    watch.give_back(is_over=False)
+    assert loader.collate_fn is shuffled
+
+
+class Threaded:
+    """Reads ahead in a thread, of which nobody hears when it fails."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        ahead = queue.Queue(2)
+
+        def read():
+            for batch in self.loader:
+                ahead.put(batch)
+            ahead.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        return iter(ahead.get, None)
+
+
+def late_with(collate):
+    yield from DataLoader(Pairs(PLANTED), batch_size=5, collate_fn=collate)
+
+
+def repeated(rows):
+    """Leaves one item out and has another twice, so that there are as many."""
+    return default_collate([*rows[1:], rows[1]])
+
+
+def filled(rows):
+    """Puts copies of others in the place of those that could not be read."""
+    good = [row for row in rows if row is not None]
+    return default_collate(good + good[: len(rows) - len(good)])
+
+
+def dropped(rows):
+    return default_collate(rows[1:])
+
+
+def changed(rows):
+    """Makes something else of the items, such as a processor does, and turns them round."""
+    return torch.stack([1.5 * row[0] + 0.25 for row in rows[::-1]])
+
+
+@pytest.mark.parametrize("collate", [turned, shuffled, repeated, changed])
+@pytest.mark.parametrize("wrap", [lambda loader: loader, Threaded, iter])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_order_that_is_lost_is_refused_wherever_it_is_lost(same_as_it_is, collate, wrap, workers):
+    loader = wrap(DataLoader(Pairs(PLANTED), batch_size=5, collate_fn=collate, num_workers=workers))
+    with pytest.raises(InvalidArgumentError, match="`loader` must keep the order of the items in a batch"):
+        survey(same_as_it_is, loader, "0", **quiet)
+
+
+@pytest.mark.parametrize(
+    ("collate", "said"),
+    [
+        (turned, "keep the order of the items"),
+        (changed, "keep the order of the items"),
+        (repeated, "keep the order of the items"),
+        (dropped, "got a batch of 4 where 5 were named"),
+    ],
+)
+def test_the_first_batch_of_a_loader_that_is_made_late_is_watched_too(same_as_it_is, collate, said):
+    with pytest.raises(InvalidArgumentError, match=said):
+        survey(same_as_it_is, late_with(collate), "0", **quiet)
+    found = survey(same_as_it_is, late_with(default_collate), "0", top_k=3, **quiet)
+    assert found.top["0"].samples[0].tolist() == [9, 8, 7]
+
+
+class Unreadable(Pairs):
+    def __getitem__(self, index):
+        return None if index in (1, 6) else super().__getitem__(index)
+
+
+def blank(rows):
+    return default_collate([(torch.zeros(1, 4, 4), -1) if row is None else row for row in rows])
+
+
+def test_items_that_could_not_be_read_keep_their_place_or_are_refused(same_as_it_is):
+    def loader(collate):
+        return DataLoader(Unreadable(PLANTED), batch_size=5, collate_fn=collate)
+
+    with pytest.raises(InvalidArgumentError, match="`loader` must keep the order of the items in a batch"):
+        survey(same_as_it_is, loader(filled), "0", **quiet)
+    found = survey(same_as_it_is, loader(blank), "0", top_k=10, **quiet)
+    assert found.top["0"].samples[0].tolist() == [9, 8, 7, 5, 4, 3, 2, 0, 1, 6]
+
+
+def to_pixels(row):
+    return torch.tensor(list(row["image"].tobytes())).view(1, 8, 8) / 255
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_pictures_are_followed_through_what_is_made_of_them(same_as_it_is, step):
+    def collate(rows):
+        return {"pixel_values": torch.stack([to_pixels(row) for row in rows[::step]])}
+
+    loader = DataLoader(Rows(), batch_size=4, collate_fn=collate)
+    if step < 0:
+        with pytest.raises(InvalidArgumentError, match="keep the order of the items in a batch"):
+            survey(same_as_it_is, loader, "0", **quiet)
+        return
+    found = survey(same_as_it_is, loader, "0", top_k=4, **quiet)
+    assert found.top["0"].samples[0].tolist() == [3, 2, 1, 0]
 
 
 def test_a_collate_function_that_makes_two_of_one_is_refused(same_as_it_is):
@@ -429,3 +542,26 @@ def test_patches_are_cut_from_rows_with_pictures(rule):
     found = survey(net, DataLoader(Rows(), batch_size=2, collate_fn=collate), "0", top_k=2, **quiet)
     patches = found.patches("0", 0, Rows(), preprocess=to_input, input_of=rule)
     assert [round(float(patch.values.mean()) * 255) for patch in patches] == [60, 40]
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda loader: itertools.islice(loader, 1, None),
+        lambda loader: itertools.dropwhile(lambda batch: batch[0].amax() < 4, loader),
+        lambda loader: filter(lambda batch: batch[0].amax() > 4, loader),
+    ],
+)
+def test_an_iterator_that_leaves_out_the_first_batches_is_refused(same_as_it_is, wrap):
+    def loader():
+        return wrap(DataLoader(TensorDataset(PLANTED), batch_size=3))
+
+    with pytest.raises(
+        InvalidArgumentError, match=r"must begin with the first batch.* left out 1.*`indices`"
+    ):
+        survey(same_as_it_is, loader(), "0", **quiet)
+    found = survey(same_as_it_is, loader(), "0", indices=range(3, 10), top_k=3, **quiet)
+    assert found.top["0"].samples[0].tolist() == [9, 8, 7]
+    first = itertools.islice(DataLoader(TensorDataset(PLANTED), batch_size=3), 2)
+    found = survey(same_as_it_is, first, "0", top_k=3, **quiet)
+    assert found.top["0"].samples[0].tolist() == [5, 4, 3]

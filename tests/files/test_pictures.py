@@ -28,7 +28,7 @@ from torchlens_viz.files.pictures import (
     save_picture,
 )
 from torchlens_viz.grids.features import feature_sheet
-from torchlens_viz.models.inputs import image_batch
+from torchlens_viz.models.images import image_batch
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -41,10 +41,15 @@ NORMALISED = [
     nn.Softmax(1), nn.LogSoftmax(1),
     lambda x: F.log_softmax(x.flatten(1), 1),
     nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    nn.Conv2d(4, 2, 1), nn.Sequential(nn.MaxPool2d(2), nn.ConvTranspose2d(4, 2, 2)),
+    nn.Sequential(nn.Flatten(2), nn.Linear(64, 3)),
+    lambda x: (x + 1).relu(), lambda x: torch.relu(x - 0.5), lambda x: torch.cat([x, x], 1),
+    lambda x: F.relu(torch.linspace(0, 1, 64).view(8, 8) + F.avg_pool2d(x, 3, 1, 1)),
 ]  # fmt: skip
 RECTIFIED = [
     nn.ReLU(), nn.ReLU(inplace=True), F.relu, lambda x: x.clamp(min=0), nn.ReLU6(), lambda x: x.relu_(),
-    nn.Sequential(nn.MaxPool2d(2), nn.ReLU()), nn.Conv2d(4, 2, 1), lambda x: x, lambda x: x + 1,
+    nn.Sequential(nn.MaxPool2d(2), nn.ReLU()), lambda x: x,
+    lambda x: torch.where(x > 0, x, 0), lambda x: x * (x > 0), lambda x: torch.maximum(x, torch.zeros(())),
 ]  # fmt: skip
 
 
@@ -66,6 +71,24 @@ def test_below_zero_is_dead_before_a_rectifier_and_wherever_nothing_is_known(aft
     net = Functional(after).eval()
     assert survey(net, [IMAGES], "layer", progress=False).dead("layer").tolist() == [0, 1]
     assert found_by_monitor(net, IMAGES) == 2
+
+
+def test_the_branch_of_a_residual_block_is_not_dead_below_zero():
+    torchvision = pytest.importorskip("torchvision")
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    with torch.no_grad():
+        net.layer1[0].bn2.weight[0], net.layer1[0].bn2.bias[0] = 0.01, -5.0  # takes from what the sum is
+        net.layer1[0].bn1.bias[0] = -5.0  # is off after its ReLU
+        net.layer1[0].bn1.weight[0] = 0.01
+    found = survey(net, [IMAGES.repeat(1, 1, 8, 8)], "layer1.0.bn?", progress=False)
+    assert 0 in found.dead("layer1.0.bn1")
+    assert 0 not in found.dead("layer1.0.bn2")
+    assert float(found.stats["layer1.0.bn2"].max[0]) < 0
+
+
+def test_a_leaky_rectifier_that_stays_below_zero_is_not_dead():
+    net = nn.Sequential(all_below_zero(), nn.LeakyReLU(0.1), nn.Conv2d(4, 2, 1)).eval()
+    assert survey(net, [IMAGES], "1", progress=False).dead("1").tolist() == [1]
 
 
 def test_logits_are_not_dead():

@@ -12,7 +12,7 @@ from torchlens_viz import maximize, overlay_grid, survey
 from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.colours import as_pixels, colours_of
 from torchlens_viz.models.demo_net import preprocess as demo_preprocess
-from torchlens_viz.models.inputs import image_batch
+from torchlens_viz.models.images import image_batch
 
 
 def photograph() -> Image.Image:

@@ -12,15 +12,8 @@ from torchlens_viz import explain, maximize, overlay_grid, pair_grid, project
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.calls import called_with, inputs_like
-from torchlens_viz.models.inputs import (
-    as_batch,
-    image_batch,
-    images_in,
-    input_of,
-    model_input,
-    require_usual_shape,
-    shown_to,
-)
+from torchlens_viz.models.images import as_batch, image_batch, model_input, require_usual_shape
+from torchlens_viz.models.inputs import images_in, input_of, shown_to
 from torchlens_viz.nested import map_tensors, tensors
 
 RAMP = np.tile(np.linspace(0, 255, 16).round().astype(np.uint8), (8, 1))

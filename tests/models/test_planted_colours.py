@@ -220,3 +220,22 @@ def test_preprocessing_by_which_images_change_one_another_is_refused(net):
     found = maximize(net, "1", size=SIZE, steps=2, preprocess=contrast, batch_size=1, precision="float32")
     told = [net(contrast(image[None]))[0, i].mean().item() for i, image in enumerate(found.images)]
     assert found.scores.tolist() == pytest.approx(told, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        transforms.Compose([transforms.Resize(SIZE + 4), transforms.CenterCrop(SIZE)]),
+        transforms.RandomHorizontalFlip(1.0),
+        transforms.RandomAutocontrast(1.0),
+    ],
+    ids=["resized and cropped", "flipped", "contrast"],
+)
+def test_what_preprocessing_of_pictures_does_beside_colours_is_told(net, change):
+    prepare = transforms.Compose([change, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+    with pytest.warns(UserWarning, match="does more to pictures of 16 x 16 than change their colours"):
+        found = maximize(net, "1", size=SIZE, steps=2, preprocess=prepare, precision="float32")
+    scale = [torch.tensor(each)[None, :, None, None] for each in (MEAN, STD)]
+    with torch.no_grad():  # of the images as they are, as is said
+        told = net((found.images - scale[0]) / scale[1]).mean((2, 3)).diagonal()
+    torch.testing.assert_close(found.scores, told, rtol=1e-2, atol=1e-2)

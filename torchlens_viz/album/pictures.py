@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -16,7 +17,7 @@ from torchlens_viz.arguments import function, listed, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.colours import Bands, as_pixels
-from torchlens_viz.models.inputs import as_shown, model_input
+from torchlens_viz.models.images import as_shown, made_an_image, model_input
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.state import like_parameters, require_values
 
@@ -108,7 +109,8 @@ def _named(
         elif isinstance(each, torch.Tensor):
             named.append((f"image {place}", each[0] if each.ndim == 4 and len(each) == 1 else each))
         else:
+            what = type(each).__name__ if isinstance(each, np.ndarray) else shown(each)
             raise InvalidTypeError(
-                f"`images` must be pictures, paths or tensors (C, H, W), got {shown(each)}; open it first"
+                f"`images` must be pictures, paths or tensors (C, H, W), got {what}; {made_an_image(each)}"
             )
     return named if own is None else [(name, each) for name, (_, each) in zip(own, named, strict=True)]

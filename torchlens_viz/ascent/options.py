@@ -22,7 +22,7 @@ from torchlens_viz.backprop.objective import Objective
 from torchlens_viz.backprop.scorer import Scorer
 from torchlens_viz.errors import InvalidArgumentError, is_out_of_memory
 from torchlens_viz.files.tensors import checksum
-from torchlens_viz.models.inputs import image_batch
+from torchlens_viz.models.images import image_batch
 from torchlens_viz.models.layers import OnImages, unwrap
 
 _MOST_AT_ONCE: Final = {"cpu": 16, "cuda": 256}

@@ -27,7 +27,7 @@ from torchlens_viz.models.colours import (
     inverted,
     known_colours,
 )
-from torchlens_viz.models.inputs import AXES, as_shown, model_input
+from torchlens_viz.models.images import AXES, as_shown, in_floats, model_input, prepared
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, select
 
@@ -135,7 +135,7 @@ def explain(
     settings = _settings(method, layer, channel_dim, grid, samples, noise, seed)
     names = None if layer is None else _names(model, layer)
     taken = image_channels(model) if isinstance(image, Image.Image) else None
-    image = as_shown(image, taken)
+    image = as_shown(image, taken, image_axes(model, image))
     batch = _batch(image, preprocess, model, taken)
     model = called_with(model, inputs, len(batch))
     channels = inverted(batch[:1], invert).shape[1]
@@ -257,9 +257,9 @@ def _batch(
             f"`image` must be a picture, ({shape}) or a batch (N, {shape}), got shape {tuple(image.shape)}"
         )
     if preprocess is None:
-        return image.float() / 255 if image.dtype == torch.uint8 else image
+        return in_floats(image)
     with calling("preprocess(image)", f"make a batch (N, {shape}) of a batch"):
-        made = preprocess(image)
+        made = prepared(image, preprocess, axes)
     is_batch = isinstance(made, torch.Tensor) and made.ndim == axes + 2 and len(made) == len(image)
     if not is_batch or made.numel() == 0:
         what = tuple(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__

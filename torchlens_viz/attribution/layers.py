@@ -16,7 +16,7 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
-from torchlens_viz.models.inputs import AXES
+from torchlens_viz.models.images import AXES
 from torchlens_viz.models.layers import named_layers
 from torchlens_viz.models.state import refuse_quantized
 

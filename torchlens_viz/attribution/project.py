@@ -18,7 +18,7 @@ from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, checked_bands, known_colours
-from torchlens_viz.models.inputs import as_shown, model_input
+from torchlens_viz.models.images import as_shown, model_input
 from torchlens_viz.models.keeping import same_random_numbers
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import Selector

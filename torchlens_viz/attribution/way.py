@@ -14,7 +14,7 @@ from torchlens_viz.attribution.layers import maps_to_explain, tokens_to_explain
 from torchlens_viz.attribution.twin import Maps, Twin
 from torchlens_viz.draw.blend import placed
 from torchlens_viz.errors import InvalidArgumentError, TorchlensVizError, one_line
-from torchlens_viz.models.inputs import AXES
+from torchlens_viz.models.images import AXES
 from torchlens_viz.models.layers import select
 from torchlens_viz.receptive.everywhere import receptive_fields
 from torchlens_viz.receptive.field import ReceptiveField

@@ -30,7 +30,7 @@ from torchlens_viz.grids.features import feature_sheet
 from torchlens_viz.grids.kernels import save_kernel_grid
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.colours import Colours, colours_of
-from torchlens_viz.models.inputs import AXES, as_batch
+from torchlens_viz.models.images import AXES, as_batch
 from torchlens_viz.models.kernels import image_axes
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import device_of, usable_device

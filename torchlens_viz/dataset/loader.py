@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import chain, islice
-from traceback import clear_frames
 from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
@@ -14,14 +12,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torchlens_viz.arguments import check_dense, listed
 from torchlens_viz.dataset.order import (
     UnknownOrder,
+    Watch,
     batch_sizes,
-    is_refusal_of_order,
+    hidden_loader,
     loader_within,
-    order_within_batches_watched,
     padding,
-    refusal_of_order,
-    refuse_hidden_order,
     refuse_loss_of_order,
+    refuse_skipping,
     refuse_unknown_order,
     refuse_what_is_no_loader,
     sampler_of,
@@ -95,6 +92,7 @@ class Numbering:
         outermost, loader = loader, loader_within(loader)
         sampler = sampler_of(loader)
         self._is_open = indices is None and loader is outermost and not isinstance(loader, DataLoader)
+        self._is_by_place = indices is None
         self._rule = input_of
         self._sizes = batch_sizes(loader) if indices is None else None
         self._function = indices if callable(indices) else None
@@ -127,20 +125,30 @@ class Numbering:
             InvalidArgumentError: With the first of them a DataLoader has come to light whose order is not
                 known.
         """
-        watched = nullcontext() if self._function is not None else order_within_batches_watched(loader)
+        batches: Any = None
+        running: Any = None
+        watches = [] if self._function is not None else [Watch(loader_within(loader))]
         try:
-            with watched:  # with the first batch those who collate the others have been told
-                batches = iter(loader)
-                running = (batch for batch in batches)  # asked for once: some begin anew when asked again
-                first = list(islice(running, 1))
-            if first and self._is_open:
-                refuse_hidden_order(batches)
-            yield from chain(first, running)
-        except InvalidArgumentError as error:
-            if not is_refusal_of_order(error):
-                raise
-            clear_frames(error.__traceback__)  # or else workers stop where garbage is collected, slowly
-            raise refusal_of_order() from None
+            batches = iter(loader)
+            running = (batch for batch in batches)  # asked for once: some begin anew when asked again
+            first = list(islice(running, 1))
+            for watch in watches:  # with the first batch those who collate the others have been told
+                watch.give_back(is_over=False)
+            if first and self._is_by_place:
+                refuse_skipping(batches)
+            late = hidden_loader(batches) if first and self._is_open else None
+            if late is not None:
+                self._sizes = batch_sizes(late)
+                watches.append(Watch(late))
+                watches[-1].try_again()
+            for batch in chain(first, running):
+                for watch in watches:
+                    watch.check()
+                yield batch
+        finally:
+            for watch in watches:
+                watch.give_back(is_over=True)
+            batches = running = None  # or else workers stop where garbage is collected, slowly
 
     def read(self, batch: Any) -> Batch:
         """Return the next batch with the index of every input; padding is left out.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice, repeat
-from math import prod
 from types import CellType, FunctionType, GeneratorType, MethodType
 from typing import Any, Final, NamedTuple
 
@@ -32,14 +31,13 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.models.inputs import are_reordered
+from torchlens_viz.models.keeping import same_random_numbers
 
 _DEPTH: Final = 8  # how far to look for a DataLoader inside of something else
 _MOST: Final = 1000  # and at how many objects
 _CONTAINERS: Final = (list, tuple, Mapping)
 _LINKS: Final = (FunctionType, MethodType, CellType, partial)
-_VALUES: Final = (torch.Tensor, np.ndarray, int, float)
-_PROBED: Final = 4096  # so many values of an item, or a few more, are compared with those in the batch
-_DISTINCT: Final = 3  # so many different items tell that they were put into another order
 _REORDERED: Final = (
     "`loader` must keep the order of the items in a batch, got one whose `collate_fn` changes it, so that "
     "which is which is lost; leave that out, or pass `indices`, a function of a batch"
@@ -91,17 +89,34 @@ def _may_lead_on(thing: Any) -> bool:
     return is_link or hasattr(type(thing), "__iter__")
 
 
-def refuse_hidden_order(batches: Any) -> None:
-    """Raise `InvalidArgumentError` where a running iterator draws on a loader whose order is not known.
+def hidden_loader(batches: Any) -> Any:
+    """Return what loader a running iterator draws on; None where there is none to be seen.
 
     Some loaders are made only once the first batch is wanted.
+
+    Raises:
+        InvalidArgumentError: Its order is not known.
     """
     found = loader_within(batches)
-    if isinstance(found, _BaseDataLoaderIter):
-        refuse_loss_of_order(found)
-        sampler = getattr(found._index_sampler, "sampler", found._index_sampler)
-        if not isinstance(found._dataset, IterableDataset) and not is_in_turn(sampler):
-            refuse_unknown_order(UnknownOrder(sampler), shared=False)
+    if not isinstance(found, _BaseDataLoaderIter):
+        return None
+    refuse_loss_of_order(found)
+    sampler = getattr(found._index_sampler, "sampler", found._index_sampler)
+    if not isinstance(found._dataset, IterableDataset) and not is_in_turn(sampler):
+        refuse_unknown_order(UnknownOrder(sampler), shared=False)
+    return found
+
+
+def refuse_skipping(batches: Any) -> None:
+    """Raise `InvalidArgumentError` where `islice` or the like left out batches before its first."""
+    found = loader_within(batches)
+    skips = isinstance(batches, filter) or type(batches).__module__ == "itertools"
+    if skips and isinstance(found, _BaseDataLoaderIter) and found._num_yielded > 1:
+        raise InvalidArgumentError(
+            f"`loader` must begin with the first batch, got a {type(batches).__name__} that left out "
+            f"{found._num_yielded - 1}, so that the place of an input says nothing of its index; pass "
+            "`indices`"
+        )
 
 
 def batch_sizes(loader: Any) -> Iterator[int] | None:
@@ -218,126 +233,99 @@ def refuse_unknown_order(sampler: Any, *, shared: bool) -> None:
         )
 
 
-@contextmanager
-def order_within_batches_watched(loader: Any) -> Iterator[None]:
-    """Let a loader that starts within the block refuse what it collates in another order than it was read.
+class Watch:
+    """Hears of batches that a loader collates in another order than their items were read in.
 
-    That is seen where it keeps their values. Workers that stay for the next pass would go on with it, and are
-    left alone.
+    It raises nothing where batches are collated, which may be in a thread or a process of somebody's.
+
+    Args:
+        loader: A DataLoader or its running iterator, as `loader_within` finds it.
     """
-    found = loader_within(loader)
-    holder = found if isinstance(found, DataLoader) else getattr(found, "_dataset_fetcher", None)
-    collate = getattr(holder, "collate_fn", None)
-    is_single = getattr(found, "batch_sampler", getattr(found, "_auto_collation", None)) in (None, False)
-    is_kept = getattr(found, "persistent_workers", False)
-    if collate in (None, default_collate, default_convert) or is_single or is_kept:
-        yield
-        return
-    holder.collate_fn = _InOrder(collate)  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        if holder is found:  # else a running iterator, which goes on with it
-            holder.collate_fn = collate
+
+    def __init__(self, loader: Any) -> None:
+        is_begun = isinstance(loader, _BaseDataLoaderIter)
+        self._loader = loader
+        self._dataset: Any = getattr(loader, "_dataset" if is_begun else "dataset", None)
+        self._holder: Any = getattr(loader, "_dataset_fetcher", None) if is_begun else loader
+        self._collate = _collate_of(loader)
+        self._flags: Any = torch.zeros(
+            2, dtype=torch.uint8, device="cpu"
+        )  # whether it is over, and what it heard
+        if not _is_watchable(loader, self._collate):
+            self._holder = None
+            return
+        has_workers = not is_begun and loader.num_workers > 0
+        if has_workers:
+            self._flags.share_memory_()  # type: ignore[no-untyped-call]
+        if self._holder is None or (has_workers and getattr(loader, "_iterator", None) is not None):
+            self.try_again()  # workers that run already are not heard of
+        if self._holder is not None:
+            self._holder.collate_fn = _InOrder(self._collate, self._flags)
+
+    def check(self) -> None:
+        """Raise `InvalidArgumentError` where a batch is not in order."""
+        if self._flags[1]:
+            raise InvalidArgumentError(_REORDERED)
+
+    def give_back(self, *, is_over: bool) -> None:
+        """Give the loader its own function back, once those who collate for this pass have been told.
+
+        Args:
+            is_over: Watch no more, also where workers stay for the next pass.
+        """
+        self._flags[0] = is_over
+        if self._holder is not None and (is_over or self._holder is self._loader):
+            self._holder.collate_fn = self._collate
+
+    def try_again(self) -> None:
+        """Collate as many items as are in a batch, for a loader of whose first batch nothing was heard.
+
+        Raises:
+            InvalidArgumentError: They are not in order.
+        """
+        sampler = getattr(self._loader, "batch_sampler", getattr(self._loader, "_index_sampler", None))
+        size = getattr(sampler, "batch_size", None)
+        is_read = _is_watchable(self._loader, self._collate) and not isinstance(
+            self._dataset, IterableDataset
+        )
+        if self._collate is None or not is_read or not isinstance(size, int):
+            return
+        with suppress(Exception), same_random_numbers():  # it may be that this loader reads other items
+            items = [self._dataset[place] for place in range(min(size, len(self._dataset)))]
+            _InOrder(self._collate, self._flags)(items)
+        self.check()
 
 
-def is_refusal_of_order(error: InvalidArgumentError) -> bool:
-    """Tell whether that is `refusal_of_order`, also where a worker put it among the lines of a traceback."""
-    return _REORDERED in str(error)
+def _collate_of(loader: Any) -> Any:
+    return getattr(loader, "collate_fn", getattr(loader, "_collate_fn", None))
 
 
-def refusal_of_order() -> InvalidArgumentError:
-    """Return the error for a loader that collates in another order."""
-    return InvalidArgumentError(_REORDERED)
+def _is_watchable(loader: Any, collate: Any) -> bool:
+    is_single = getattr(loader, "batch_sampler", getattr(loader, "_auto_collation", None)) in (None, False)
+    return collate not in (None, default_collate, default_convert) and not is_single
 
 
 class _InOrder:
-    """Collates items as another function does, and refuses what it puts into another order."""
+    """Collates items as another function does, and flags what it puts into another order."""
 
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self._collate = collate
+    def __init__(self, collate: Callable[[Any], Any], flags: torch.Tensor) -> None:
+        self._collate, self._flags, self._has_tried = collate, flags, False
 
     def __call__(self, items: Any) -> Any:
+        if self._flags.any():
+            return self._collate(items)
         given = list(items)  # it may sort the list itself
         batch = self._collate(items)
-        if are_reordered(given, batch):
-            raise refusal_of_order()
+        is_reordered = are_reordered(given, batch)
+        if is_reordered is None and not self._has_tried:  # it makes something else of them
+            self._has_tried = True
+            with suppress(Exception), same_random_numbers():
+                is_reordered = are_reordered([_first(self._collate([each])) for each in given], batch)
+        if is_reordered:
+            self._flags[1] = 1
         return batch
 
 
-def are_reordered(items: Sequence[Any], batch: Any) -> bool:
-    """Tell whether a batch holds items in another order, by the largest part that has their values."""
-    parts = [[each for each in tree_leaves(item) if isinstance(each, _VALUES)] for item in items]
-    columns, said, size = list(_columns(batch, len(items))), set[bool](), 0
-    if len({len(each) for each in parts}) != 1:
-        return False
-    for given in sorted(zip(*parts, strict=True), key=lambda given: -_size(given[0])):
-        if said and _size(given[0]) < size:
-            break
-        size, part = _size(given[0]), [value for each in given for value in _as_tensors(each)]
-        if len(part) == len(items):
-            found = [_order_of(part, rows) for rows in columns if rows[0].ndim == part[0].ndim]
-            said |= {order == list(range(len(items))) for order in found if order is not None}
-    return bool(said) and True not in said
-
-
-def _size(value: Any) -> int:
-    return prod(getattr(value, "shape", ()))
-
-
-def _columns(batch: Any, count: int) -> Iterator[Sequence[torch.Tensor]]:
-    """Yield all in a batch that has a row for each of so many items."""
-    if isinstance(batch, torch.Tensor | np.ndarray):
-        yield from (each.unbind() for each in _as_tensors(batch) if each.ndim and len(each) == count)
-    elif isinstance(batch, Mapping | list | tuple):
-        parts = list(batch.values() if isinstance(batch, Mapping) else batch)
-        rows = [value for each in parts for value in _as_tensors(each)]
-        if len(rows) == len(parts) == count:
-            yield rows
-        for each in parts:
-            yield from _columns(each, count)
-
-
-def _order_of(items: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> list[int] | None:
-    """Return which item each row holds; None where rows are no items, or too many of these are alike."""
-    different: list[torch.Tensor] = []
-    least = _DISTINCT if items[0].numel() == 1 else min(_DISTINCT, len(items))
-    for item in items:
-        if len(different) < least and not any(_holds(each, item) for each in different):
-            different.append(item)
-    if len(different) < least:
-        return None
-    if all(map(_holds, rows, items)):
-        return list(range(len(items)))
-    left, order = dict(enumerate(items)), list[int]()
-    for row in rows:
-        order += [next((place for place, item in left.items() if _holds(row, item)), -1)]
-        if left.pop(order[-1], None) is None:
-            return None
-    return order
-
-
-def _holds(row: torch.Tensor, item: torch.Tensor) -> bool:
-    """Tell whether a row is an item, or one that was padded at its end with the same value throughout."""
-    if row.ndim != item.ndim or any(map(int.__lt__, row.shape, item.shape)):
-        return False
-    for dim, least in enumerate(item.shape if row.shape != item.shape else ()):
-        if row.shape[dim] > least:
-            rest = row.narrow(dim, least, row.shape[dim] - least)
-            if rest.numel() and bool((rest != rest.flatten()[0]).any()):
-                return False
-            row = row.narrow(dim, 0, least)
-    if item.numel() > _PROBED:
-        step = item.numel() // _PROBED
-        row, item = row.reshape(-1)[::step], item.reshape(-1)[::step]
-    return torch.equal(row, item if item.dtype == row.dtype else item.to(row.dtype))
-
-
-def _as_tensors(value: Any) -> list[torch.Tensor]:
-    """Return what holds plain numbers as a tensor on the CPU, as the only one in a list."""
-    try:
-        found = torch.as_tensor(value) if isinstance(value, _VALUES) else None
-    except (TypeError, ValueError, RuntimeError):
-        return []
-    is_plain = found is not None and found.layout == torch.strided and found.device.type == "cpu"
-    return [found.detach()] if found is not None and is_plain else []
+def _first(batch: Any) -> list[torch.Tensor]:
+    """Return the first row of all in a batch of one item."""
+    return [each[0] for each in tree_leaves(batch) if isinstance(each, torch.Tensor) and each.ndim]

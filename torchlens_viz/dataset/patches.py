@@ -18,7 +18,8 @@ from torchlens_viz.draw.rows import draw_rows
 from torchlens_viz.draw.style import Style
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.models.colours import Bands, Colours, as_pixels, checked_bands, inverted, known_colours
-from torchlens_viz.models.inputs import InputOf, images_in, input_of, model_input, part_of
+from torchlens_viz.models.images import model_input
+from torchlens_viz.models.inputs import InputOf, images_in, input_of, part_of
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.receptive.field import ReceptiveField
 from torchlens_viz.receptive.find import receptive_field

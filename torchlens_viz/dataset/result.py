@@ -37,8 +37,9 @@ class Survey(Record):
     def dead(self, layer: str, eps: float = 0.0) -> torch.Tensor:
         """Return the channels that never fired on the inputs seen: (D,) int64, increasing.
 
-        Those whose maximum never exceeded `eps`; before a normalisation or an activation that is no ReLU, and
-        in the network's answer (N, C), those that stayed within `eps` of zero or never changed.
+        Those whose maximum never exceeded `eps`; before a normalisation, an activation that is no ReLU, a sum
+        or another layer without a ReLU between, and in the network's answer (N, C), those that stayed within
+        `eps` of zero or never changed.
 
         Raises:
             LayerNotCapturedError: The layer was not selected, or did not run.

@@ -26,6 +26,7 @@ from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Layer, unwrap
 from torchlens_viz.models.state import inference
+from torchlens_viz.nested import cloned
 
 _BESIDE: Final = (
     "what it takes beside images goes into `inputs`; where that is in the batches, let a function as "
@@ -179,12 +180,10 @@ class Pass:
         )
         watching, self._watching = self._watching, nullcontext
         given = (batch.args, batch.kwargs)
-        with (
-            shown_to(self._model, given, "loader", _BESIDE),
-            watching(),
-            self._followed() if must_follow else nullcontext(),
-        ):
-            return self._model(*batch.args, **batch.kwargs)
+        with shown_to(self._model, given, "loader", _BESIDE):
+            args, kwargs = cloned(given)  # a network may write to what it is given, which is the caller's
+            with watching(), self._followed() if must_follow else nullcontext():
+                return self._model(*args, **kwargs)
 
     def _weighed(self, gradients: Gradients, batch: Batch, *, in_order: bool, must_follow: bool) -> Any:
         """Run a batch and take gradients; return what the network puts out."""

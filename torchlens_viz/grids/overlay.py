@@ -28,7 +28,8 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, as_signal, bands_note, inverted
-from torchlens_viz.models.inputs import AXES, as_shown, model_input, shown_to
+from torchlens_viz.models.images import AXES, as_shown, model_input
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.kernels import image_axes, image_channels
 from torchlens_viz.models.layers import Selector, require_module, select_one
 from torchlens_viz.models.state import inference, like_parameters, require_values
@@ -170,7 +171,7 @@ def overlay_grid(
     model = called_with(model, inputs)
     axes = image_axes(model, image)
     taken = image_channels(model)
-    image = as_shown(image, taken)
+    image = as_shown(image, taken, axes)
     batch = like_parameters(model_input(image, preprocess, taken, axes), model)
     slicing = Slicing.of(batch.shape[2:], plane, slices)
     if axes == 1 and backdrop != "gray":
@@ -275,9 +276,10 @@ def _maps(
     """Return the layer's name and its maps (C, ...) of the only image of a batch."""
     chosen = select_one(model, layer)
     name, layout = chosen.name, Layout([chosen], channel_dim)
+    own = batch.detach().clone()  # which the model may write to
     with inference(model), capture(model, name, stop=True) as acts, layout.following():
         with shown_to(model, batch):
-            model(batch)
+            model(own)
     output = next(iter(acts.calls(name)), None)
     is_tokens = isinstance(output, torch.Tensor) and output.ndim == 3 and batch.ndim == 4
     if isinstance(output, torch.Tensor) and output.ndim > 2 and len(output) != 1:

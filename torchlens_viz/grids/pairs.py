@@ -22,7 +22,8 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.pictures import save_picture
 from torchlens_viz.hooks.capture import capture
 from torchlens_viz.models.calls import ModelInputs, called_with
-from torchlens_viz.models.inputs import as_shown, model_input, shown_to
+from torchlens_viz.models.images import as_shown, model_input
+from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.kernels import image_channels, kernels_of
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.state import inference, like_parameters
@@ -160,7 +161,7 @@ def save_pair_grid(
 def _maps(model: nn.Module, name: str, batch: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     batch = like_parameters(batch, model)
     with inference(model), capture(model, name, stop=True) as acts, shown_to(model, batch):
-        model(batch)
+        model(batch.clone())  # which it may write to
     maps = maps_of(acts[name], sample=0)
     if len(maps) != len(weight):
         raise InvalidArgumentError(f"`{name}` has {len(weight)} kernels and puts out {len(maps)} maps")

@@ -13,7 +13,7 @@ from torchlens_viz.hooks.axes import key_of, operation
 from torchlens_viz.models.watching import Following
 from torchlens_viz.stats.channels import ChannelStats
 
-Follower: TypeAlias = Literal["", "normalisation", "activation", "output"]
+Follower: TypeAlias = Literal["", "normalisation", "activation", "output", "sum"]
 
 _KINDS: Final[Mapping[str, Follower]] = {
     **dict.fromkeys(
@@ -33,6 +33,25 @@ _KINDS: Final[Mapping[str, Follower]] = {
         ),
         "activation",
     ),
+    **dict.fromkeys(
+        (
+            *(
+                "add",
+                "sub",
+                "rsub",
+                "cat",
+                "stack",
+                "convolution",
+                "_convolution",
+                "conv1d",
+                "conv2d",
+                "conv3d",
+            ),
+            *("convolution_overrideable", "mkldnn_convolution", "cudnn_convolution", "linear", "addmm", "mm"),
+            *("bmm", "matmul", "baddbmm", "mkldnn_linear"),
+        ),
+        "sum",
+    ),
 }
 # What hands its input on, value by value or the largest or the mean of several.
 _PASSES: Final = frozenset(
@@ -51,7 +70,8 @@ class Followers(Following):  # type: ignore[no-untyped-call]
     """From `begin` to `end`, notes which operation first takes what each layer put out.
 
     A layer before a rectifier is off where it never exceeds zero. Before a normalisation, before another
-    activation and where its (N, C) are the network's answer it is not: negative values say as much as others.
+    activation, where it is added to something, by itself or times weights, and where its (N, C) are the
+    network's answer it is not: negative values say as much as others.
 
     Args:
         found: What is known of layers already, and what becomes known; "" is anything else.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from torchlens_viz.arguments import function, indices_of, shown
 from torchlens_viz.errors import InvalidArgumentError, calling, one_line
-from torchlens_viz.models.inputs import as_batch, model_input
+from torchlens_viz.models.images import as_batch, model_input
 from torchlens_viz.models.keeping import same_random_numbers
 
 Preprocess: TypeAlias = Callable[[Any], torch.Tensor]
@@ -195,7 +195,7 @@ def inverted(batch: torch.Tensor, invert: Callable[[torch.Tensor], torch.Tensor]
     if function(invert, "invert") is not None:
         assert invert is not None
         with calling("invert(batch)", "make pixels in [0, 1] of what the model takes"):
-            values = as_batch(invert(values), batch.ndim - 2)
+            values = as_batch(invert(values.clone()), batch.ndim - 2)  # it may write to them
         if values.shape[2:] != batch.shape[2:]:
             raise InvalidArgumentError(
                 f"`invert` must keep the height and width of {tuple(batch.shape)}, got {tuple(values.shape)}"
@@ -290,7 +290,8 @@ def _of_plain(
         if like is not None and like.mode == "L":
             given = given.convert("L")
     try:
-        with same_random_numbers():
+        with same_random_numbers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say was said of the image itself
             batch = model_input(given, preprocess, axes=axes)
     except Exception as error:
         raise InvalidArgumentError(

@@ -1,17 +1,19 @@
-"""Inputs: which part of a batch a model takes, and one image as a batch."""
+"""Inputs: which part of a batch a model takes, in which order it holds items, and what a model fails for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, compress
+from math import prod
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from torchlens_viz.arguments import check_dense, function, shown
+from torchlens_viz.arguments import shown
 from torchlens_viz.errors import (
     CaptureMemoryError,
     InvalidArgumentError,
@@ -23,17 +25,14 @@ from torchlens_viz.errors import (
     one_line,
     reason_of,
 )
-from torchlens_viz.files.pictures import as_rgb, upright
 from torchlens_viz.models.layers import unwrap
 from torchlens_viz.nested import tensors
 
 InputOf: TypeAlias = str | int | Callable[[Any], Any] | None
 
-# What an input is called and shaped like, by how many spatial axes it has.
-_NOUNS: Final = {1: "signal", 2: "image", 3: "volume or clip"}
-AXES: Final = {1: "C, L", 2: "C, H, W", 3: "C, D, H, W"}
-
-_MOST_SIDES: Final = 250  # at 256 pixels for the shorter side, 16 million pixels
+_VALUES: Final = (torch.Tensor, np.ndarray, int, float)
+_PROBED: Final = 4096  # so many values of an item, or a few more, are compared with those in the batch
+_DISTINCT: Final = 3  # so many different items tell that they were put into another order
 _USUAL_KEYS: Final = ("pixel_values", "image", "images", "img", "input", "inputs", "x")
 
 
@@ -117,97 +116,6 @@ def _told(batch: Any) -> str:
     return f"{type(batch).__name__}"
 
 
-def as_batch(image: object, axes: int = 2) -> torch.Tensor:
-    """Return a tensor (1, C, H, W) or (C, H, W) as (1, C, H, W).
-
-    Args:
-        image: The tensor.
-        axes: How many spatial axes it has: 1 is (1, C, L) or (C, L), 3 is (1, C, D, H, W) or (C, D, H, W).
-
-    Raises:
-        InvalidArgumentError: The tensor is no image, or more than one.
-        InvalidTypeError: It is no tensor.
-    """
-    if not isinstance(image, torch.Tensor):
-        raise InvalidTypeError(f"`image` must be a tensor or a picture, got {type(image).__name__}")
-    check_dense(image, "`image`")
-    if image.is_meta or image.is_quantized:
-        remedy = "load its values first" if image.is_meta else "pass `.dequantize()`"
-        raise InvalidTypeError(
-            f"`image` must hold plain values, got {image.dtype} on {image.device}; {remedy}"
-        )
-    batch = image[None] if image.ndim == axes + 1 else image
-    if batch.ndim != axes + 2 or len(batch) != 1 or batch.numel() == 0:
-        raise InvalidArgumentError(
-            f"`image` must be one {_NOUNS[axes]} (1, {AXES[axes]}) or ({AXES[axes]}), got shape "
-            f"{tuple(image.shape)}"
-        )
-    return batch
-
-
-def image_batch(
-    image: torch.Tensor | Image.Image, channels: int | None = None, axes: int = 2
-) -> torch.Tensor:
-    """Return one image as (1, C, H, W), pixels in [0, 1].
-
-    Args:
-        image: A picture of any mode, which is read as `torchlens_viz.files.pictures.read_image` says; or a
-            tensor as `as_batch` takes it, of which uint8 counts from 0 to 255 and all else is taken as it is.
-        channels: How many the model takes: of a picture, 1 makes gray, and anything else is RGB.
-        axes: How many spatial axes the model takes.
-
-    Raises:
-        InvalidArgumentError: The tensor is no image, or more than one; or a picture is not what such a model
-            takes.
-        InvalidTypeError: It is neither a tensor nor a picture.
-    """
-    if isinstance(image, Image.Image):
-        if axes != 2:
-            raise InvalidArgumentError(
-                f"`image` must be a tensor (1, {AXES[axes]}) or ({AXES[axes]}) for this network, got a "
-                "picture; pass `preprocess`, which makes one of it"
-            )
-        picture = as_rgb(image)
-        pixels = torch.from_numpy(np.array(picture.convert("L") if channels == 1 else picture))
-        return (pixels[None, None] if channels == 1 else pixels.movedim(2, 0)[None]).float() / 255
-    batch = as_batch(image, axes)
-    return batch.float() / 255 if batch.dtype == torch.uint8 else batch
-
-
-def as_shown(image: object, channels: int | None) -> Any:
-    """Return a picture as preprocessing is to get it, and anything else as it is.
-
-    Args:
-        image: A picture of any mode.
-        channels: How many the model takes: 1 leaves gray pictures gray, and 4 those of four channels as they
-            are. Else pictures are 8-bit RGB, upright and on white, as `read_image` reads them.
-    """
-    if not isinstance(image, Image.Image):
-        return image
-    if channels == len(image.getbands()) == 4:
-        return upright(image)
-    is_gray = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
-    return as_rgb(image).convert("L") if channels == 1 and is_gray else as_rgb(image)
-
-
-def require_usual_shape(image: Image.Image, name: str) -> None:
-    """Refuse a picture so long and thin that preprocessing, which enlarges its shorter side, fills memory.
-
-    Args:
-        image: The picture.
-        name: What the option is called.
-
-    Raises:
-        InvalidArgumentError: One side is more than 250 times as long as the other.
-    """
-    short, long = sorted(image.size)
-    if long > _MOST_SIDES * short:
-        raise InvalidArgumentError(
-            f"`{name}` must be at most {_MOST_SIDES} times as long as it is wide for a preprocessing, which "
-            f"may enlarge it, got {image.width} x {image.height} pixels; crop it"
-        )
-
-
 @contextmanager
 def shown_to(
     model: nn.Module,
@@ -245,40 +153,89 @@ def shown_to(
         ) from error
 
 
-def model_input(
-    image: torch.Tensor | Image.Image,
-    preprocess: Callable[[Any], torch.Tensor] | None,
-    channels: int | None = None,
-    axes: int = 2,
-) -> torch.Tensor:
-    """Return what a model takes of one image, (1, C, H, W), or of a signal or volume: see `as_batch`.
+def are_reordered(items: Sequence[Any], batch: Any) -> bool | None:
+    """Tell whether a batch holds items in another order, by the largest part that has their values.
 
-    Args:
-        image: A picture or a tensor.
-        preprocess: What makes it of the image, or where it does not take pictures, of the image as a tensor
-            in [0, 1]; None is `image_batch`.
-        channels: How many the model takes.
-        axes: How many spatial axes it takes.
-
-    Raises:
-        InvalidArgumentError: The preprocessing fails, or does not make one image.
-        InvalidTypeError: The image is neither a tensor nor a picture.
+    None is a batch that has the values of none.
     """
-    if function(preprocess, "preprocess") is None:
-        return image_batch(image, channels, axes)
-    assert preprocess is not None
-    if not isinstance(image, Image.Image):
-        with calling("preprocess(image)", f"make what the model takes, (1, {AXES[axes]}), of an image"):
-            made = preprocess(image)
-        return as_batch(made, axes)
-    require_usual_shape(image, "image")
+    is_there = [item is not None for item in items]  # those that could not be read, as some data sets have it
+    columns = [list(compress(rows, is_there)) for rows in _columns(batch, len(items))]
+    items, said, size = list(compress(items, is_there)), set[bool](), 0
+    parts = [[each for each in tree_leaves(item) if isinstance(each, _VALUES)] for item in items]
+    if len({len(each) for each in parts}) != 1:
+        return None
+    for given in sorted(zip(*parts, strict=True), key=lambda given: -_size(given[0])):
+        if said and _size(given[0]) < size:
+            break
+        size, part = _size(given[0]), [value for each in given for value in _as_tensors(each)]
+        if len(part) == len(items):
+            found = [_order_of(part, rows) for rows in columns if rows[0].ndim == part[0].ndim]
+            said |= {order == list(range(len(items))) for order in found if order is not None}
+    return True not in said if said else None
+
+
+def _size(value: Any) -> int:
+    return prod(getattr(value, "shape", ()))
+
+
+def _columns(batch: Any, count: int) -> Iterator[Sequence[torch.Tensor]]:
+    """Yield all in a batch that has a row for each of so many items."""
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        yield from (each.unbind() for each in _as_tensors(batch) if each.ndim and len(each) == count)
+    elif isinstance(batch, Mapping | list | tuple):
+        parts = list(batch.values() if isinstance(batch, Mapping) else batch)
+        rows = [value for each in parts for value in _as_tensors(each)]
+        if len(rows) == len(parts) == count:
+            yield rows
+        for each in parts:
+            yield from _columns(each, count)
+
+
+def _order_of(items: Sequence[torch.Tensor], rows: Sequence[torch.Tensor]) -> list[int] | None:
+    """Return which item each row holds; None where rows are no items, or too many of these are alike.
+
+    One that several rows hold is named several times.
+    """
+    different: list[torch.Tensor] = []
+    least = _DISTINCT if items[0].numel() == 1 else min(_DISTINCT, len(items))
+    for item in items:
+        if len(different) < least and not any(_holds(each, item) for each in different):
+            different.append(item)
+    if len(different) < least:
+        return None
+    if all(map(_holds, rows, items)):
+        return list(range(len(items)))
+    left, order = dict(enumerate(items)), list[int]()
+    for row in rows:
+        known = chain(left.items(), enumerate(items))  # those that no row held before come first
+        order += [next((place for place, item in known if _holds(row, item)), -1)]
+        if order[-1] < 0:
+            return None
+        left.pop(order[-1], None)
+    return order
+
+
+def _holds(row: torch.Tensor, item: torch.Tensor) -> bool:
+    """Tell whether a row is an item, or one that was padded at its end with the same value throughout."""
+    if row.ndim != item.ndim or any(map(int.__lt__, row.shape, item.shape)):
+        return False
+    for dim, least in enumerate(item.shape if row.shape != item.shape else ()):
+        if row.shape[dim] > least:
+            rest = row.narrow(dim, least, row.shape[dim] - least)
+            if rest.numel() and bool((rest != rest.flatten()[0]).any()):
+                return False
+            row = row.narrow(dim, 0, least)
+    if item.numel() > _PROBED:
+        step = item.numel() // _PROBED
+        row, item = row.reshape(-1)[::step], item.reshape(-1)[::step]
+    return torch.equal(row, item if item.dtype == row.dtype else item.to(row.dtype))
+
+
+def _as_tensors(value: Any) -> list[torch.Tensor]:
+    """Return what holds plain numbers as a tensor on the CPU, as the only one in a list."""
     try:
-        return as_batch(preprocess(image), axes)
-    except Exception as error:  # it may be made for tensors
-        try:
-            return as_batch(preprocess(image_batch(image, channels)), axes)
-        except Exception as other:
-            raise InvalidArgumentError(
-                f"`preprocess` must make of a picture, or of images in [0, 1], what the model takes, and "
-                f"fails for the picture ({one_line(error)}) and for a tensor ({one_line(other)})"
-            ) from error
+        found = torch.as_tensor(value) if isinstance(value, _VALUES) else None
+    except (TypeError, ValueError, RuntimeError):
+        return []
+    is_plain = found is not None and found.layout == torch.strided and found.device.type == "cpu"
+    return [found.detach()] if found is not None and is_plain else []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from torchlens_viz.errors import InvalidArgumentError, calling, one_line
-from torchlens_viz.models.colours import CHECKS, CLOSE, Preprocess, colours_of, typical
-from torchlens_viz.models.inputs import AXES, as_batch, image_batch
+from torchlens_viz.models.colours import CHECKS, CLOSE, Colours, Preprocess, colours_of, typical
+from torchlens_viz.models.images import AXES, as_batch, image_batch, model_input
 from torchlens_viz.models.keeping import same_random_numbers
 
 
@@ -32,7 +34,7 @@ def preprocess_of(preprocess: Preprocess | None, example: torch.Tensor) -> Prepr
             preprocess(example.repeat(1, 1, 2, 1, 1))  # one for images would take frames for colours
     except Exception as error:
         try:
-            return _of_colours(preprocess, axes)
+            return _of_colours(preprocess, example)
         except InvalidArgumentError as other:
             raise InvalidArgumentError(
                 f"`preprocess` must make of images (N, {AXES[axes]}) what the model takes, and fails for "
@@ -41,7 +43,7 @@ def preprocess_of(preprocess: Preprocess | None, example: torch.Tensor) -> Prepr
     if axes != 2 or example.shape[1] not in (1, 3) or is_alike(preprocess, example):
         return preprocess
     try:
-        return _of_colours(preprocess, axes)
+        return _of_colours(preprocess, example)
     except InvalidArgumentError as error:
         raise InvalidArgumentError(
             "`preprocess` must make the same of a picture and of that picture as a tensor (N, C, H, W) in "
@@ -80,16 +82,46 @@ def check_prepared_alone(preprocess: Preprocess, example: torch.Tensor) -> None:
         )
 
 
-def _of_colours(preprocess: Preprocess, axes: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _of_colours(preprocess: Preprocess, example: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return what preprocessing does to the colours of pictures, for images or volumes made of them."""
+    axes = example.ndim - 2
     if axes == 1:
         raise InvalidArgumentError("signals have no colours")
     try:
-        return colours_of(preprocess, axes=axes).apply
+        colours = colours_of(preprocess, axes=axes)
     except InvalidArgumentError:
         if axes == 2:
             raise
         return colours_of(preprocess).apply  # what is done to one picture is done to every frame
+    if axes == 2 and not _keeps_places(preprocess, colours, example):
+        height, width = example.shape[2:]
+        warnings.warn(
+            f"`preprocess` does more to pictures of {height} x {width} than change their colours: it "
+            "resizes, crops or moves them, or sets their contrast. That is left out, so that scores are "
+            "those of the images as they are; put through it, what is saved has another score",
+            stacklevel=4,
+        )
+    return colours.apply
+
+
+def _keeps_places(preprocess: Preprocess, colours: Colours, example: torch.Tensor) -> bool:
+    """Tell whether preprocessing makes of a picture with shapes in it what it does to its colours alone."""
+    height, width = example.shape[2:]
+    generator = torch.Generator("cpu").manual_seed(0)
+    levels = torch.randint(256, (1, 3, 8, 8), generator=generator, device="cpu", dtype=torch.uint8)
+    pixels = F.interpolate(levels, (height, width), mode="nearest")[0].movedim(0, 2)
+    picture = Image.fromarray(pixels.contiguous().numpy())
+    picture = picture.convert("L") if example.shape[1] == 1 else picture
+    try:
+        with same_random_numbers():
+            made = model_input(picture, preprocess, example.shape[1]).detach().cpu().float()
+    except Exception:
+        return True  # which is said elsewhere
+    told = colours.apply(image_batch(picture, example.shape[1]))
+    if made.shape != told.shape:
+        return False
+    reach = (colours.matrix.abs().sum(1)).max()
+    return bool((made - told).abs().mean() <= 2 * CLOSE * reach)
 
 
 def is_alike(preprocess: Preprocess, example: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz.errors import LayerNotFoundError
-from torchlens_viz.models.inputs import image_batch
+from torchlens_viz.models.images import image_batch
 from torchlens_viz.models.kernels import entry_of, image_channels
 from torchlens_viz.models.layers import unwrap
 from torchlens_viz.models.state import like_parameters

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchlens_viz.errors import ModelLoadError, TorchlensVizError, one_line
 from torchlens_viz.files.pictures import as_rgb
 from torchlens_viz.models.calls import Arguments, ModelInputs, called_with
-from torchlens_viz.models.inputs import require_usual_shape
+from torchlens_viz.models.images import require_usual_shape
 from torchlens_viz.models.kernels import image_channels
 from torchlens_viz.models.layers import OnImages
 
