@@ -29,7 +29,7 @@ from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, as_signal, bands_note, inverted
 from torchlens_viz.models.inputs import AXES, as_shown, model_input, shown_to
-from torchlens_viz.models.kernels import image_axes, image_channels
+from torchlens_viz.models.kernels import image_form
 from torchlens_viz.models.layers import Selector, require_module, select_one
 from torchlens_viz.models.state import inference, like_parameters, require_values
 from torchlens_viz.receptive.field import ReceptiveField
@@ -168,8 +168,7 @@ def overlay_grid(
     sheet = Style(nrow=nrow, upscale=upscale, labels=labels, max_tiles=max_tiles, sort_by=sort_by)
     Style(interpolation=interpolation, scale_each=scale_each, legend=legend)
     model = called_with(model, inputs)
-    axes = image_axes(model, image)
-    taken = image_channels(model)
+    taken, axes = image_form(model, image)
     image = as_shown(image, taken)
     batch = like_parameters(model_input(image, preprocess, taken, axes), model)
     slicing = Slicing.of(batch.shape[2:], plane, slices)
@@ -277,7 +276,7 @@ def _maps(
     name, layout = chosen.name, Layout([chosen], channel_dim)
     with inference(model), capture(model, name, stop=True) as acts, layout.following():
         with shown_to(model, batch):
-            model(batch)
+            model(batch.clone())  # it may work in place on what it gets
     output = next(iter(acts.calls(name)), None)
     is_tokens = isinstance(output, torch.Tensor) and output.ndim == 3 and batch.ndim == 4
     if isinstance(output, torch.Tensor) and output.ndim > 2 and len(output) != 1:
