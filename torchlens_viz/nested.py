@@ -35,6 +35,11 @@ def map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
     return map_leaves((torch.Tensor, fx.Proxy), function, value)
 
 
+def cloned(value: Any) -> Any:
+    """Return a nested value with tensors of its own, as a network may work in place on what it gets."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
+
+
 def tensors(value: Any) -> Iterator[torch.Tensor]:
     """Yield every tensor in a nested value, in order."""
     if isinstance(value, torch.Tensor):

@@ -19,7 +19,7 @@ from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.inputs import shown_to
 from torchlens_viz.models.layers import Layer, unwrap
 from torchlens_viz.models.state import require_values, untouched
-from torchlens_viz.nested import map_tensors, tensors
+from torchlens_viz.nested import cloned, map_tensors, tensors
 
 # Makes of what a layer puts out, channels second, what is to stand in the place of any of its channels.
 Filling: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
@@ -143,7 +143,7 @@ class Rewritten:
         """
         if self._sink.looked is None:
             with self._taking(args, kwargs), self._layout.following(), self._hooks(stop=True):
-                self._model(*_own(args), **_own(kwargs))
+                self._model(*cloned(args), **cloned(kwargs))
         looked = self._sink.looked
         if looked is None:
             raise InvalidArgumentError(
@@ -158,7 +158,7 @@ class Rewritten:
         self.look(args, kwargs)
         with self._taking(args, kwargs), self._hooks():
             self._sink.watcher = watcher
-            self._model(*_own(args), **_own(kwargs))
+            self._model(*cloned(args), **cloned(kwargs))
 
     def outputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], channels: torch.Tensor, filling: Filling
@@ -185,7 +185,7 @@ class Rewritten:
     def _from_there(self, args: tuple[Any, ...], kwargs: dict[str, Any], channels: torch.Tensor) -> list[Any]:
         """Run it on the inputs as far as the layer, and on copies of the batch from there."""
         inputs, copies = len(next(tensors((args, kwargs)))), len(channels)
-        own_args, own_kwargs = _own(args), _own(kwargs)
+        own_args, own_kwargs = cloned(args), cloned(kwargs)
         self._sink.channel = channels.repeat_interleave(inputs)
         repeating = self._sink.repeating = Repeating(inputs, copies)
         repeating.start((own_args, own_kwargs))
@@ -206,7 +206,7 @@ class Rewritten:
 
         def run(channel: torch.Tensor) -> tuple[torch.Tensor, ...]:
             self._sink.channel = channel
-            output = self._model(*_own(args), **_own(kwargs))
+            output = self._model(*cloned(args), **cloned(kwargs))
             found.append(output)
             return tuple(tensors(output))
 
@@ -240,11 +240,6 @@ def _batched_or_refused() -> Iterator[None]:
         yield
     finally:
         switch._set_vmap_fallback_enabled(was_enabled)
-
-
-def _own(value: Any) -> Any:
-    """Return inputs that the network may work on in place."""
-    return map_tensors(torch.clone, value)
 
 
 def _with(output: Any, values: Sequence[torch.Tensor]) -> Any:

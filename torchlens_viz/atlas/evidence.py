@@ -96,7 +96,7 @@ def look(model: nn.Module, pictures: Sequence[Picture], names: Sequence[str]) ->
     for picture in pictures:
         with inference(model), capture(model, list(names), device="cpu") as acts:
             with shown_to(model, picture.batch, "images"):
-                output = model(picture.batch)
+                output = model(picture.batch.clone())  # it may work in place on what it gets
         outputs.append(output.detach().float().cpu() if isinstance(output, torch.Tensor) else None)
         failed |= set(acts.not_called)
         for name in acts:

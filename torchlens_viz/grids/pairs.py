@@ -160,7 +160,7 @@ def save_pair_grid(
 def _maps(model: nn.Module, name: str, batch: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     batch = like_parameters(batch, model)
     with inference(model), capture(model, name, stop=True) as acts, shown_to(model, batch):
-        model(batch)
+        model(batch.clone())  # it may work in place on what it gets
     maps = maps_of(acts[name], sample=0)
     if len(maps) != len(weight):
         raise InvalidArgumentError(f"`{name}` has {len(weight)} kernels and puts out {len(maps)} maps")

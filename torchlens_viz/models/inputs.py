@@ -269,11 +269,11 @@ def model_input(
     assert preprocess is not None
     if not isinstance(image, Image.Image):
         with calling("preprocess(image)", f"make what the model takes, (1, {AXES[axes]}), of an image"):
-            made = preprocess(image)
+            made = preprocess(image.clone() if isinstance(image, torch.Tensor) else image)
         return as_batch(made, axes)
     require_usual_shape(image, "image")
     try:
-        return as_batch(preprocess(image), axes)
+        return as_batch(preprocess(image.copy()), axes)  # it may work in place on what it gets
     except Exception as error:  # it may be made for tensors
         try:
             return as_batch(preprocess(image_batch(image, channels)), axes)

@@ -18,7 +18,7 @@ from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.hooks.sink import Sink
 from torchlens_viz.models.layers import Layer, unwrap
 from torchlens_viz.models.state import inference
-from torchlens_viz.nested import leaves
+from torchlens_viz.nested import cloned, leaves
 
 _ROUNDS: Final = 3  # of which the median counts
 
@@ -167,9 +167,10 @@ def trace(model: nn.Module, layers: Sequence[Layer], inputs: Inputs, log: Trace)
         log: Where the calls go; where the model fails, those before are in it.
     """
     begins, ends = _Ear(log.begin), _Ear(log.end, log.put_out)
+    args, kwargs = cloned(inputs)
     with inference(model), log.layout.following():
         with _captured(model, layers, begins, "input"), _captured(model, layers, ends, "output"):
-            model(*inputs[0], **inputs[1])
+            model(*args, **kwargs)
 
 
 def _captured(model: nn.Module, layers: Sequence[Layer], sink: Sink[None], io: Any) -> Capture[None]:
@@ -214,9 +215,10 @@ def time_shares(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> di
     for _ in range(_ROUNDS):
         clock = _Clock(_waiting_for(model))
         begins, ends = _Ear(clock.begin), _Ear(clock.end)
+        args, kwargs = cloned(inputs)
         with inference(model):
             with _captured(model, layers, begins, "input"), _captured(model, layers, ends, "output"):
-                model(*inputs[0], **inputs[1])
+                model(*args, **kwargs)
         found.append(clock.seconds)
     return dict(_medians(found))
 
