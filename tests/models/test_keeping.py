@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from tests.models.test_models_that_change import BATCH, CALLS, IMAGE, LOADER
-from torchlens_viz import FolderWriter, Monitor, compare, layers, maximize, overlay_grid, pair_grid, survey
+from torchlens_viz import FolderWriter, Monitor, compare, explain, layers, maximize, overlay_grid, pair_grid, survey
 from torchlens_viz.models.state import inference
 
 
@@ -205,6 +205,14 @@ def _same(model):
     plain = Plain()
     plain.load_state_dict(model.state_dict())
     return plain
+
+
+def test_an_inverse_may_work_in_place():
+    torch.manual_seed(0)
+    image = IMAGE.clone()
+    explain(Plain(), image, 1, method="gradient", invert=lambda batch: batch.mul_(0.5))
+    overlay_grid(Plain(), "conv", image, invert=lambda batch: batch.mul_(0.5))
+    assert torch.equal(image, IMAGE)
 
 
 def test_random_numbers_of_every_kind_go_on_behind_maximize():

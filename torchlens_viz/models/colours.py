@@ -195,7 +195,7 @@ def inverted(batch: torch.Tensor, invert: Callable[[torch.Tensor], torch.Tensor]
     if function(invert, "invert") is not None:
         assert invert is not None
         with calling("invert(batch)", "make pixels in [0, 1] of what the model takes"):
-            values = as_batch(invert(values), batch.ndim - 2)
+            values = as_batch(invert(values.clone()), batch.ndim - 2)  # it may work in place
         if values.shape[2:] != batch.shape[2:]:
             raise InvalidArgumentError(
                 f"`invert` must keep the height and width of {tuple(batch.shape)}, got {tuple(values.shape)}"
