@@ -128,7 +128,8 @@ def entry_of(model: nn.Module) -> Entry:
     tries = [(number, _AXES) for number in (*sizes[:is_likely], _RGB, 1, *sizes, 2, 4, *range(5, 9))]
     if defined.axes != _AXES:
         tries = [*((number, defined.axes) for number in (defined.channels, *sizes)), *tries]
-    return next(_tried(model, found, tries), defined)
+    with same_random_numbers():
+        return next(_tried(model, found, tries), defined)
 
 
 def image_channels(model: nn.Module) -> int:
@@ -157,7 +158,9 @@ def image_form(model: nn.Module, image: object = None) -> tuple[int, int]:
     except LayerNotFoundError:
         dense = [layer for layer in named_layers(model) if isinstance(layer.module, nn.Linear)]
         usual = Entry(Layer("", model), _RGB, _AXES)
-        _, channels, axes = next(_tried(model, dense, [(each, _AXES) for each in (_RGB, 1, 4, 2)]), usual)
+        with same_random_numbers():
+            tries = [(each, _AXES) for each in (_RGB, 1, 4, 2)]
+            _, channels, axes = next(_tried(model, dense, tries), usual)
     return channels, 3 if isinstance(image, torch.Tensor) and image.ndim == 5 else axes
 
 
@@ -182,18 +185,22 @@ def _tried(model: nn.Module, found: list[Layer], tries: list[tuple[int, int]]) -
     except Exception:  # it may not be made to be copied
         return
     trial = _Trial()
-    for module in twin.modules():
-        if id(module) in names:
-            module.forward = _noting(module, names[id(module)], trial)
-    known: set[tuple[int, int]] = set()
-    for number, axes in chain(tries, trial.solved()):
-        for side in () if (number, axes) in known else _SIDES:
-            layer = trial.entered(called, (1, number, *[side] * axes))
-            # Convolutions over more axes take a batch of signals for a single image.
-            if layer is not None and (axes == _AXES or _axes_of(layer.module) == axes):
-                yield Entry(layer, number, axes)
-                break
-        known.add((number, axes))
+    watched = [module for module in twin.modules() if id(module) in names]
+    for module in watched:
+        module.forward = _noting(module, names[id(module)], trial)
+    try:
+        known: set[tuple[int, int]] = set()
+        for number, axes in chain(tries, trial.solved()):
+            for side in () if (number, axes) in known else _SIDES:
+                layer = trial.entered(called, (1, number, *[side] * axes))
+                # Convolutions over more axes take a batch of signals for a single image.
+                if layer is not None and (axes == _AXES or _axes_of(layer.module) == axes):
+                    yield Entry(layer, number, axes)
+                    break
+            known.add((number, axes))
+    finally:
+        for module in watched:  # which else would live on until the garbage collector comes by
+            vars(module).pop("forward", None)
 
 
 class _FoundError(Exception):
@@ -214,7 +221,7 @@ class _Trial(TorchFunctionMode):
         """Run a model on an image, and return the layer that took it, if one did."""
         self._shape, self._entered, self.chooses = shape, None, False
         try:
-            with torch.no_grad(), same_random_numbers(), self:
+            with torch.no_grad(), self:
                 called(torch.zeros(shape, device="meta"))
         except _FoundError:
             return self._entered
