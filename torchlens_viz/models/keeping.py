@@ -38,7 +38,9 @@ def same_random_numbers(modules: Sequence[nn.Module] = ()) -> Iterator[None]:
     python, legacy = random.getstate(), np.random.get_state()
     own = [_rewinding(held) for held in _held_by(modules) if isinstance(held, _GENERATORS)]
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        # To look at those of a device would start CUDA, which a process that was forked cannot.
+        count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+        with torch.random.fork_rng(devices=range(count)):
             yield
     finally:
         random.setstate(python)
