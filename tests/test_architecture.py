@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *("trackers", "models", "draw", "hooks", "grids"),
     },
     "callbacks": {"errors", "monitor"},
-    "pytest_plugin": {"models", "hooks", "testing"},
+    "pytest_plugin": {"models", "hooks", "nested", "testing"},
     "album": {"errors", "arguments", "files", "models", "draw"},
     "atlas": {
         *("errors", "arguments", "progress", "files", "stats", "models", "draw", "hooks", "receptive"),

@@ -135,11 +135,11 @@ class Breaking(nn.Module):
     def __init__(self, error=None):
         super().__init__()
         self.conv = nn.Conv2d(3, 2, 3)
-        self.error, self.runs = error, 0
+        runs = []  # of which the model knows nothing: a count of its own would be given back
+        self.error, self.run = error, lambda: runs.append(1) or len(runs)
 
     def forward(self, images):
-        self.runs += 1
-        if self.error is not None and self.runs > 1:
+        if self.run() > 1 and self.error is not None:
             raise self.error
         return self.conv(images).mean((2, 3))
 

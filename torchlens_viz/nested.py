@@ -36,8 +36,8 @@ def map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def cloned(value: Any) -> Any:
-    """Return the same with a copy of every tensor, which whoever is given it may write to."""
-    return map_tensors(torch.clone, value)
+    """Return the same with a copy of every tensor, which a network may write to."""
+    return map_tensors(lambda tensor: tensor.detach().clone(), value)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:

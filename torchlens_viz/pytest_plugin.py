@@ -43,13 +43,15 @@ def activations() -> Record:
     """
     from torchlens_viz.hooks.capture import capture
     from torchlens_viz.models.state import inference
+    from torchlens_viz.nested import cloned
 
     def record(model: nn.Module, x: Any, layers: Selector, **options: Any) -> Activations:
         with inference(model), capture(model, layers, **options) as acts:
-            if isinstance(x, dict):
-                model(**x)
+            given = cloned(x)  # the model may work in place on what it gets
+            if isinstance(given, dict):
+                model(**given)
             else:
-                model(*(x if isinstance(x, tuple) else (x,)))
+                model(*(given if isinstance(given, tuple) else (given,)))
         return acts
 
     return record

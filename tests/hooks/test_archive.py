@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tempfile
 import types
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from tests.nets import Gives
 from torchlens_viz import Activations, capture
 from torchlens_viz.errors import ArchiveError, LayerNotCapturedError, MissingDependencyError
+from torchlens_viz.files.tensors import write_safetensors
 from torchlens_viz.hooks.activations import InputOutput
 
 
@@ -380,3 +382,77 @@ def test_what_is_loaded_is_what_was_saved_whatever_its_keys_are_called(layers):
             for call in loaded.calls(name):
                 assert_same(call, value)
             assert len(loaded.calls(name)) == 2
+
+
+class Told(tuple):
+    """A tuple that knows more than its items."""
+
+
+def saved(path, value):
+    """Return a file with what a layer called `a` put out."""
+    net = nn.Sequential(OrderedDict(a=Gives(lambda _: value)))
+    with capture(net, "a") as acts:
+        net(torch.ones(1))
+    return acts.save(path)
+
+
+class Shared(nn.Module):
+    def forward(self, x):
+        return {"twice": [x, x], "again": (x, x[:1])}
+
+
+def test_what_occurs_twice_is_one_tensor_again(tmp_path):
+    net = Shared()
+    with capture(net, "", io="both") as acts:
+        net(torch.rand(2, 3))
+    loaded = Activations.load(acts.save(tmp_path / "acts"))[""]
+    taken, (one, other), (again, part) = loaded.input, loaded.output["twice"], loaded.output["again"]
+    assert one is other is again
+    assert torch.equal(part, one[:1])
+    assert torch.equal(taken, one)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.float32(0.1),
+        np.float64(0.1),
+        np.int64(-3),
+        np.uint8(7),
+        np.bool_(True),
+        np.float16(0.5),
+        np.float32("nan"),
+    ],
+    ids=repr,
+)
+def test_numbers_of_numpy_come_back_as_they_are(tmp_path, value):
+    found = Activations.load(saved(tmp_path / "acts", (torch.ones(1), value)))["a"][1]
+    assert type(found) is type(value)
+    assert str(found) == str(value)
+
+
+def test_what_knows_more_than_its_items_is_refused(tmp_path):
+    told = Told([torch.ones(1)])
+    saved(tmp_path / "acts", told)
+    told.scale = torch.ones(2)
+    with pytest.raises(ArchiveError, match="`a#0` is a Told with `scale` beside its items"):
+        saved(tmp_path / "acts", told)
+    saved(tmp_path / "acts", OrderedDict(a=torch.ones(1)))
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"numpy": ["int8", 300]},
+        {"numpy": ["object", 1]},
+        {"numpy": ["int64"]},
+        {"size": [{"value": 10**30}]},
+        {"size": [{"value": True}]},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none_are_damage(tmp_path, packed):
+    header = {"format": "torchlens_viz.activations/1", "selected": ["a"], "calls": {"a": [packed]}}
+    write_safetensors(tmp_path / "acts", {"t": torch.ones(1)}, header, what="activations")
+    with pytest.raises(ArchiveError, match="header is damaged"):
+        Activations.load(tmp_path / "acts")

@@ -133,8 +133,7 @@ def test_the_gradient_at_a_part_or_in_another_type_is_that_of_the_network(branch
     torch.testing.assert_close(found.double(), expected, rtol=2e-3 if "dtype" in options else 1e-9, atol=1e-3)
     (ours,) = torch.autograd.grad(loss_of(output), branches.stem.weight)
     (theirs,) = torch.autograd.grad(loss_of(plain), branches.stem.weight)
-    tolerance = {"rtol": 2e-3, "atol": 1e-2} if "dtype" in options else {}
-    torch.testing.assert_close(ours, theirs, **tolerance)
+    torch.testing.assert_close(ours, theirs)  # what the type does not hold is not lost to the network
 
 
 def test_one_tensor_that_is_taken_three_times_is_one_tensor(image):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +9,7 @@ from torch.nn.utils import parametrizations, prune
 
 from torchlens_viz import maximize
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
-from torchlens_viz.models.kernels import entry_of, image_axes, image_channels, kernels_of
+from torchlens_viz.models.kernels import kernels_of
 
 # Quantised tensors are deprecated in torch; until they are gone, their kernels can be drawn.
 quantised = pytest.mark.filterwarnings(
@@ -325,133 +322,6 @@ def test_kernels_are_taken_from_a_scripted_part():
     assert torch.equal(kernels_of(nn.Sequential(torch.jit.script(conv)), "0").weight, conv.weight)
 
 
-class DecoderFirst(nn.Module):
-    """Defines what runs last before what runs first."""
-
-    def __init__(self, latent=8):
-        super().__init__()
-        self.decoder, self.encoder = nn.ConvTranspose2d(latent, 3, 2, 2), nn.Conv2d(3, latent, 3, 2, 1)
-
-    def forward(self, x):
-        return self.decoder(self.encoder(x).relu())
-
-
-class TakesTwo(DecoderFirst):
-    def forward(self, x, y):
-        return super().forward(x) + y
-
-
-class Quarters(nn.Module):
-    """Makes four images of every other row and column, as focus layers do."""
-
-    def __init__(self, convolution):
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, x):
-        return self.convolution(
-            torch.cat([x[..., row::2, column::2] for row in (0, 1) for column in (0, 1)], 1)
-        )
-
-
-class Mixed(Quarters):
-    def forward(self, x):
-        return self.convolution(x.mean(1, keepdim=True))
-
-
-@pytest.mark.parametrize(
-    ("model", "name", "channels"),
-    [
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), "0", 3),
-        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)), "0", 1),
-        (nn.Sequential(nn.Conv2d(13, 4, 3), nn.Conv2d(4, 4, 3)), "0", 13),
-        (DecoderFirst(), "encoder", 3),
-        (DecoderFirst(latent=4), "encoder", 3),
-        (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 3)), "1", 3),
-        (nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16, 4, 3)), "1", 1),
-        (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 8, 3)), "1", 1),
-        (
-            nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 3, 3), nn.Conv2d(3, 3, 1)),
-            "1",
-            1,
-        ),
-        (nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(8, 4, 3)), "1", 2),
-        (nn.Sequential(nn.PixelShuffle(2), nn.Conv2d(1, 4, 3)), "1", 4),
-        (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 3)), "0", 4),
-        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "0", 2),
-        (Quarters(nn.Conv2d(4, 8, 3)), "convolution", 1),
-        (Quarters(nn.Conv2d(12, 8, 3)), "convolution", 3),
-        (Mixed(nn.Conv2d(1, 4, 3)), "convolution", 1),  # takes any number
-        (nn.Sequential(nn.PixelUnshuffle(2), parametrizations.weight_norm(nn.Conv2d(12, 4, 3))), "1", 3),
-        (nn.Sequential(nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(7, 2)), "0", 6),  # of another size
-        (TakesTwo(), "decoder", 8),  # cannot be tried, so that the order of definition counts
-    ],
-)
-def test_images_enter_at_the_first_convolution_to_run(model, name, channels):
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    entry = entry_of(model)
-    assert (entry.layer.name, entry.channels) == (name, channels)
-    assert image_channels(model) == channels
-    assert kernels_of(model).name == name
-    assert all(map(torch.equal, before.values(), model.state_dict().values()))
-    assert model.training
-
-
-def test_looking_for_it_draws_no_random_numbers():
-    class Noisy(Quarters):
-        def forward(self, x):
-            return super().forward(
-                x
-                + torch.rand(x.shape, device=x.device)
-                + torch.rand(1).item()
-                + random.random()
-                + np.random.rand()
-            )
-
-    model = Noisy(nn.Conv2d(4, 8, 3))
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
-    assert image_channels(model) == 1
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (random.getstate(), np.random.get_state()[2]) == before[1:]
-
-
-class Of(nn.Module):
-    """A network that makes something else of its input before its convolution."""
-
-    def __init__(self, convolution, change):
-        super().__init__()
-        self.convolution, self.change = convolution, change
-
-    def forward(self, x):
-        return self.convolution(self.change(x))
-
-
-@pytest.mark.parametrize(
-    ("model", "channels", "axes"),
-    [
-        (nn.Sequential(nn.Conv2d(1, 4, 3)), 1, 2),
-        (nn.Sequential(nn.Conv1d(12, 4, 7), nn.Conv1d(4, 2, 3)), 12, 1),
-        (nn.Sequential(nn.Conv1d(1, 4, 80, 16)), 1, 1),
-        (nn.Sequential(nn.ConvTranspose1d(2, 4, 3)), 2, 1),
-        (nn.Sequential(nn.Conv3d(1, 3, 3), nn.Conv3d(3, 4, 3)), 1, 3),
-        (nn.Sequential(parametrizations.weight_norm(nn.Conv3d(3, 4, 3))), 3, 3),
-        (Of(nn.Conv3d(3, 4, (1, 3, 3)), lambda x: x.unsqueeze(2) if x.ndim == 4 else 1 / 0), 3, 2),
-        (Of(nn.Conv3d(1, 4, 3), lambda x: x.unsqueeze(1)), 3, 2),
-        (Of(nn.Conv1d(3, 4, 3), lambda x: x.flatten(2) if x.ndim == 4 else 1 / 0), 3, 2),
-    ],
-    ids=str,
-)
-def test_the_first_convolution_says_how_many_axes_images_have_unless_they_become_others(
-    model, channels, axes
-):
-    assert (image_channels(model), image_axes(model)) == (channels, axes)
-
-
-def test_networks_without_a_convolution_take_images_of_three_channels():
-    assert image_channels(nn.Linear(3, 4)) == 3
-    assert image_axes(nn.Linear(3, 4)) == 2
-
-
 class EqualRate:
     """A hook of somebody's own that computes the weight before each pass, as equalised learning rates do."""
 
@@ -506,11 +376,3 @@ def test_kernels_are_those_of_now(kind, change):
     result = maximize(net, "0", size=6, steps=2, precision="float32")
     told = net(result.images).mean((2, 3)).diagonal().detach()
     torch.testing.assert_close(result.scores, told)
-
-
-def test_an_image_that_is_made_has_the_channels_that_enter():
-    for inputs, channels in ((4, 1), (12, 3)):
-        found = maximize(
-            nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(inputs, 2, 3)), "1", [0], size=16, steps=1
-        )
-        assert found.images.shape == (1, channels, 16, 16)

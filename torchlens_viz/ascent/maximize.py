@@ -45,7 +45,8 @@ from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.files.paths import as_path
 from torchlens_viz.hooks.forward import refuse_torchscript
 from torchlens_viz.models.calls import ModelInputs, called_with
-from torchlens_viz.models.kernels import image_axes, image_channels
+from torchlens_viz.models.keeping import same_random_numbers
+from torchlens_viz.models.kernels import image_form
 from torchlens_viz.models.layers import Selector, require_module
 from torchlens_viz.models.preparing import check_prepared_alone, preprocess_of
 from torchlens_viz.models.state import device_of
@@ -162,19 +163,19 @@ def maximize(
     if not (isinstance(batch_size, str) and batch_size == "auto"):
         batch_size = integer(batch_size, "batch_size", least=1)
     check_independence(model, batch_size)
-    sides = size_of(size, image_axes(model))
-    axes = image_axes(model) if sides is None else len(sides)
+    taken, axes = image_form(model)
+    sides = size_of(size, axes)
+    axes = axes if sides is None else len(sides)
     how, must_survive = method_of(method), transforms_of(transforms, axes)
     by = how.parametrization(parametrization_of(parametrization), must_survive, seed)
     rate = how.learning_rate(by) if lr is None else number(lr, "lr", above=0)
     goal = objective_of(objective)
     function(preprocess, "preprocess")
     folder = None if checkpoint is None else as_path(checkpoint, "checkpoint")
-    taken = image_channels(model)
     start = None if image is None else start_of(image, by, how, taken, axes)
     shape = shape_of(sides, start, taken, axes)
     require_room(shape, device := device_of(model))
-    with isolated(device):
+    with same_random_numbers(), isolated(device):  # preprocessing and networks may draw some
 
         def scorer_of(size: Sequence[int], wanted: Precision = precision) -> Scorer:
             example = torch.full((1, shape[0], *size), by.middle, device=device)

@@ -29,7 +29,7 @@ from torchlens_viz.hooks.capture import Capture
 from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink
-from torchlens_viz.models.keeping import same_attributes, same_random_numbers
+from torchlens_viz.models.keeping import same_random_numbers
 from torchlens_viz.models.layers import select
 from torchlens_viz.models.state import device_of, going_back, inference, refuse_quantized
 from torchlens_viz.models.watching import Parting
@@ -107,7 +107,7 @@ class Twin:
         """Run the block without gradients, and leave the copy as it is: it may learn from what it sees."""
         in_first_pass, self._in_first_pass = self._in_first_pass, _nothing
         try:
-            with same_attributes([*self.model.modules()]), inference(self.model):
+            with inference(self.model):
                 yield
         finally:
             self._in_first_pass = in_first_pass

@@ -21,7 +21,6 @@ from torchlens_viz.models.copying import private_copy
 from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import Layer, called_alike, named_layers, unwrap
 from torchlens_viz.models.state import going_back
-from torchlens_viz.nested import map_tensors
 
 Target: TypeAlias = Callable[[Any, Any], torch.Tensor]
 Name: TypeAlias = Literal["target", "loss"]
@@ -202,11 +201,6 @@ def _seen_by_hook(
     gradients: tuple[torch.Tensor | None, ...],
 ) -> None:
     told(number, gradients[place])
-
-
-def for_gradients(value: Any) -> Any:
-    """Return what a model is called with such that a graph can keep it."""
-    return map_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
 
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchlens_viz.dataset.checkpoint import Logbook, Progress, fingerprint
-from torchlens_viz.dataset.gradients import Gradients, Name, Taken, for_gradients
+from torchlens_viz.dataset.gradients import Gradients, Name, Taken
 from torchlens_viz.dataset.loader import Batch, Numbering
 from torchlens_viz.dataset.observation import NOTHING_TOLD, Observation, Told
 from torchlens_viz.dataset.tally import Tally
@@ -179,15 +179,16 @@ class Pass:
             }
         )
         watching, self._watching = self._watching, nullcontext
-        given = (batch.args, batch.kwargs)
-        with shown_to(self._model, given, "loader", _BESIDE):
-            args, kwargs = cloned(given)  # a network may write to what it is given, which is the caller's
-            with watching(), self._followed() if must_follow else nullcontext():
-                return self._model(*args, **kwargs)
+        given = args, kwargs = cloned((batch.args, batch.kwargs))
+        with (
+            shown_to(self._model, given, "loader", _BESIDE),
+            watching(),
+            self._followed() if must_follow else nullcontext(),
+        ):
+            return self._model(*args, **kwargs)
 
     def _weighed(self, gradients: Gradients, batch: Batch, *, in_order: bool, must_follow: bool) -> Any:
         """Run a batch and take gradients; return what the network puts out."""
-        batch = batch._replace(args=for_gradients(batch.args), kwargs=for_gradients(batch.kwargs))
         while True:  # each time more of what the network writes to is copied
             with gradients.running():
                 output = self._run(batch, in_order=in_order, must_follow=must_follow)

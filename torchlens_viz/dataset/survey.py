@@ -35,6 +35,7 @@ from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.inputs import InputOf
 from torchlens_viz.models.layers import Selector, select, unwrap
 from torchlens_viz.models.state import inference, require_values, usable_device
+from torchlens_viz.nested import cloned
 from torchlens_viz.progress import counter, is_shown
 from torchlens_viz.stats.running import Bins, edges_of
 
@@ -252,7 +253,8 @@ def _told(label_of: InputOf, encoder: Encoder | None, output: Any, batch: Batch,
     else:
         with inference(encoder) if isinstance(encoder, nn.Module) else nullcontext():
             with calling("encoder(inputs)", "make an embedding of each input, called as the model is"):
-                found = encoder(*batch.args, **batch.kwargs)
+                args, kwargs = cloned((batch.args, batch.kwargs))
+                found = encoder(*args, **kwargs)
     is_tensor = isinstance(found, torch.Tensor)
     if not is_tensor or found.shape[:1] != (inputs,) or found.ndim < 2 or not found.is_floating_point():
         what = f"{found.dtype} of shape {tuple(found.shape)}" if is_tensor else type(found).__name__

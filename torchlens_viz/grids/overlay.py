@@ -30,7 +30,7 @@ from torchlens_viz.models.calls import ModelInputs, called_with
 from torchlens_viz.models.colours import Bands, as_pixels, as_signal, bands_note, inverted
 from torchlens_viz.models.images import AXES, as_shown, model_input
 from torchlens_viz.models.inputs import shown_to
-from torchlens_viz.models.kernels import image_axes, image_channels
+from torchlens_viz.models.kernels import image_form
 from torchlens_viz.models.layers import Selector, require_module, select_one
 from torchlens_viz.models.state import inference, like_parameters, require_values
 from torchlens_viz.receptive.field import ReceptiveField
@@ -169,8 +169,7 @@ def overlay_grid(
     sheet = Style(nrow=nrow, upscale=upscale, labels=labels, max_tiles=max_tiles, sort_by=sort_by)
     Style(interpolation=interpolation, scale_each=scale_each, legend=legend)
     model = called_with(model, inputs)
-    axes = image_axes(model, image)
-    taken = image_channels(model)
+    taken, axes = image_form(model, image)
     image = as_shown(image, taken, axes)
     batch = like_parameters(model_input(image, preprocess, taken, axes), model)
     slicing = Slicing.of(batch.shape[2:], plane, slices)

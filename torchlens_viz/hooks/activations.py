@@ -176,6 +176,10 @@ class Activations(Mapping[str, Any]):
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything recorded to a safetensors file, which appears whole or not at all.
 
+        Tensors keep type, shape and values, and what occurs twice in a call is one tensor again. Named tuples
+        come back as such, with the same fields, and other mappings, tuples and lists as dicts, tuples and
+        lists; one of a class that knows more than its items is refused.
+
         Args:
             path: The file. Missing folders are made.
 

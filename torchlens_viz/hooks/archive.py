@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from torchlens_viz.errors import ArchiveError, reason_of
@@ -18,6 +19,10 @@ from torchlens_viz.stats.channels import ChannelStats
 _FORMAT: Final = "torchlens_viz.activations/1"
 _WHAT: Final = "activations"
 _SCALARS: Final = (bool, int, float, str, type(None))
+_NUMBERS: Final = frozenset(
+    ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+     *(f"float{bits}" for bits in (16, 32, 64)))
+)  # fmt: skip
 _IN_PAIRS: Final = (torch.complex32, torch.complex128)  # which safetensors has as real parts alone
 _SEQUENCES: Final[Mapping[str, Callable[[Any], Any]]] = {"tuple": tuple, "list": list, "size": torch.Size}
 
@@ -69,11 +74,13 @@ def read(
 
     def reader(packed: Any) -> Callable[[], Any]:
         _unpack(packed, _placeholder(file), kinds)  # the layout is sound; now, and not when it is asked for
-        return lambda: _unpack(packed, tensor, kinds)
+        return lambda: _unpack(packed, _once(tensor), kinds)
 
-    def tensor(name: str) -> torch.Tensor:
+    def tensor(name: str, form: str) -> torch.Tensor:
         found = file.tensor(name)
-        if name in dims:
+        if form == "complex":
+            found = _as_complex(found, name)
+        if 0 <= dims.get(name, -1) < found.ndim:
             mark(found, dims[name])
         return found
 
@@ -85,7 +92,7 @@ def read(
             raise ValueError("its layers are not those that were selected")
         if not all(type(dim) is int for dim in dims.values()):
             raise ValueError("a dimension is none")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ArchiveError(
             f"cannot read {str(path)!r}: its header is damaged; save the activations again"
         ) from error
@@ -115,8 +122,11 @@ class _Packing:
         if isinstance(value, torch.Tensor):
             form = "complex" if value.dtype in _IN_PAIRS else "tensor"
             return {form: self._names.get(id(value)) or self._hold(value, key)}
+        if isinstance(value, np.generic) and value.dtype.name in _NUMBERS:
+            return {"numpy": [value.dtype.name, value.item()]}
         if isinstance(value, _SCALARS):
             return {"value": value}
+        _refuse_state(value, key)
         if isinstance(value, Mapping):
             return self._pack_mapping(value, key)
         if isinstance(value, tuple | list):
@@ -171,18 +181,43 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return True
 
 
+def _refuse_state(value: Any, key: str) -> None:
+    """Refuse a mapping, tuple or list of a class that knows more than its items, which would be lost.
+
+    What repeats the items, as the attributes of what transformers return do, and what is private is not
+    counted.
+
+    Raises:
+        ArchiveError: It does.
+    """
+    if type(value) in (dict, list, tuple) or not isinstance(value, Mapping | tuple | list):
+        return
+    items = value.values() if isinstance(value, Mapping) else value
+    known = {id(item) for item in items} | {id(None)}
+    for name, state in vars(value).items() if hasattr(value, "__dict__") else ():
+        is_items = isinstance(state, Mapping) and {id(item) for item in state.values()} <= known
+        if not name.startswith("_") and id(state) not in known and not is_items:
+            raise ArchiveError(
+                f"`{key}` is a {type(value).__name__} with `{name}` beside its items, which a file cannot "
+                "hold without code; select layers that put out tensors, tuples, lists or mappings"
+            )
+
+
 def _fields_of(value: Any) -> tuple[str, ...]:
     """Return the names of the fields of a named tuple, or of what `torch.max` and its kin return."""
     kind = type(value)
     return getattr(kind, "_fields", ()) or (kind.__match_args__ if hasattr(kind, "n_fields") else ())
 
 
-def _unpack(packed: Any, get: Callable[[str], torch.Tensor], kinds: Mapping[str, type]) -> Any:
+def _unpack(packed: Any, get: Callable[[str, str], Any], kinds: Mapping[str, type]) -> Any:
     ((kind, content),) = packed.items()
-    if kind == "tensor":
-        return get(content)
-    if kind == "complex":
-        return _as_complex(get(content), content)
+    if kind in ("tensor", "complex"):
+        return get(content, kind)
+    if kind == "numpy":
+        name, number = content
+        if name not in _NUMBERS or not isinstance(number, bool | int | float):
+            raise ValueError("a number is none")
+        return np.dtype(name).type(number)
     if kind == "value":
         if not isinstance(content, _SCALARS):
             raise ValueError("a scalar is none")
@@ -195,20 +230,32 @@ def _unpack(packed: Any, get: Callable[[str], torch.Tensor], kinds: Mapping[str,
         items = [_unpack(part, get, kinds) for part in content["items"]]
         return namedtuple(content["name"], content["fields"])(*items)
     items = [_unpack(part, get, kinds) for part in content]
+    if kind == "size" and not all(type(item) is int and abs(item) < 2**63 for item in items):
+        raise ValueError("a size is none")
     return kinds[kind](*items) if kind in kinds else _SEQUENCES[kind](items)
 
 
-def _as_complex(pairs: torch.Tensor | None, name: str) -> torch.Tensor | None:
-    if pairs is None:
-        return None
+def _as_complex(pairs: torch.Tensor, name: str) -> torch.Tensor:
     try:
         return torch.view_as_complex(pairs)
     except (RuntimeError, ValueError) as error:
         raise ArchiveError(f"`{name}` is damaged: {reason_of(error)}; save the activations again") from error
 
 
-def _placeholder(file: SafetensorsFile) -> Callable[[str], Any]:
-    def get(name: str) -> None:
+def _once(get: Callable[[str, str], torch.Tensor]) -> Callable[[str, str], torch.Tensor]:
+    """Let a tensor that occurs twice in a call be one and the same again."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
+
+    def got(name: str, form: str) -> torch.Tensor:
+        if (name, form) not in found:
+            found[name, form] = get(name, form)
+        return found[name, form]
+
+    return got
+
+
+def _placeholder(file: SafetensorsFile) -> Callable[[str, str], Any]:
+    def get(name: str, form: str) -> None:
         if name not in file.names:
             raise KeyError(name)
 

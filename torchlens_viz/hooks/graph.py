@@ -33,7 +33,7 @@ def passage(
     """Return the values of a tensor in memory of its own, of which the gradient goes to what was kept of it.
 
     Args:
-        tensor: Of any shape; the gradient of channels that were not kept goes to it.
+        tensor: Of any shape; to it goes what of the gradient is not of what was kept, or finer than its type.
         kept: What was made of it: all of it or `channels`, of any type and on any device.
         dim: The dimension that counts channels, where some were chosen.
         channels: Which ones; None is all.
@@ -83,9 +83,24 @@ class _Passage(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = gradients
-        dtype, device = context.like
         if context.channels is None:
-            return None, gradient.to(device, dtype), None, None
+            told, rest = _told(gradient, context.like)
+            return rest, told, None, None
         index = _index(context.channels, gradient.device)
+        told, rest = _told(gradient.index_select(context.dim, index), context.like)
         others = gradient.index_fill(context.dim, index, 0)
-        return others, gradient.index_select(context.dim, index).to(device, dtype), None, None
+        if rest is not None:
+            others = others.index_copy(context.dim, index, rest)
+        return others, told, None, None
+
+
+def _told(
+    gradient: torch.Tensor, like: tuple[torch.dtype, torch.device]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a gradient in another type, and what that type does not hold of it, so that no other changes."""
+    dtype, device = like
+    told = gradient.to(device, dtype)
+    if torch.promote_types(dtype, gradient.dtype) == dtype:
+        return told, None
+    back = told.to(gradient)
+    return told, (gradient - back).masked_fill(~back.isfinite(), 0)

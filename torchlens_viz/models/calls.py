@@ -12,6 +12,7 @@ from torchlens_viz.arguments import check_dense, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 from torchlens_viz.models.inputs import images_in
 from torchlens_viz.models.layers import OnImages, require_module
+from torchlens_viz.nested import map_tensors
 
 ModelInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any] | Callable[[torch.Tensor], Any] | None
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # by position and by name
@@ -49,7 +50,7 @@ def called_with(model: nn.Module, inputs: ModelInputs, images: int = 1) -> nn.Mo
     require_module(model)
     if callable(inputs):
         function = inputs
-        return OnImages(model, lambda batch: arguments_of(function(batch)), (function,))
+        return OnImages(model, lambda batch: arguments_of(_own_beside(batch, function(batch))), (function,))
     if not isinstance(inputs, tuple | Mapping):
         raise InvalidTypeError(
             "`inputs` must be a tuple or a mapping with None in the place of the images, or a function of an "
@@ -85,6 +86,16 @@ def _fault(inputs: Any, images: int) -> str | None:
                     "`inputs=lambda images: (images, table)`"
                 )
     return None
+
+
+def _own_beside(batch: torch.Tensor, given: Any) -> Any:
+    """Return what a function made, with tensors beside the batch cloned, which a model may write to."""
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        is_plain = type(tensor) is torch.Tensor and tensor is not batch and tensor._base is not batch
+        return tensor.clone() if is_plain else tensor
+
+    return map_tensors(own, given)
 
 
 def inputs_like(given: Any) -> ModelInputs:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from operator import is_
+from types import SimpleNamespace
 from typing import Any, Final, final
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from torchlens_viz.models.watching import Restoring, address_of
 
 _GENERATORS: Final = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
-_CONTAINERS: Final = (list, set, dict, OrderedDict, defaultdict, Counter)
-_PARTS: Final = ("_parameters", "_modules")
+_CONTAINERS: Final = (list, set, deque, dict, OrderedDict, defaultdict, Counter)
+_PLAIN: Final = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device)
+_PARTS: Final = ("_parameters", "_modules", "_non_persistent_buffers_set")
 _EVERYWHERE: Final = vars(nn.Module()).keys()  # hooks, for one
 # Wrappers that keep track of weights themselves, which are sharded or gathered as they see fit.
 _SHARDING: Final = ("torch.distributed", "deepspeed")
@@ -33,9 +36,12 @@ def same_random_numbers(modules: Sequence[nn.Module] = ()) -> Iterator[None]:
         modules: Let those of generators that these hold do so too.
     """
     python, legacy = random.getstate(), np.random.get_state()
-    own = [_rewinding(held) for held in _held_by(modules, _GENERATORS)]
+    own = [_rewinding(held) for held in _held_by(modules) if isinstance(held, _GENERATORS)]
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        # To look at those of a device would start CUDA, which a process that was forked cannot.
+        is_running = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        count = torch.cuda.device_count() if is_running else 0
+        with torch.random.fork_rng(devices=range(count)):
             yield
     finally:
         random.setstate(python)
@@ -44,11 +50,38 @@ def same_random_numbers(modules: Sequence[nn.Module] = ()) -> Iterator[None]:
             rewind()
 
 
-def _held_by(modules: Sequence[nn.Module], kinds: tuple[type, ...]) -> list[Any]:
-    """Return what modules have of some kinds; each type is asked once, as that takes some of torch's long."""
-    held = [value for module in modules for value in vars(module).values()]
-    chosen = {kind for kind in set(map(type, held)) if issubclass(kind, kinds)}
-    return [value for value in held if type(value) in chosen]
+def _held_by(modules: Sequence[nn.Module]) -> list[Any]:
+    """Return what modules hold beside what every module has, and what stands in that.
+
+    That is in containers, and in objects of classes that are written beside that of the module.
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+    for module in modules:
+        home = type(module).__module__
+        waiting: list[Any] = [
+            value
+            for name, value in vars(module).items()
+            if name not in _EVERYWHERE and type(value) not in _PLAIN
+        ]
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            found.append(value)
+            waiting += [part for part in _parts_of(value, home) if type(part) not in _PLAIN]
+    return found
+
+
+def _parts_of(value: Any, home: str) -> Iterable[Any]:
+    kind = type(value)
+    if kind is tuple or kind in _CONTAINERS:
+        return value.values() if isinstance(value, dict) else value
+    is_own = kind is SimpleNamespace or (kind.__module__ == home and not callable(value))
+    if is_own and hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+        return (vars(value),)
+    return ()
 
 
 def _rewinding(generator: Any) -> Callable[[], object]:
@@ -64,40 +97,45 @@ def _rewinding(generator: Any) -> Callable[[], object]:
 
 @contextmanager
 def same_weights(modules: Sequence[nn.Module]) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Give a model back its weights: the parameters it has, and what they held.
+    """Give a model back its weights, what is known of them, and the attributes of its modules.
 
-    What operations write to them is seen within what the block is given. Where there was anything to give
-    back, modules get their attributes back as well, since a model may note that it has folded an update into
-    its weights. Else those, such as a count of calls, are what the model makes of them.
+    Those are the parameters it has, what they held, their gradients and whether they require any; and
+    whatever else a pass may leave behind, such as a count of calls, a note that an update was folded into the
+    weights, or values that were kept for the next time, which have no graph here. What operations write to
+    weights is seen within what the block is given.
     """
     is_sharded = _is_sharded(modules)
     known = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
-    plain = _held_by(modules, (torch.Tensor,))
+    held = [] if is_sharded else _held_by(modules)
+    plain = [each for each in held if isinstance(each, torch.Tensor)]
     weights = [] if is_sharded else [each for each in (*known.values(), *plain) if address_of(each)]
     before = [(weight, weight.data) for weight in weights]
-    writes = Restoring(weights)
-    attributes = _Attributes([] if is_sharded else modules)
-    try:
-        yield writes.on
-    finally:
-        is_changed = writes.restore() | attributes.restore_parts()
-        for weight, values in before:
-            if address_of(weight) != address_of(values):  # `weight.data` was replaced
-                weight.data = values
-                is_changed = True
-        if is_changed:
+    asked = [(each, each.requires_grad, each.grad) for each in weights if each.is_leaf]
+    writes = Restoring([*weights, *(grad for _, _, grad in asked if grad is not None)])
+    attributes = _Attributes([] if is_sharded else modules, held)
+    with _same_versions(weights):
+        try:
+            yield writes.on
+        finally:
+            writes.restore()
             attributes.restore()
+            for weight, values in before:
+                if address_of(weight) != address_of(values):  # `weight.data` was replaced
+                    weight.data = values
+            for weight, requires_grad, grad in asked:
+                if weight.requires_grad != requires_grad:
+                    weight.requires_grad_(requires_grad)
+                if weight.grad is not grad:
+                    weight.grad = grad
 
 
-@contextmanager
-def same_attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Give modules back the attributes that they have now, and what those list."""
-    attributes = _Attributes(modules)
-    try:
-        yield
-    finally:
-        attributes.restore_parts()
-        attributes.restore()
+def _same_versions(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+    """Let what is written within the block, and given back, not count as written.
+
+    Else a backward pass whose forward pass came before would be refused.
+    """
+    counted = tuple(each for each in tensors if not each.is_inference())
+    return _unsafe_preserve_version_counter(counted)
 
 
 @contextmanager
@@ -116,28 +154,28 @@ def same_flags(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @final
 class _Attributes:
-    """What the modules of a model have, but for what every module has and a pass has no business with."""
+    """What the modules of a model have, but for what every module has and a pass has no business with.
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    Args:
+        modules: The modules.
+        held: What `_held_by` finds in them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], held: Sequence[Any]) -> None:
         # Those in TorchScript keep them elsewhere.
         modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
         parts = [vars(module)[kind] for module in modules for kind in _PARTS]
-        self._parts = [(held, copy.copy(held)) for held in parts]
+        listed = [each for each in held if type(each) in _CONTAINERS]
+        self._listed = [(each, copy.copy(each)) for each in (*parts, *listed)]
         self._own = [(module, self._of(module)) for module in modules]
-        listed = [value for _, own in self._own for value in own.values() if type(value) in _CONTAINERS]
-        self._listed = [(held, copy.copy(held)) for held in listed]
+        self._arrays = [(each, each.copy()) for each in held if type(each) is np.ndarray]
 
     @staticmethod
     def _of(module: nn.Module) -> dict[str, Any]:
         return {name: value for name, value in vars(module).items() if name not in _EVERYWHERE}
 
-    def restore_parts(self) -> bool:
-        """Give modules back the parameters and modules they had; return whether they had others."""
-        changed = [_refill(held, content) for held, content in self._parts]
-        return any(changed)
-
     def restore(self) -> None:
-        """Give modules back all else."""
+        """Give modules back the parameters, modules and attributes they had, and what those hold."""
         for module, before in self._own:
             own = vars(module)
             for name in self._of(module).keys() - before.keys():
@@ -145,6 +183,9 @@ class _Attributes:
             own.update(before)
         for held, content in self._listed:
             _refill(held, content)
+        for array, values in self._arrays:
+            if not np.array_equal(array, values):
+                array[...] = values
 
 
 def _is_sharded(modules: Sequence[nn.Module]) -> bool:
@@ -152,15 +193,14 @@ def _is_sharded(modules: Sequence[nn.Module]) -> bool:
     return any(kind.__module__.startswith(_SHARDING) for kind in kinds)
 
 
-def _refill(held: Any, content: Any) -> bool:
-    """Let a container hold what it held; return whether that has changed."""
+def _refill(held: Any, content: Any) -> None:
+    """Let a container hold what it held."""
     is_same = len(held) == len(content) and all(map(is_, held, content))
     if is_same and isinstance(held, dict):
         is_same = all(map(is_, held.values(), content.values()))
     if not is_same:
         held.clear()
-        (held.extend if isinstance(held, list) else held.update)(content)
-    return not is_same
+        (held.extend if isinstance(held, list | deque) else held.update)(content)
 
 
 @contextmanager
@@ -173,12 +213,13 @@ def same_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
     ]
     known = {id(each): each for module in modules for each in module._buffers.values() if each is not None}
     values = [(buffer, buffer.clone()) for buffer in known.values()]
-    try:
-        yield
-    finally:
-        for buffer, value in values:
-            with torch.inference_mode(buffer.is_inference()):
-                buffer.data.copy_(value)  # `data`, so that what was saved for a backward pass stays valid
-        for buffers, own in before:
-            buffers.clear()
-            buffers.update(own)
+    with _same_versions([*known.values()]):
+        try:
+            yield
+        finally:
+            for buffer, value in values:
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.data.copy_(value)
+            for buffers, own in before:
+                buffers.clear()
+                buffers.update(own)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
+from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.arguments import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
@@ -19,7 +21,8 @@ from torchlens_viz.models.state import inference
 _RGB: Final = 3
 _AXES: Final = 2
 _FEW: Final = range(1, 5)  # as many channels as images have
-_SIDES: Final = (64, 224, 32)  # of images that are tried
+_SIDES: Final = (64, 224, 32, 28)  # of images that are tried
+_PARTING: Final = ("chunk", "narrow", "split", "split_with_sizes", "tensor_split")
 
 
 class Kernels(NamedTuple):
@@ -107,10 +110,11 @@ class Entry(NamedTuple):
 def entry_of(model: nn.Module) -> Entry:
     """Return where images enter a network.
 
-    That is its first convolution in the order of definition where it takes red, green and blue. Where it
-    takes anything else, as where a decoder is defined before its encoder, pixels are unshuffled first, or it
-    is one over signals or volumes, which a network may make of images, a copy of the model runs on the meta
-    device, where nothing is computed, as far as its first convolution.
+    A copy of the model runs on the meta device, where nothing is computed, as far as its first convolution.
+    That need not be the first to be defined, as where a decoder comes before its encoder; nor need it take
+    images as they are: pixels may be unshuffled first, coordinates or a second image put beside them, or
+    signals and volumes made of them. Where channels of the images are chosen by their place, the model runs
+    to its end. Where no trial succeeds, the first convolution in the order of definition says it.
 
     Raises:
         LayerNotFoundError: It has no convolution.
@@ -119,22 +123,21 @@ def entry_of(model: nn.Module) -> Entry:
     defined = Entry(found[0], _inputs_of(found[0].module), _axes_of(found[0].module))
     if found[0].module is unwrap(model):
         return defined
-    if (defined.channels, defined.axes) == (_RGB, _AXES):
-        return defined
     sizes = [_inputs_of(layer.module) for layer in found]
     is_likely = defined.channels in _FEW and _RGB not in sizes
-    tries = [(number, _AXES) for number in (*sizes[:is_likely], _RGB, 1, *sizes, 2, 4)]
+    tries = [(number, _AXES) for number in (*sizes[:is_likely], _RGB, 1, *sizes, 2, 4, *range(5, 9))]
     if defined.axes != _AXES:
         tries = [*((number, defined.axes) for number in (defined.channels, *sizes)), *tries]
-    return next(_tried(model, found, dict.fromkeys(tries)), defined)
+    with same_random_numbers():
+        return next(_tried(model, found, tries), defined)
 
 
 def image_channels(model: nn.Module) -> int:
-    """Return how many channels the images of a network have; 3 where it has no convolution."""
-    try:
-        return entry_of(model).channels
-    except LayerNotFoundError:
-        return _RGB
+    """Return how many channels the images of a network have.
+
+    Of one without a convolution its first dense layer says it, as where patches are unfolded; else it is 3.
+    """
+    return image_form(model)[0]
 
 
 def image_axes(model: nn.Module, image: object = None) -> int:
@@ -145,12 +148,20 @@ def image_axes(model: nn.Module, image: object = None) -> int:
         image: What it is to be given, if that is there: a tensor of five dimensions has three axes, whatever
             the network does first.
     """
-    if isinstance(image, torch.Tensor) and image.ndim == 5:
-        return 3
+    return image_form(model, image)[1]
+
+
+def image_form(model: nn.Module, image: object = None) -> tuple[int, int]:
+    """Return `image_channels` and `image_axes`, which are found together."""
     try:
-        return entry_of(model).axes
+        _, channels, axes = entry_of(model)
     except LayerNotFoundError:
-        return _AXES
+        dense = [layer for layer in named_layers(model) if isinstance(layer.module, nn.Linear)]
+        usual = Entry(Layer("", model), _RGB, _AXES)
+        with same_random_numbers():
+            tries = [(each, _AXES) for each in (_RGB, 1, 4, 2)]
+            _, channels, axes = next(_tried(model, dense, tries), usual)
+    return channels, 3 if isinstance(image, torch.Tensor) and image.ndim == 5 else axes
 
 
 def _inputs_of(module: nn.Module) -> int:
@@ -165,50 +176,115 @@ def _axes_of(module: nn.Module) -> int:
     return _AXES if weight is None or isinstance(weight, UninitializedParameter) else weight.ndim - 2
 
 
-def _tried(model: nn.Module, found: list[Layer], tries: Iterable[tuple[int, int]]) -> Iterator[Entry]:
-    """Yield what convolution takes images of so many channels and axes first, for those of which one does."""
+def _tried(model: nn.Module, found: list[Layer], tries: list[tuple[int, int]]) -> Iterator[Entry]:
+    """Yield what layer takes images of so many channels and axes first, for those of which one does."""
     try:
         twin = private_copy(unwrap(model), lambda tensor: tensor.detach().to("meta"), warn=False)
         called = called_alike(model, twin)
         names = {id(twin.get_submodule(layer.name)): layer for layer in found}
     except Exception:  # it may not be made to be copied
         return
-    ran: list[Layer] = []
-    for module in twin.modules():
-        if id(module) in names:
-            module.forward = _noting(module, names[id(module)], ran)
-    for number, axes in tries:
-        for side in _SIDES:
-            ran.clear()
-            try:
-                with torch.no_grad(), same_random_numbers():
-                    called(torch.zeros(1, number, *[side] * axes, device="meta"))
-            except Exception:  # the first convolution took it, or something did not
-                pass
-            # Convolutions over more axes take a batch of signals for a single image.
-            if ran and (axes == _AXES or _axes_of(ran[0].module) == axes):
-                yield Entry(ran[0], number, axes)
-                break
+    trial = _Trial()
+    watched = [module for module in twin.modules() if id(module) in names]
+    for module in watched:
+        module.forward = _noting(module, names[id(module)], trial)
+    try:
+        known: set[tuple[int, int]] = set()
+        for number, axes in chain(tries, trial.solved()):
+            for side in () if (number, axes) in known else _SIDES:
+                layer = trial.entered(called, (1, number, *[side] * axes))
+                # Convolutions over more axes take a batch of signals for a single image.
+                if layer is not None and (axes == _AXES or _axes_of(layer.module) == axes):
+                    yield Entry(layer, number, axes)
+                    break
+            known.add((number, axes))
+    finally:
+        for module in watched:  # which else would live on until the garbage collector comes by
+            vars(module).pop("forward", None)
 
 
 class _FoundError(Exception):
-    """Ends a run where it is known which convolution took what it was given."""
+    """Ends a run where it is known which layer took what it was given."""
 
 
-def _noting(module: nn.Module, layer: Layer, ran: list[Layer]) -> Callable[..., Any]:
+class _Trial(TorchFunctionMode):
+    """A run on an image without values: which layer takes something first, and how many channels that has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shape: tuple[int, ...] = ()
+        self._entered: Layer | None = None
+        self.chooses = False  # whether channels of the image were chosen by their place
+        self._seen: dict[int, tuple[int, int]] = {}  # what the first convolution got of how many, and takes
+
+    def entered(self, called: nn.Module, shape: tuple[int, ...]) -> Layer | None:
+        """Run a model on an image, and return the layer that took it, if one did."""
+        self._shape, self._entered, self.chooses = shape, None, False
+        try:
+            with torch.no_grad(), self:
+                called(torch.zeros(shape, device="meta"))
+        except _FoundError:
+            return self._entered
+        except Exception:  # the first layer did not take it, or something else did not
+            return None if self.chooses else self._entered
+        return self._entered
+
+    def enter(self, layer: Layer) -> None:
+        """Note that a layer takes what it is given."""
+        self._entered = self._entered or layer
+        if not self.chooses:
+            raise _FoundError
+
+    def refuse(self, given: int, taken: int) -> NoReturn:
+        """Note that the first layer is given another number of channels than it takes."""
+        if self._entered is None and len(self._shape) == _AXES + 2:
+            self._seen.setdefault(self._shape[1], (given, taken))
+        raise InvalidArgumentError("the images have another number of channels")
+
+    def solved(self) -> Iterator[tuple[int, int]]:
+        """Yield with how many channels of the image the first layer would get as many as it takes."""
+        numbers = sorted(self._seen)
+        for one, other in pairwise(numbers):
+            (low, taken), (high, _) = self._seen[one], self._seen[other]
+            number = one + (taken - low) * (other - one) / (high - low) if high != low else 0
+            if number >= 1 and number == int(number):
+                yield int(number), _AXES
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("__getitem__", *_PARTING) and args and tuple(args[0].shape) == self._shape:
+            index = args[1] if name == "__getitem__" and isinstance(args[1], tuple) else ()
+            is_told = len(index) > 1 and (index[0] is not Ellipsis or len(index) == len(self._shape))
+            place = index[1] if is_told else None
+            if isinstance(place, slice) and place != slice(None):
+                self.chooses = True
+                if max(place.start or 0, (place.stop or 1) - 1) >= self._shape[1]:
+                    raise InvalidArgumentError("the images have no such channel")
+            self.chooses |= name in _PARTING
+        return func(*args, **(kwargs or {}))
+
+
+def _noting(module: nn.Module, layer: Layer, trial: _Trial) -> Callable[..., Any]:
     forward = module.forward
     # What torch's own takes can be told without running it, which on the meta device costs a second once.
     home = getattr(getattr(type(module), "forward", None), "__module__", "")
-    is_known = home == nn.modules.conv.__name__ and _axes_of(module) == _AXES
+    is_dense = type(module) is nn.Linear
+    is_known = is_dense or (home == nn.modules.conv.__name__ and _axes_of(module) == _AXES)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
-        if is_known and len(args) == 1 and not kwargs:
-            if args[0].ndim not in (3, 4) or args[0].shape[-3] != _inputs_of(module):
-                raise InvalidArgumentError("the images have another number of channels")
-        else:
-            forward(*args, **kwargs)
-        ran.append(layer)
-        raise _FoundError
+        if not is_known or len(args) != 1 or kwargs:
+            made = forward(*args, **kwargs)
+            trial.enter(layer)
+            return made
+        shape = args[0].shape
+        taken = module.in_features if isinstance(module, nn.Linear) else _inputs_of(module)
+        given = shape[-1] if is_dense else shape[-3] if len(shape) in (3, 4) else 0
+        if given != taken:
+            trial.refuse(int(given), int(taken))
+        trial.enter(layer)
+        return forward(*args)
 
     return noting
 

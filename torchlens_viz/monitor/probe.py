@@ -20,7 +20,7 @@ from torchlens_viz.models.state import (
     no_autocast_cache,
     no_cached_parametrizations,
 )
-from torchlens_viz.nested import map_tensors
+from torchlens_viz.nested import cloned, map_tensors
 
 Probe: TypeAlias = torch.Tensor | Mapping[str, Any] | DataLoader[Any]
 
@@ -91,7 +91,8 @@ class ProbeBatch:
             no_autocast_cache(),
             no_cached_parametrizations(),
         ):
-            model(*map_tensors(placed, self._args), **map_tensors(placed, self._kwargs))
+            args, kwargs = map_tensors(placed, cloned((self._args, self._kwargs)))
+            model(*args, **kwargs)
 
     def picture(self) -> torch.Tensor | None:
         """Return the inputs where they are pictures: (N, 1, H, W) or (N, 3, H, W), else None."""

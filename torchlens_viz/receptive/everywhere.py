@@ -55,7 +55,7 @@ def receptive_fields(
     shape = (1, *image.shape[1:])
     extents = Extents.of_input(shape)
     args, kwargs = map_leaves(
-        torch.Tensor, lambda each: extents if each is image else each, (tuple(args), dict(kwargs))
+        torch.Tensor, lambda each: extents if each is image else each.clone(), (tuple(args), dict(kwargs))
     )
     sink = _Fields(shape, channel_dims)
     check = partial(refuse_unhookable, model, layers, stop=False, compiled="eager")
