@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from torchlens_viz import maximize
 from torchlens_viz.models.calls import called_with
 from torchlens_viz.models.kernels import entry_of, image_axes, image_channels, kernels_of
+from torchlens_viz.models.layers import first_layer
 
 
 class DecoderFirst(nn.Module):
@@ -253,3 +254,40 @@ def test_an_image_that_is_made_has_the_channels_that_enter():
             nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(inputs, 2, 3)), "1", [0], size=16, steps=1
         )
         assert found.images.shape == (1, channels, 16, 16)
+
+
+class Directly(nn.Module):
+    """Counts its passes, and hands its input to a convolution that is defined last."""
+
+    def __init__(self, before=lambda x: x):
+        super().__init__()
+        self.decoder, self.before, self.passes, self.seen = nn.Conv2d(6, 3, 1), before, 0, []
+        self.encoder = nn.Sequential(nn.Conv2d(1, 6, 1), nn.ReLU())
+
+    def forward(self, x):
+        self.passes += 1
+        self.seen.append(x)
+        return self.decoder(self.encoder(self.before(x)))
+
+
+def test_the_convolution_that_is_handed_the_input_is_told_without_running_anything():
+    net = Directly()
+    assert first_layer(net) is net.encoder[0]
+    assert entry_of(net)[1:] == (1, 2)
+    assert (net.passes, net.seen) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "before", [lambda x: x / 2, lambda x: x[:, :1], lambda x: x if x.ndim == 4 else x[None], torch.relu, len]
+)
+def test_where_anything_comes_before_it_a_trial_has_to_say_it(before):
+    net = Directly(before)
+    assert first_layer(net) is None
+    assert (net.passes, net.seen) == (0, [])
+
+
+def test_hooks_of_the_callers_hear_of_no_trial():
+    net, heard = Directly(), []
+    net.encoder.register_forward_pre_hook(lambda module, given: heard.append(given))
+    assert first_layer(net) is None
+    assert heard == []

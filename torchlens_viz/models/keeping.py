@@ -188,6 +188,16 @@ class _Attributes:
                 array[...] = values
 
 
+@contextmanager
+def same_attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Give modules back the attributes they have, and what those list, where no operation runs."""
+    attributes = _Attributes(modules, _held_by(modules))
+    try:
+        yield
+    finally:
+        attributes.restore()
+
+
 def _is_sharded(modules: Sequence[nn.Module]) -> bool:
     kinds = {base for kind in set(map(type, modules)) for base in kind.__mro__}
     return any(kind.__module__.startswith(_SHARDING) for kind in kinds)

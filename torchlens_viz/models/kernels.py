@@ -15,7 +15,15 @@ from torchlens_viz.arguments import real_numbers
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.models.copying import computes_weights, private_copy
 from torchlens_viz.models.keeping import same_random_numbers
-from torchlens_viz.models.layers import Layer, Selector, called_alike, named_layers, select_one, unwrap
+from torchlens_viz.models.layers import (
+    Layer,
+    Selector,
+    called_alike,
+    first_layer,
+    named_layers,
+    select_one,
+    unwrap,
+)
 from torchlens_viz.models.state import inference
 
 _RGB: Final = 3
@@ -110,11 +118,12 @@ class Entry(NamedTuple):
 def entry_of(model: nn.Module) -> Entry:
     """Return where images enter a network.
 
-    A copy of the model runs on the meta device, where nothing is computed, as far as its first convolution.
-    That need not be the first to be defined, as where a decoder comes before its encoder; nor need it take
-    images as they are: pixels may be unshuffled first, coordinates or a second image put beside them, or
-    signals and volumes made of them. Where channels of the images are chosen by their place, the model runs
-    to its end. Where no trial succeeds, the first convolution in the order of definition says it.
+    That is the convolution to which the model hands them. It need not be the first to be defined, as where a
+    decoder comes before its encoder; nor need it take images as they are: pixels may be unshuffled first,
+    coordinates or a second image put beside them, or signals and volumes made of them. Where anything comes
+    before it, a copy of the model runs on the meta device, where nothing is computed, as far as there, or to
+    its end where channels of the images are chosen by their place. Where no trial succeeds, the first
+    convolution in the order of definition says it.
 
     Raises:
         LayerNotFoundError: It has no convolution.
@@ -123,6 +132,8 @@ def entry_of(model: nn.Module) -> Entry:
     defined = Entry(found[0], _inputs_of(found[0].module), _axes_of(found[0].module))
     if found[0].module is unwrap(model):
         return defined
+    if (first := {id(layer.module): layer for layer in found}.get(id(first_layer(model)))) is not None:
+        return Entry(first, _inputs_of(first.module), _axes_of(first.module))
     sizes = [_inputs_of(layer.module) for layer in found]
     is_likely = defined.channels in _FEW and _RGB not in sizes
     tries = [(number, _AXES) for number in (*sizes[:is_likely], _RGB, 1, *sizes, 2, 4, *range(5, 9))]

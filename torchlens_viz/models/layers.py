@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, final
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.arguments import integer, shown
 from torchlens_viz.errors import (
@@ -20,6 +21,7 @@ from torchlens_viz.errors import (
     LayerNotFoundError,
     calling,
 )
+from torchlens_viz.models.keeping import same_attributes
 
 OneSelector: TypeAlias = (
     str | int | re.Pattern[str] | type[nn.Module] | nn.Module | Callable[[str, nn.Module], bool]
@@ -114,6 +116,47 @@ def named_layers(model: nn.Module) -> list[Layer]:
             name = ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
             found[name] = Layer(name, module)
     return list(found.values())
+
+
+class _MetError(Exception):
+    """Ends a run before its first operation, of which it holds the weights that meet the input."""
+
+
+class _Unread:
+    """Stands for what a network takes. It can be given to layers, and nothing can be read of it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _MetError
+
+
+class _Before(TorchFunctionMode):
+    """Lets no operation run."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _MetError(*args[1:2] if args and isinstance(args[0], _Unread) else ())
+
+
+def first_layer(model: nn.Module) -> nn.Module | None:
+    """Return the layer that takes what a network is given, as it is and before anything else does.
+
+    The code of the model runs as far as its first operation, which does not run. None is a network that
+    looks at its input, or that does something else first, such as normalise it or choose channels; one that
+    cannot be run so; and one with hooks of the caller's, who would hear of it.
+    """
+    modules = list(unwrap(model).modules())
+    if any(module._forward_hooks or module._forward_pre_hooks for module in modules):
+        return None
+    with same_attributes(modules):
+        try:
+            with _Before():
+                unwrap(model).forward(_Unread())
+        except _MetError as met:
+            given = [each for each in modules if met.args and each._parameters.get("weight") is met.args[0]]
+            return given[0] if given else None
+        except Exception:  # the model's own, which was given what it does not know
+            return None
+    return None
 
 
 def select(model: nn.Module, layers: Selector) -> list[Layer]:
