@@ -18,7 +18,7 @@ from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.inputs import shown_to
-from torchlens_viz.models.layers import Layer, named_layers, unwrap
+from torchlens_viz.models.layers import Layer, named_layers, require_module, unwrap
 from torchlens_viz.models.state import like_parameters, require_values, untouched
 from torchlens_viz.nested import map_tensors
 
@@ -68,6 +68,7 @@ class Side:
             raise InvalidTypeError(
                 f"`{name}` must be a torch.nn.Module or an ExportedProgram, got {type(model).__name__}"
             )
+        require_module(model)
         try:
             refuse_torchscript(model)
         except CaptureError as error:
