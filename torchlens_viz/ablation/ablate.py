@@ -88,8 +88,8 @@ def ablate(
         ([3.0, 0.0], 1.0, [0.0, 0.0])
     """
     one_of(by, "by", get_args(By))
-    integer(rows, "rows", least=1)
-    integer(seed, "seed", least=0)
+    rows = integer(rows, "rows", least=1)
+    seed = integer(seed, "seed", least=0)
     if by == "mean" and iter(loader) is loader:
         raise InvalidTypeError(
             f'`loader` must be something that can be gone through twice for `by="mean"`, got '

@@ -124,15 +124,15 @@ def report(
     require_engine()
     given = as_path(path)
     if max_channels is not None:
-        integer(max_channels, "max_channels", least=1)
+        max_channels = integer(max_channels, "max_channels", least=1)
     if projections is not None:
-        integer(projections, "projections", least=0)
-    integer(max_bytes, "max_bytes", least=1)
+        projections = integer(projections, "projections", least=0)
+    max_bytes = integer(max_bytes, "max_bytes", least=1)
     folder = None if assets is None else as_path(assets, "assets")
     if folder is not None and is_there(folder, PictureError) and not folder.is_dir():
         raise PictureError(f"`assets` must name a folder, got the file {str(folder)!r}; choose another name")
     shelf = Shelf(given, folder)
-    flag(explain, "explain")
+    explain = flag(explain, "explain")
     if survey is not None and not isinstance(survey, Survey):
         raise InvalidTypeError(f"`survey` must be a Survey or None, got {shown(survey)}")
     if comparison is not None and not isinstance(comparison, Comparison):

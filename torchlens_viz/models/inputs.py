@@ -17,6 +17,7 @@ from torchlens_viz.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     ModelFailedError,
+    PictureError,
     TorchlensVizError,
     calling,
     is_out_of_memory,
@@ -167,7 +168,7 @@ def image_batch(
                 f"`image` must be a tensor (1, {AXES[axes]}) or ({AXES[axes]}) for this network, got a "
                 "picture; pass `preprocess`, which makes one of it"
             )
-        picture = as_rgb(image)
+        picture = _in_colours(image)
         pixels = torch.from_numpy(np.array(picture.convert("L") if channels == 1 else picture))
         return (pixels[None, None] if channels == 1 else pixels.movedim(2, 0)[None]).float() / 255
     batch = as_batch(image, axes)
@@ -187,7 +188,22 @@ def as_shown(image: object, channels: int | None) -> Any:
     if channels == len(image.getbands()) == 4:
         return upright(image)
     is_gray = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
-    return as_rgb(image).convert("L") if channels == 1 and is_gray else as_rgb(image)
+    return _in_colours(image).convert("L") if channels == 1 and is_gray else _in_colours(image)
+
+
+def _in_colours(picture: Image.Image) -> Image.Image:
+    """Return a picture as RGB; one that was opened, and never looked at, may turn out to be damaged.
+
+    Raises:
+        PictureError: Its pixels cannot be read.
+    """
+    try:
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PictureError(
+            f"the pixels of the picture cannot be read ({reason_of(error)}); open it again, or mend its file"
+        ) from error
+    return as_rgb(picture)
 
 
 def require_usual_shape(image: Image.Image, name: str) -> None:
