@@ -80,6 +80,42 @@ def explained(net, images, method, **options):
     return [found.heatmaps, found.scores, *(each.nan_to_num() for each in figures), found.grid()]
 
 
+def compared(net, images, **options):
+    other = nn.Sequential(net[0], net[1], nn.LeakyReLU(0.3), net[3]).eval()
+    found = tv.compare(net, other, images, **options)
+    figures = [[each.by_channel, each.max_abs, each.relative, each.cosine] for each in found.layers]
+    return [found.first, [each.layer for each in found.beyond], *figures]
+
+
+def with_head(net):
+    return nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+
+def labelled(images):
+    return [(part, torch.tensor([0, 1], device=images.device)) for part in images.split(2)]
+
+
+def ablated(net, images, **options):
+    found = tv.ablate(with_head(net), labelled(images), "3", loss="cross_entropy", **options)
+    return [found.loss_change, found.accuracy_change, found.accuracy]
+
+
+def weighed_by_loss(net, images, **options):
+    found = tv.survey(with_head(net), labelled(images), "*", top_k=2, progress=False, **options)
+    return [found.to_dict(), found.findings()]
+
+
+def doubled(net, images):
+    found = tv.survey(net, images.split(2), "*", top_k=2, correlations=True, bins="log", progress=False)
+    return [found.duplicates("0", threshold=0.1, model=net), found.dead("0"), found.to_dict()]
+
+
+def gone_on(net, images):
+    with tempfile.TemporaryDirectory() as folder:
+        begun = surveyed(net, images, checkpoint=Path(folder) / "survey")
+        return [begun, surveyed(net, images, checkpoint=Path(folder) / "survey")]
+
+
 def reported(net, images):
     with tempfile.TemporaryDirectory() as folder:
         page = tv.report(net, images[:2], Path(folder) / "page.html", projections=1)
@@ -128,6 +164,15 @@ PUBLIC = {
         f"explain, {method}": partial(explained, method=method, samples=6)
         for method in ("smoothgrad", "integrated_gradients")
     },
+    "compare": compared,
+    "compare, correlations": partial(compared, correlations=True),
+    "compare, isolated": partial(compared, isolate=True),
+    "ablate": ablated,
+    "ablate, mean": partial(ablated, by="mean"),
+    "survey, loss": partial(weighed_by_loss, loss="cross_entropy"),
+    "survey, by class": partial(weighed_by_loss, by_class=True),
+    "survey, duplicates": doubled,
+    "survey, checkpoint": gone_on,
     "report": reported,
     "monitor": monitored,
     "assertions": lambda net, images: [

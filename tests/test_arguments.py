@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import torchlens_viz as tv
 from torchlens_viz import (
     RunningStats,
     feature_grid,
@@ -37,6 +38,7 @@ from torchlens_viz.arguments import (
 )
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, MissingDependencyError, needed
 from torchlens_viz.files.paths import as_path
+from torchlens_viz.testing import assert_no_dead_channels
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), torch.tensor(3)])
@@ -290,3 +292,78 @@ def test_every_check_of_numbers_refuses_what_raises_anything(where, error):
     act, name = ODD[where]
     with pytest.raises((InvalidArgumentError, InvalidTypeError), match=f"`{name}` must be "):
         act(odd(error))
+
+
+class Count(int):
+    """A number that can be neither compared nor reckoned with."""
+
+    def _refuse(self, *_):
+        raise RuntimeError("of the caller's")
+
+    __lt__ = __le__ = __gt__ = __ge__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = _refuse
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __divmod__ = __rdivmod__ = __neg__ = _refuse
+
+
+NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+IMAGES = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+LABELLED = [(IMAGES, torch.tensor([0, 1]))]
+FOUND = tv.survey(NET, [IMAGES], "0", top_k=1, progress=False)
+EXPLAINED = tv.explain(NET, IMAGES, lambda output: output.mean((1, 2, 3)), method="gradient")
+COUNTED = {
+    "nrow": lambda n: np.asarray(tv.feature_grid(IMAGES, nrow=n)),
+    "padding": lambda n: np.asarray(tv.kernel_grid(NET, padding=n)),
+    "upscale": lambda n: np.asarray(tv.overlay_grid(NET, "0", IMAGES[0], upscale=n)),
+    "upscale of an explanation": lambda n: np.asarray(EXPLAINED.overlay(0, upscale=n)),
+    "max_tiles and page": lambda n: np.asarray(tv.kernel_grid(NET, max_tiles=n, page=n - n)),
+    "nrow of make_grid": lambda n: tv.make_grid(IMAGES, nrow=n, padding=n).numpy(),
+    "tile": lambda n: np.asarray(FOUND.grid("0", IMAGES, tile=n)),
+    "seed and steps": lambda n: tv.maximize(
+        NET, "0", [0], size=10, steps=n, seed=n, progress=False
+    ).images.numpy(),
+    "blur_every": lambda n: tv.maximize(
+        NET, "0", [0], size=10, steps=2, parametrization=tv.Pixels(blur=1.0, blur_every=n), progress=False
+    ).images.numpy(),
+    "frames and restarts": lambda n: tv.maximize(
+        NET, "0", [0], size=10, steps=2, method=tv.Normalized(frames=n, restarts=n), progress=False
+    ).images.numpy(),
+    "max_dead": lambda n: assert_no_dead_channels(torch.zeros(1, 2, 3, 3), max_dead=n),
+    "rows": lambda n: tv.ablate(
+        NET, LABELLED, "0", loss=lambda output, _: output.mean((1, 2, 3)), rows=n, seed=n
+    ).loss_change.numpy(),
+    "maps": lambda n: repr(tv.compare(NET, NET, IMAGES, maps=n)),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_counts_as_an_int_is_used_as_one(name):
+    """A tensor of one number, or a class of the caller's, passed as a number and failed where it was used."""
+    act = COUNTED[name]
+    if name != "max_tiles and page":
+        np.testing.assert_array_equal(act(torch.tensor(2)), act(2))
+        np.testing.assert_array_equal(act(Count(2)), act(2))
+    np.testing.assert_array_equal(act(np.int8(2)), act(2))
+
+
+class Unasked:
+    """Raises for whatever it is asked."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+
+
+class Classless:
+    @property
+    def __class__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("make", [Unasked, Classless])
+def test_what_cannot_even_be_asked_is_refused(make):
+    value = make()
+    for check in (integer, number, real, pair, flag, a_name, listed, named_device):
+        with pytest.raises(InvalidTypeError, match=r"`x` must be .* got .*(Unasked|Classless)"):
+            check(value, "x")
+    with pytest.raises(InvalidTypeError, match="`x` must be an int or a list of ints"):
+        indices_of(value, 3, "x")
+    with pytest.raises(InvalidArgumentError, match='`x` must be "a" or "b"'):
+        one_of(value, "x", ("a", "b"))

@@ -12,6 +12,7 @@ from torchlens_viz.errors import (
     InvalidArgumentError,
     ModelLoadError,
     in_one_line,
+    kind_of,
     message_of,
     one_line,
     reason_of,
@@ -37,7 +38,49 @@ class UnreadableError(Exception):
         return "plain"
 
 
+class Unnamed(type):
+    """Its classes have no name to ask for."""
+
+    def __getattribute__(cls, name):
+        if name == "__name__":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+class UnnamedError(ValueError, metaclass=Unnamed):
+    pass
+
+
+class LeavingError(ValueError):
+    def __str__(self):
+        raise SystemExit(0)
+
+
+class NoReasonError(OSError):
+    @property
+    def strerror(self):
+        raise ValueError
+
+
+class Text(str):
+    __slots__ = ()
+
+    def __getitem__(self, place):
+        raise ValueError(place)
+
+
+class OddTextError(ValueError):
+    def __str__(self):
+        return Text("odd. Text")
+
+
+LONG = type("L" * 1000 + "\n", (ValueError,), {})
 SAID = [
+    (UnnamedError("a"), "a", "UnnamedError: a"),
+    (LeavingError(), "LeavingError", "LeavingError"),
+    (NoReasonError("a"), "a", "NoReasonError: a"),
+    (OddTextError(), "odd. Text", "OddTextError: odd"),
+    (LONG(), "L" * 76 + " ...", "L" * 76 + " ..."),
     (ValueError("a\nb\t c. And more"), "a b c. And more", "ValueError: a"),
     (ValueError("first. Second"), "first. Second", "ValueError: first"),
     (ValueError(), "ValueError", "ValueError"),
@@ -53,7 +96,7 @@ SAID = [
 ]
 
 
-@pytest.mark.parametrize(("error", "reason", "line"), SAID, ids=[type(case[0]).__name__ for case in SAID])
+@pytest.mark.parametrize(("error", "reason", "line"), SAID, ids=[kind_of(case[0]) for case in SAID])
 def test_an_exception_is_told_in_one_line(error, reason, line):
     assert (reason_of(error), one_line(error)) == (reason, line)
 
@@ -83,6 +126,8 @@ class Raising(nn.Module):
     ("error", "quoted"),
     [
         (MuteError(), r"\bMuteError\b"),
+        (UnnamedError("a"), r"\ba\b"),
+        (LONG("a"), r"\ba\b"),
         (RuntimeError("x" * 100_000), r"x{496} ?\.*"),
         (RuntimeError("\x1b[31mno\x07"), r"\\x1b\[31mno\\x07"),
         (ValueError("a\n\n"), r"\ba\b"),

@@ -12,24 +12,30 @@ from typing import Any, Final, TypeVar
 import numpy as np
 import torch
 
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, in_one_line, one_line
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, in_one_line, kind_of, one_line
 
 T = TypeVar("T")
 
 _MOST_SHOWN: Final = 80  # characters of a value in a message
 _MOST_INDICES: Final = 2**20
+_USUAL: Final = (torch.Tensor, torch.nn.Parameter)
 
 
 def shown(value: object) -> str:
     """Return a value as a message shows it: in one short line, whatever it is."""
-    if isinstance(value, torch.Tensor):
-        shape = "" if value.is_nested else f" of shape {tuple(value.shape)}"
-        return f"a tensor{shape}"
     try:
-        text = repr(value)
+        if is_a(value, torch.Tensor):
+            shape = "" if value.is_nested else f" of shape {tuple(value.shape)}"  # type: ignore[attr-defined]
+            return f"a tensor{shape}"
+        text = str.__str__(repr(value))
     except Exception:  # a value of the caller's may do anything
-        text = f"a value of type {type(value).__name__}"
+        text = f"a value of type {kind_of(value)}"
     return in_one_line(text, _MOST_SHOWN)
+
+
+def is_a(value: object, kinds: type | tuple[type, ...]) -> bool:
+    """Tell whether a value is of a class, whatever it says itself when it is asked."""
+    return issubclass(type(value), kinds)
 
 
 def made_of(value: Any, make: Callable[[Any], T], rule: str) -> T:
@@ -97,10 +103,10 @@ def real(value: object, name: str) -> float:
     Raises:
         InvalidTypeError: It is no real number.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if is_a(value, bool) or not is_a(value, Real):
         raise InvalidTypeError(f"`{name}` must be a number, got {shown(value)}")
     try:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]
     except OverflowError:
         return inf
     except Exception:
@@ -138,7 +144,7 @@ def flag(value: object, name: str) -> bool:
     Raises:
         InvalidTypeError: It is neither True nor False.
     """
-    if not isinstance(value, bool | np.bool_):
+    if not is_a(value, (bool, np.bool_)):
         raise InvalidTypeError(f"`{name}` must be True or False, got {shown(value)}")
     return bool(value)
 
@@ -160,9 +166,9 @@ def a_name(value: Any, name: str) -> str:
     Raises:
         InvalidTypeError: It is none.
     """
-    if not isinstance(value, str):
+    if not is_a(value, str):
         raise InvalidTypeError(f"`{name}` must be a string, got {shown(value)}")
-    return value
+    return str.__str__(value)  # not of a class of its own
 
 
 def listed(value: Iterable[T], name: str, *, most: int = _MOST_INDICES) -> list[T]:
@@ -172,13 +178,12 @@ def listed(value: Iterable[T], name: str, *, most: int = _MOST_INDICES) -> list[
         InvalidArgumentError: It has more than `most` items.
         InvalidTypeError: It has no items.
     """
-    if isinstance(value, range) and len(value) > most:  # which need not be counted
-        raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
+    is_long = type(value) is range and len(value) > most  # which need not be counted
     try:
-        found = list(islice(value, most + 1))
+        found = [] if is_long else list(islice(value, most + 1))
     except Exception:
         raise InvalidTypeError(f"`{name}` must be a list, got {shown(value)}") from None
-    if len(found) > most:
+    if is_long or len(found) > most:
         raise InvalidArgumentError(f"`{name}` must have at most {most:,} items, got {shown(value)}")
     return found
 
@@ -204,7 +209,7 @@ def named_device(device: torch.device | str, name: str = "device") -> torch.devi
         InvalidArgumentError: There is no kind of device of that name.
         InvalidTypeError: It is no name.
     """
-    if not isinstance(device, torch.device | str):
+    if not is_a(device, (torch.device, str)):
         raise InvalidTypeError(f"`{name}` must be a device or its name, got {shown(device)}")
     try:
         found = torch.device(device)
@@ -224,14 +229,15 @@ def indices_of(chosen: int | Sequence[int] | None, count: int, name: str) -> lis
     """Return the indices that an option named `name` chooses from `count` things; None is all of them."""
     if chosen is None:
         return list(range(count))
-    indices = _all_indices(chosen, name)
+    indices = all_indices(chosen, name)
     wrong = [index for index in indices if not 0 <= index < count]
     if wrong:
         raise InvalidArgumentError(f"`{name}` must be indices from 0 to {count - 1}, got {shown(wrong[0])}")
     return indices
 
 
-def _all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
+def all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
+    """Return the indices that an option named `name` lists, whatever there is to choose from."""
     single = _as_index(chosen)
     try:
         given = list(islice(chosen, _MOST_INDICES + 1)) if single is None else [single]  # type: ignore[arg-type]
@@ -241,7 +247,8 @@ def _all_indices(chosen: int | Sequence[int], name: str) -> list[int]:
         raise InvalidArgumentError(f"`{name}` must choose at most {_MOST_INDICES:,}, got {shown(chosen)}")
     indices = [index for index in map(_as_index, given) if index is not None]
     if len(indices) < len(given):
-        is_mask = any(str(getattr(each, "dtype", type(each).__name__)).endswith("bool") for each in given)
+        flags = [each for each in given if is_a(each, (bool, np.bool_, torch.Tensor))]
+        is_mask = any(getattr(each, "dtype", None) in (None, torch.bool, np.dtype(bool)) for each in flags)
         remedy = "; of a mask, pass `mask.nonzero().flatten()`" if is_mask else ""
         raise InvalidTypeError(f"`{name}` must be an int or a list of ints, got {shown(chosen)}{remedy}")
     if not indices:
@@ -281,7 +288,9 @@ def check_dense(tensor: torch.Tensor, what: str) -> None:
 
 def has_values(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor has values: one on the meta device, or of FakeTensorMode, has none."""
-    return not tensor.is_meta and all(kind.__name__ != "FakeTensor" for kind in type(tensor).__mro__)
+    if type(tensor) not in _USUAL and any(kind.__name__ == "FakeTensor" for kind in type(tensor).__mro__):
+        return False
+    return not tensor.is_meta
 
 
 def real_numbers(tensor: torch.Tensor, what: str) -> torch.Tensor:
@@ -337,11 +346,3 @@ def has_float64(device: torch.device) -> bool:
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """Return the same numbers in float64: where they are, or on the host if their device has none."""
     return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
-
-
-def channel_tuple(channels: int | Sequence[int]) -> tuple[int, ...]:
-    """Return channel indices as a tuple, refusing what is not a list of indices from 0."""
-    indices = tuple(_all_indices(channels, "channels"))
-    if min(indices) < 0:
-        raise InvalidArgumentError(f"`channels` must be one or more indices from 0, got {shown(channels)}")
-    return indices

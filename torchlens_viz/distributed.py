@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 import torch.distributed as dist
 
-from torchlens_viz.errors import DistributedError, in_one_line, message_of, reason_of
+from torchlens_viz.errors import DistributedError, in_one_line, kind_of, message_of, reason_of
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def gathered(work: Callable[[], Sequence[T]]) -> list[T]:
         mine = work()
     except BaseException as error:
         failure = error
-    told = None if failure is None else f"{type(failure).__name__}: {in_one_line(message_of(failure))}"
+    told = None if failure is None else f"{kind_of(failure)}: {in_one_line(message_of(failure))}"
     shares: list[Any] = [None] * count
     try:
         dist.all_gather_object(shares, (list(mine), told), group=group)

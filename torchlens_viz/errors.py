@@ -123,9 +123,17 @@ def needed(package: str, what: str, extra: str | None = None, *, otherwise: str 
 def message_of(error: BaseException) -> str:
     """Return the message of an exception; an empty one where its class fails to make one."""
     try:
-        return str(error)
-    except Exception:
+        return str.__str__(str(error))  # no text of a class of its own
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return ""
+
+
+def kind_of(value: object) -> str:
+    """Return the name of a value's class, as short and printable as a message shows it."""
+    name: str = type.__dict__["__name__"].__get__(type(value))  # whatever its metaclass says
+    return in_one_line(name, 80)
 
 
 def in_one_line(text: str, most: int = _MOST_QUOTED) -> str:
@@ -139,19 +147,23 @@ def in_one_line(text: str, most: int = _MOST_QUOTED) -> str:
 
 def reason_of(error: BaseException) -> str:
     """Say in one line what an exception reports."""
-    return in_one_line(str(getattr(error, "strerror", None) or message_of(error))) or type(error).__name__
+    try:
+        told = str.__str__(str(getattr(error, "strerror", None) or ""))
+    except Exception:
+        told = ""
+    return in_one_line(told or message_of(error)) or kind_of(error)
 
 
 def one_line(error: BaseException) -> str:
     """Say in one line what an exception reports: its kind, and the first sentence or line of its message."""
     text = message_of(error)[: 16 * _MOST_QUOTED].strip()
     first = in_one_line(re.split(r"\n|(?<=\.)\s", text, maxsplit=1)[0]).rstrip(" .:")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return f"{kind_of(error)}: {first}" if first else kind_of(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception means that memory ran out, on whichever device."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or kind_of(error) == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in message_of(error) for words in _RAN_OUT)
 

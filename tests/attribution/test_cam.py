@@ -215,3 +215,12 @@ def test_several_maps_become_the_maximum_of_their_shares():
     left, right = torch.tensor([[[2.0, 1.0]], [[0.0, 0.0]]]), torch.tensor([[[0.0, 8.0]], [[0.0, 1.0]]])
     assert cam.fused([left, right]).tolist() == [[[1.0, 1.0]], [[0.0, 1.0]]]
     assert cam.fused([left]) is left
+
+
+def test_eigencam_of_maps_that_are_not_finite_is_nan_for_these_alone():
+    values = torch.rand(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    alone = cam.eigencam(values[[0, 2]])
+    values[1, 2, 3, 4] = torch.inf
+    found = cam.eigencam(values)
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[[0, 2]], alone)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.nets import contents
 from torchlens_viz import __version__
@@ -154,6 +155,80 @@ def test_code_of_a_model_that_ends_the_program_is_told_in_one_line(folder, run, 
     assert len(err[0]) < 1000
     assert not Path("new").exists()
     del sys.modules["ending"]
+
+
+FAILING = """
+import torch
+from torch import nn
+
+
+class Failing(nn.Sequential):
+    place = None
+
+    def fail(self, place):
+        if self.place == place:
+            raise KeyError("on purpose\\n" + "x" * 10**5)
+
+    def to(self, *args, **options):
+        self.fail("to")
+        return super().to(*args, **options)
+
+    def state_dict(self, *args, **options):
+        self.fail("state_dict")
+        return super().state_dict(*args, **options)
+
+    def parameters(self, recurse=True):
+        self.fail("parameters")
+        return super().parameters(recurse)
+
+    def __hash__(self):
+        self.fail("__hash__")
+        return id(self)
+
+    def __getattr__(self, name):
+        if name == "config":
+            self.fail("__getattr__")
+        return super().__getattr__(name)
+
+
+def built(place):
+    def build():
+        net = Failing(nn.Conv2d(3, 2, 3), nn.ReLU())
+        net.__dict__["place"] = place
+        return net
+    return build
+
+
+for place in ("to", "state_dict", "parameters", "__hash__", "__getattr__"):
+    globals()[f"at_{place}"] = built(place)
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [
+        ("to", ["maximize", "--layer", "0", "--device", "cpu", "-o", "new"]),
+        ("to", ["survey", "pictures", "--device", "cpu", "-o", "new"]),
+        ("state_dict", ["kernels", "--weights", "w.pth", "-o", "new"]),
+        ("parameters", ["maps", "photo.png", "-o", "new"]),
+        ("__hash__", ["kernels", "-o", "new"]),
+        ("__getattr__", ["layers"]),
+    ],
+)
+def test_methods_of_a_model_that_fail_are_told_in_one_line(folder, run, place, command):
+    Path("failing.py").write_text(FAILING)
+    Path("pictures").mkdir()
+    Image.new("RGB", (8, 8)).save("pictures/a.png")
+    torch.save({"0.weight": torch.zeros(2, 3, 3, 3), "0.bias": torch.zeros(2)}, "w.pth")
+    code, out, err = run(command[0], f"failing:at_{place}", *command[1:])
+    assert (code, out, len(err)) == (2, [], 1)
+    assert err[0].startswith("torchlens-viz: error: ")
+    assert "KeyError: 'on purpose" in err[0]
+    assert place in err[0] or place == "__hash__"  # which parameters() asks for
+    assert err[0].isprintable()
+    assert len(err[0]) < 1000
+    assert not Path("new").exists()
+    del sys.modules["failing"]
 
 
 def test_a_failed_download_is_one_line(folder, run, monkeypatch):

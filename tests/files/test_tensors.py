@@ -208,3 +208,22 @@ def test_told_values_of_other_types_are_named(told, message):
 def test_told_values_as_they_are_wanted_pass():
     for told in ({"a": 1, "b": 1.5}, {"a": 0, "b": 2}, {"a": -1, "b": None}):
         assert require_values(told, {"a": int, "b": (float, type(None))}) is told
+
+
+def test_a_checksum_tells_values_of_every_layout_apart_and_meta_by_shape():
+    eye = torch.eye(3)
+    kinds = {
+        "dense": lambda t: t,
+        "sparse": lambda t: t.to_sparse(),
+        "half": lambda t: t.half(),
+        "float8": lambda t: t.to(torch.float8_e4m3fn),
+        "complex": lambda t: (t + 1j * t).conj(),
+        "negative": lambda t: (t + 1j * t).conj().imag,
+        "bool": lambda t: t.bool(),
+        "number": lambda t: t[1, 1],
+    }
+    for name, make in kinds.items():
+        assert checksum(make(eye)) == checksum(make(eye.clone())) != checksum(make(0 * eye)), name
+    assert checksum(kinds["sparse"](eye)) == checksum(eye)
+    assert checksum(eye.to("meta")) == checksum(0 * eye.to("meta")) != checksum(torch.ones(4, device="meta"))
+    assert checksum(torch.empty(0)) == checksum(torch.empty(0, 3))

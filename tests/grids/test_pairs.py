@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -508,3 +509,10 @@ def test_pairs_go_to_a_file(tmp_path):
     with Image.open(path) as stored:
         expected = pair_grid(network(), "0", image, sort_by="channel", nrow=2)
         assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(expected))
+
+
+def test_a_sheet_that_would_be_too_large_is_refused_before_it_is_drawn():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InvalidArgumentError, match=r"the sheet would have .* choose fewer tiles"):
+        pair_grid(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", torch.rand(3, 12, 12), channels=[0, 1] * 20_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # kilobytes

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import torchlens_viz as tv
 from torchlens_viz import explain, maximize, project, survey
 from torchlens_viz.errors import InvalidTypeError
 from torchlens_viz.models.copying import private_copy
@@ -124,3 +125,24 @@ def test_functions_of_a_copy_run_the_copy():
     handle.remove()
     assert calls == ["the copy's"]
     assert model.by_part.__closure__[0].cell_contents is model.norm
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_torch_fx_traced_is_copied(nested):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval()
+    traced = torch.fx.symbolic_trace(plain)
+    model, of, prefix = (nn.Sequential(traced), nn.Sequential(plain), "0.") if nested else (traced, plain, "")
+    image = torch.rand(3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+    def score(output):
+        return output[:, 1].mean((1, 2))
+
+    for method in ("gradient", "gradcam"):
+        options = {"method": method, **({"layer": f"{prefix}3"} if method == "gradcam" else {})}
+        found, expected = (tv.explain(each, image, score, **options) for each in (model, of))
+        assert torch.equal(found.heatmaps, expected.heatmaps)
+    found, expected = (
+        tv.maximize(each, f"{prefix}3", [1], size=10, steps=3, progress=False) for each in (model, of)
+    )
+    assert torch.equal(found.images, expected.images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from torchlens_viz import explain, maximize, overlay_grid, pair_grid, project
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, PictureError
 from torchlens_viz.files.pictures import read_image
 from torchlens_viz.models.calls import called_with, inputs_like
 from torchlens_viz.models.images import as_batch, image_batch, model_input, require_usual_shape
@@ -267,3 +269,15 @@ def assert_close(found, expected):
     assert map_tensors(lambda each: None, found) == map_tensors(lambda each: None, expected)
     for one, other in zip(tensors(found), tensors(expected), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("draw", [overlay_grid, pair_grid])
+@pytest.mark.parametrize("kind", ["cut", "closed"])
+def test_a_picture_that_was_opened_and_cannot_be_read_is_refused(draw, kind):
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(file, "PNG")
+    picture = Image.open(io.BytesIO(file.getvalue()[:2000] if kind == "cut" else file.getvalue()))
+    if kind == "closed":
+        picture.close()
+    with pytest.raises(PictureError, match=r"the pixels of the picture cannot be read .*; open it again"):
+        draw(nn.Sequential(nn.Conv2d(3, 2, 3)), "0", picture)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchlens_viz import LayerNotFoundError
+import torchlens_viz as tv
+from torchlens_viz import LayerNotFoundError, capture
+from torchlens_viz.errors import InvalidArgumentError
 from torchlens_viz.models.layers import named_layers, select
 
 
@@ -112,3 +114,45 @@ def test_wrappers_do_not_show_in_names():
     assert [layer.name for layer in found] == expected
     assert all("_orig_mod" not in type(layer.module).__name__ for layer in found)
     assert found[1].module is plain.stem._orig_mod
+
+
+class Unready(nn.Module):
+    def __init__(self):
+        pass  # without `super().__init__()`
+
+
+LOOKED_AT = {
+    "capture": lambda model: capture(model, "*"),
+    "maximize": lambda model: tv.maximize(model, "0", size=8, steps=1),
+    "survey": lambda model: tv.survey(model, [torch.rand(1, 3, 8, 8)], "*", progress=False),
+    "explain": lambda model: tv.explain(model, torch.rand(3, 8, 8)),
+    "project": lambda model: tv.project(model, "0", torch.rand(3, 8, 8)),
+    "overlay_grid": lambda model: tv.overlay_grid(model, "0", torch.rand(3, 8, 8)),
+    "pair_grid": lambda model: tv.pair_grid(model, "0", torch.rand(3, 8, 8)),
+    "compare": lambda model: tv.compare(model, model, torch.rand(1, 3, 8, 8)),
+    "report": lambda model: tv.report(model, torch.rand(1, 3, 8, 8), "page.html"),
+    "receptive_field": lambda model: tv.receptive_field(model, "0", (1, 3, 8, 8)),
+    "layers": lambda model: tv.layers(model, torch.rand(1, 3, 8, 8)),
+    "kernel_grid": lambda model: tv.kernel_grid(model),
+    "Monitor": lambda model: tv.Monitor(model, object()),
+}
+
+
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_a_model_that_was_not_initialised_is_refused(name):
+    with pytest.raises(InvalidArgumentError, match=r"`model` must be initialised, got Unready .*super\(\)"):
+        LOOKED_AT[name](Unready())
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), object.__new__(nn.ReLU))
+    with pytest.raises(InvalidArgumentError, match=r"`model` must list its parts, but .* fails .*'ReLU' obj"):
+        LOOKED_AT[name](model)
+
+
+@pytest.mark.parametrize("method", ["parameters", "named_parameters", "buffers", "modules", "named_modules"])
+@pytest.mark.parametrize("name", LOOKED_AT)
+def test_a_model_that_cannot_list_its_parts_is_refused(name, method):
+    kind = type("Failing", (nn.Sequential,), {method: lambda *_, **__: {}["on purpose"]})
+    with pytest.raises(
+        InvalidArgumentError, match=rf"but `{method}\(\)` of Failing fails \(KeyError: 'on purpose'\)"
+    ) as caught:
+        LOOKED_AT[name](kind(nn.Conv2d(3, 2, 3)))
+    assert isinstance(caught.value.__cause__, KeyError)

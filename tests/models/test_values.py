@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
 import torchlens_viz as tv
+from torchlens_viz import Monitor
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
 IMAGES = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -99,3 +100,61 @@ def test_a_model_that_is_loaded_layer_by_layer_is_surveyed_where_it_runs():
     found = tv.survey(model, [IMAGES], "0", device="cpu", progress=False)
     expected = tv.survey(whole, [IMAGES], "0", progress=False)
     assert torch.equal(found.stats["0"].mean, expected.stats["0"].mean)
+
+
+@pytest.mark.parametrize("name", [*FOR_VALUES, "monitor"])
+@pytest.mark.parametrize("part", ["2.weight", "2.bias", "1.running_mean", "4.weight"])
+def test_a_model_that_lacks_some_values_is_refused(name, part, tmp_path):
+    """What torch computes with such a weight is whatever stands in memory, without a word."""
+
+    class Writer:
+        def add_image(self, *_): ...
+
+        add_scalar = add_histogram = add_image
+
+    def watched(model, _):
+        Monitor(model, Writer(), probe=IMAGES, every=1, strict=True).step(0)
+
+    model = net()
+    model[1] = nn.BatchNorm2d(4).eval()
+    layer, own = model[int(part[0])], part[2:]
+    kind = "_buffers" if own.startswith("running") else "_parameters"
+    held = getattr(layer, kind)
+    kept = held[own]
+    held[own] = nn.Parameter(kept.to("meta")) if kind == "_parameters" else kept.to("meta")
+    act = {**FOR_VALUES, "monitor": watched}[name]
+    with pytest.raises(
+        InvalidArgumentError, match=rf"`model` must have values, got `{part}` on the meta device"
+    ):
+        act(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    held[own] = kept
+    act(model, tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"channels": [0]}, {"reduce": tv.RunningStats}, {}])
+def test_a_pass_without_values_gives_shapes_or_is_refused(options):
+    """It once ended the process: a fake tensor is asked for its device by an operation of its own."""
+    with FakeTensorMode():
+        model, images = net(), torch.rand(4, 3, 12, 12)
+
+        def run():
+            with tv.capture(model, "2", **options) as acts:
+                model(images)
+            return tuple(acts["2"].shape)
+
+        if "reduce" in options:
+            with pytest.raises(InvalidTypeError, match=r"there are no statistics of `2`: .* a meta tensor"):
+                run()
+        else:
+            assert run() == (4, len(options.get("channels", "ab")), 8, 8)
+
+
+def test_weights_that_come_as_a_layer_runs_are_no_missing_values():
+    whole, model = net(), net()
+    model.load_state_dict(whole.state_dict())
+    weight = model[2].weight
+    model[2].weight = nn.Parameter(weight.detach().to("meta"))
+    model[2].register_forward_pre_hook(lambda layer, _: setattr(layer, "weight", weight))
+    found = tv.survey(model, [IMAGES], "2", progress=False)
+    assert torch.equal(found.stats["2"].mean, tv.survey(whole, [IMAGES], "2", progress=False).stats["2"].mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -212,3 +213,57 @@ def test_a_layer_that_puts_out_no_tensor_is_told_from_one_that_did_not_run():
         monitor = Monitor(model, Recorder(), layers=layer, every=1)
         with pytest.warns(MonitorWarning, match=f"step 0: {words}"), monitor.watch(0):
             model(torch.rand(1, 3, 4, 4))
+
+
+def nan_labels(output, labels):
+    return nn.functional.cross_entropy(output, labels) * torch.nan
+
+
+def logarithm_of_zero(output, labels):
+    return -(output.softmax(1) * 0).log().mean()
+
+
+def division_by_zero(output, labels):
+    return (nn.functional.cross_entropy(output, labels, reduction="none") / (labels - labels)).mean()
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.cells, self.head = nn.Linear(48, 16), nn.GRU(16, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, images):
+        return self.head(self.cells(self.into(images.movedim(1, 2).flatten(2)))[0][:, -1])
+
+
+@pytest.mark.parametrize("loss", [nan_labels, logarithm_of_zero, division_by_zero])
+@pytest.mark.parametrize("watch", [False, True])
+@pytest.mark.parametrize("make", [convolutional, normalised, dense, Recurrent])
+def test_a_loss_that_is_not_finite_is_told_from_a_spoilt_weight(make, watch, loss):
+    """From the fifth step on; what such a step leaves is NaN in all weights, whichever the layer."""
+    torch.manual_seed(0)
+    net, troubles = make(), []
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+    probe = None if watch else batch_of(999)[0]
+    monitor = Monitor(net, Recorder(), probe=probe, every=2, alarm=troubles.append, strict=True)
+    for step in range(8):
+        images, labels = batch_of(step)
+        with monitor.watch(step) if watch else nullcontext():
+            optimiser.zero_grad()
+            (nn.functional.cross_entropy if step < 5 else loss)(net(images), labels).backward()
+            optimiser.step()
+        if not watch:
+            monitor.step(step)
+    (trouble,) = troubles
+    assert (trouble.cause, trouble.kind, trouble.step) == ("loss", "nonfinite", 6)
+    assert (
+        "all weights have NaN or Inf at once, as a step leaves them where the loss is not" in trouble.message
+    )
+
+
+def test_weights_that_were_never_finite_are_not_blamed_on_a_loss():
+    net, troubles = dense(), []
+    for parameter in net.parameters():
+        parameter.data.fill_(torch.nan)
+    Monitor(net, Recorder(), probe=batch_of(0)[0], every=1, alarm=troubles.append).step(0)
+    assert troubles[0].cause == "weights"

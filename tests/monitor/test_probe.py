@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.monitor.training import Recorder, build, statistics, train
 from torchlens_viz import Monitor
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
+from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, ModelFailedError
 from torchlens_viz.monitor.health import MonitorWarning
 from torchlens_viz.monitor.probe import ProbeBatch
 
@@ -127,3 +127,14 @@ def test_a_loader_of_rows_is_read_by_the_rule_of_a_survey(key, rule):
     if rule is not None:
         with pytest.raises(InvalidArgumentError, match=r"`input_of` must say.*the keys 'label', 'picture'"):
             ProbeBatch(DataLoader(rows, batch_size=2), None, nn.Identity())
+
+
+def test_what_the_network_raises_is_told_of_the_probe():
+    net = build()
+    net[2] = nn.Linear(3, 3)
+    monitor = Monitor(net, Recorder(), probe=torch.randn(2, 3, 10, 10), every=1, strict=True)
+    with pytest.raises(
+        ModelFailedError, match=r"`probe` must be what the model takes: Sequential fails for .*\(RuntimeError"
+    ) as caught:
+        monitor.step(0)
+    assert isinstance(caught.value.__cause__, RuntimeError)

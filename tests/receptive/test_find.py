@@ -504,6 +504,7 @@ class Constant(nn.Module):
         return self.inner(torch.ones(1, 2, 3, 3))
 
 
+@pytest.mark.filterwarnings("ignore:nothing tells which dimension of what `inner` puts out")
 def test_layers_that_see_nothing_or_too_much():
     with pytest.raises(InvalidArgumentError, match="`inner` has no gradient with respect to the image"):
         receptive_field(Constant("ones"), "inner", (1, 3, 8, 8))

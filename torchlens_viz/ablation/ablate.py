@@ -88,8 +88,8 @@ def ablate(
         ([3.0, 0.0], 1.0, [0.0, 0.0])
     """
     one_of(by, "by", get_args(By))
-    integer(rows, "rows", least=1)
-    integer(seed, "seed", least=0)
+    rows = integer(rows, "rows", least=1)
+    seed = integer(seed, "seed", least=0)
     if by == "mean" and iter(loader) is loader:
         raise InvalidTypeError(
             f'`loader` must be something that can be gone through twice for `by="mean"`, got '
@@ -144,7 +144,7 @@ class _Batches:
 
 def _means(rewritten: Rewritten, batches: _Batches) -> torch.Tensor:
     """Return the mean of every channel over all positions of all inputs, (C,) float64."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), device="cpu"), 0
 
     def note(maps: torch.Tensor) -> None:
         nonlocal total, count
@@ -162,7 +162,8 @@ def _filling(by: By, means: torch.Tensor | None, inputs: int, seed: int) -> Fill
     if by == "zero":
         return torch.zeros_like
     # A turn of the whole batch leaves no input with its own.
-    turn = int(torch.randint(1, inputs, (), generator=torch.Generator().manual_seed(seed)))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    turn = int(torch.randint(1, inputs, (), generator=generator, device="cpu"))
 
     def turned(maps: torch.Tensor) -> torch.Tensor:
         each = maps.reshape(-1, inputs, *maps.shape[1:])  # one batch, or one for each channel
@@ -177,7 +178,7 @@ class _Gathered:
     def __init__(self) -> None:
         self._seen: list[tuple[torch.Tensor, torch.Tensor | None]] = []
         self._count, self._loss, self._labelled = 0, 0.0, 0
-        self._mean = self._squares = self._hits = torch.zeros((), dtype=torch.float64)
+        self._mean = self._squares = self._hits = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def see(self, losses: torch.Tensor, hits: torch.Tensor | None) -> None:
         """Take in the next of the networks, the one as it is first."""
@@ -208,7 +209,7 @@ class _Gathered:
         return Ablation(
             layer=layer,
             by=by,
-            channels=torch.tensor(channels),
+            channels=torch.tensor(channels, device="cpu"),
             loss=self._loss / count,
             accuracy=None if hits is None else hits[0].item(),
             loss_change=self._mean,

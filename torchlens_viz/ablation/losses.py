@@ -36,7 +36,7 @@ def labels_of(batch: Any, rule: InputOf) -> torch.Tensor | None:
     elif isinstance(batch, tuple | list) and len(batch) > 1:
         found = batch[1]
     if isinstance(found, list | tuple) and all(isinstance(each, int) for each in found):
-        found = torch.tensor(found)
+        found = torch.tensor(found, device="cpu")
     if isinstance(found, torch.Tensor) and found.ndim == 1 and _counts(found.dtype):
         return found.long()
     if rule is not None:

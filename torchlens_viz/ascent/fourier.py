@@ -32,7 +32,7 @@ class _Spectrum(Parametrization):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decorrelate is not None:
-            flag(self.decorrelate, "decorrelate")
+            self._set(decorrelate=flag(self.decorrelate, "decorrelate"))
 
     def _to_pixels(self, colours: torch.Tensor, axes: int) -> torch.Tensor:
         if self._mixes(colours.shape[-axes - 1], axes):

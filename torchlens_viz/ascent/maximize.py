@@ -158,8 +158,8 @@ def maximize(
     require_module(model)
     refuse_torchscript(model)
     model = called_with(model, inputs)
-    steps, seed = integer(steps, "steps", least=1, most=MOST_STEPS), integer(seed, "seed")
-    integer(seed, "seed", least=-(2**63), most=2**63 - 1)
+    steps = integer(steps, "steps", least=1, most=MOST_STEPS)
+    seed = integer(seed, "seed", least=-(2**63), most=2**63 - 1)
     if not (isinstance(batch_size, str) and batch_size == "auto"):
         batch_size = integer(batch_size, "batch_size", least=1)
     check_independence(model, batch_size)

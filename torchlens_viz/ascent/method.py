@@ -45,7 +45,7 @@ class Method(ABC):
         if not isinstance(self.compile, bool):
             raise InvalidTypeError(f"`compile` must be True or False, got {self.compile!r}")
         if self.frames is not None:
-            integer(self.frames, "frames", least=1)
+            object.__setattr__(self, "frames", integer(self.frames, "frames", least=1))
 
     def limits(self, by: Parametrization) -> tuple[float, float] | None:
         """Return the smallest and largest value of a pixel as it is drawn; None where there are no limits."""
@@ -107,8 +107,9 @@ class Normalized(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        integer(self.restarts, "restarts", least=0, most=MOST_RESTARTS)
-        integer(self.tiles, "tiles", least=1)
+        restarts = integer(self.restarts, "restarts", least=0, most=MOST_RESTARTS)
+        object.__setattr__(self, "restarts", restarts)
+        object.__setattr__(self, "tiles", integer(self.tiles, "tiles", least=1))
 
     @property
     def starts(self) -> int:

@@ -122,10 +122,11 @@ class Pixels(Parametrization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        every = self.blur_every
-        self._set(**{name: in_float32(getattr(self, name), name) for name in ("sd", "decay", "blur")})
-        if every is not None:
-            integer(every, "blur_every")
+        every = None if self.blur_every is None else integer(self.blur_every, "blur_every")
+        self._set(
+            blur_every=every,
+            **{name: in_float32(getattr(self, name), name) for name in ("sd", "decay", "blur")},
+        )
         if self.uniform is not None:
             self._set(uniform=tuple(in_float32(end, "uniform") for end in pair(self.uniform, "uniform")))
         if not 0 <= self.decay < 1 or not 0 <= self.blur <= 100 or (every is not None and every < 1):

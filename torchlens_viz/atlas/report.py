@@ -125,15 +125,15 @@ def report(
     given = as_path(path)
     require_writable(given, "path", "file", PictureError)
     if max_channels is not None:
-        integer(max_channels, "max_channels", least=1)
+        max_channels = integer(max_channels, "max_channels", least=1)
     if projections is not None:
-        integer(projections, "projections", least=0)
-    integer(max_bytes, "max_bytes", least=1)
+        projections = integer(projections, "projections", least=0)
+    max_bytes = integer(max_bytes, "max_bytes", least=1)
     folder = None if assets is None else as_path(assets, "assets")
     if folder is not None:
         require_writable(folder, "assets", "folder", PictureError)
     shelf = Shelf(given, folder)
-    flag(explain, "explain")
+    explain = flag(explain, "explain")
     if survey is not None and not isinstance(survey, Survey):
         raise InvalidTypeError(f"`survey` must be a Survey or None, got {shown(survey)}")
     if comparison is not None and not isinstance(comparison, Comparison):

@@ -91,7 +91,7 @@ def top_projections(
     if not isinstance(found, Survey):
         raise InvalidTypeError(f"`found` must be a Survey, got {type(found).__name__}")
     one_of(rule, "rule", get_args(Rule))
-    integer(tile, "tile", least=1)
+    tile = integer(tile, "tile", least=1)
     style = Style(normalize=False, upscale=upscale, padding=padding, labels=labels, title=title)
     gallery = found.gallery(layer, channels, Source(source, preprocess, invert, input_of), by=by, model=model)
     sights = {channel: gallery.sights(channel) for channel in gallery.channels}

@@ -72,17 +72,19 @@ def eigencam(values: torch.Tensor) -> torch.Tensor:
     """Return the first principal component of the maps, where it is positive: (N, h, w).
 
     Positions are the observations and channels the variables, centred. A component has no sign of its own:
-    it gets the one with which it grows with the mean of all channels.
+    it gets the one with which it grows with the mean of all channels. Maps with NaN or Inf have none: NaN.
 
     Source:
         Muhammad & Yeasin, "Eigen-CAM: Class Activation Map using Principal Components", IJCNN 2020.
     """
     flat = wide(values).flatten(2).transpose(1, 2)  # (N, positions, C)
+    is_finite = flat.isfinite().flatten(1).all(1).view(-1, 1, 1)
+    flat = flat.where(is_finite, 0)
     centred = flat - flat.mean(1, keepdim=True)
     left, strengths, _ = torch.linalg.svd(centred, full_matrices=False)
     component = left[:, :, 0] * strengths[:, :1]
     along = (component * centred.mean(2)).sum(1, keepdim=True)
-    signed = torch.where(along < 0, -component, component)
+    signed = torch.where(along < 0, -component, component).where(is_finite[:, 0], torch.nan)
     return signed.relu().float().view(len(values), *values.shape[2:]).to(values.device)
 
 

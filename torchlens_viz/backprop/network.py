@@ -48,7 +48,7 @@ def shadow_of(
         InvalidTypeError: The model holds something that cannot be copied.
     """
     original = unwrap(model)
-    require_values(original)
+    require_values(original, is_copied=True)
     cast = _weights_to_cast(original) if dtype != torch.float32 and not keeps_types else set()
 
     def change(tensor: torch.Tensor) -> torch.Tensor:

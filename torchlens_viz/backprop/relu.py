@@ -190,7 +190,7 @@ def _limits(
 def _clamp_is_closed() -> bool:
     """Tell whether this torch lets a gradient through a clamp exactly at its limits, as it did up to 2.8."""
     with torch.enable_grad():
-        limit = torch.zeros(1, requires_grad=True)
+        limit = torch.zeros(1, requires_grad=True, device="cpu")
         (gradient,) = torch.autograd.grad(limit.clamp(min=0), limit)
     return bool(gradient)
 

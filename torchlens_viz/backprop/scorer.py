@@ -27,7 +27,7 @@ from torchlens_viz.hooks.capture import capture
 from torchlens_viz.hooks.layout import Layout
 from torchlens_viz.models.layers import Selector, select_one
 from torchlens_viz.models.state import device_of, refuse_quantized
-from torchlens_viz.models.watching import Parting
+from torchlens_viz.models.watching import Parting, address_of
 
 _LINEAR: Final = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -263,8 +263,8 @@ class Scorer:
         held: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
+            if address := address_of(tensor):
+                held[address] = tensor.untyped_storage().nbytes()
             return tensor.detach()  # a result that its own graph holds would never be freed
 
         images = images.detach().requires_grad_()
@@ -273,7 +273,7 @@ class Scorer:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             scores = self.scores(images, images, channels, sensitivity, eagerly=True)
         del scores
-        weights = {weight.untyped_storage().data_ptr() for weight in self._fast.parameters()}
+        weights = set(map(address_of, self._fast.parameters()))
         return sum(size for place, size in held.items() if place not in weights)
 
     def evaluate(self, images: torch.Tensor, channels: torch.Tensor) -> Evaluation:

@@ -16,6 +16,7 @@ from torchlens_viz.errors import (
     PictureError,
     TorchlensVizError,
     in_one_line,
+    kind_of,
     message_of,
     one_line,
 )
@@ -68,13 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _silence_stdout()
         return 141
     except BaseException as error:
-        if arguments is None or isinstance(error, Exception):  # --help, or a fault of ours
+        if arguments is None:  # --help
             raise
-        print(
-            f"{PROGRAM}: error: code that belongs to the model ended the program ({one_line(error)}); let it "
-            "raise an Exception, or return",
-            file=sys.stderr,
-        )
+        if isinstance(error, Exception):
+            method = _method_of_a_model(error)
+            if method is None:  # a fault of ours
+                raise
+            told = f"`{method}` of the model fails ({one_line(error)}); mend that method, or leave it out"
+        else:
+            told = (
+                f"code that belongs to the model ended the program ({one_line(error)}); let it raise an "
+                "Exception, or return"
+            )
+        print(f"{PROGRAM}: error: {told}", file=sys.stderr)
         return 2
     return code
 
@@ -231,6 +238,20 @@ def _compare(arguments: argparse.Namespace) -> int:
     print(verdict.table)
     _report(verdict.outcome)
     return 0 if verdict.is_same else 1
+
+
+def _method_of_a_model(error: Exception) -> str | None:
+    """Return through which method of a module of the user's an exception came, or None."""
+    torch = sys.modules.get("torch")
+    trace = error.__traceback__
+    while torch is not None and trace is not None:
+        code, own = trace.tb_frame.f_code, trace.tb_frame.f_locals
+        place = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        holder = own.get(code.co_varnames[0]) if code.co_argcount else None
+        if place not in ("torch", "torchlens_viz") and issubclass(type(holder), torch.nn.Module):
+            return f"{kind_of(holder)}.{code.co_name}"
+        trace = trace.tb_next
+    return None
 
 
 def _chosen(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -123,9 +123,9 @@ def matched(found: Alike, threshold: float) -> ChannelMatch:
     """
     correlation = found.correlation
     rows, columns = correlation.shape
-    partners = torch.full((rows,), -1, dtype=torch.int64)
+    partners = torch.full((rows,), -1, dtype=torch.int64, device="cpu")
     alike = correlation.nan_to_num(nan=-2)
-    taken = torch.zeros(columns, dtype=torch.bool)
+    taken = torch.zeros(columns, dtype=torch.bool, device="cpu")
     least = min(rows, columns)
     stays = (alike.diagonal() >= threshold).nonzero().flatten() if least else partners[:0]
     partners[stays], taken[stays] = stays, True
@@ -137,7 +137,7 @@ def matched(found: Alike, threshold: float) -> ChannelMatch:
             partners[channel], taken[to] = to, True
             moved.append(Move(channel, to, correlation[channel, to].item()))
     has_like = partners >= 0
-    reached = torch.full((rows,), torch.nan, dtype=torch.float64)
+    reached = torch.full((rows,), torch.nan, dtype=torch.float64, device="cpu")
     reached[has_like] = correlation[has_like.nonzero().flatten(), partners[has_like]]
     return ChannelMatch(
         partners=partners,

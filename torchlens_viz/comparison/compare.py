@@ -102,8 +102,8 @@ def compare(
         ('1', ['1', '2', '3', '(output)'])
     """
     tolerance = None if rtol is None else number(rtol, "rtol", least=0)
-    number(atol, "atol", least=0)
-    integer(maps, "maps", least=1)
+    atol = number(atol, "atol", least=0)
+    maps = integer(maps, "maps", least=1)
     if not isinstance(match, Mapping):
         one_of(match, "match", ("name", "order"))
     elif layers is not None:

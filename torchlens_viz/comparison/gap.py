@@ -104,7 +104,8 @@ class Gap:
             return
         if a.numel() == 0:
             return
-        ours, theirs = numbers_of(a), numbers_of(b).to(a.device)
+        ours = numbers_of(a)  # on the host, where the device of `a` has no float64
+        theirs = numbers_of(b).to(ours.device)
         distance, ratio = self._measure(ours, theirs, rtol, atol)
         has_rows = ours.ndim > 0 and len(ours) == inputs and dim != 0
         if dim is not None:

@@ -141,7 +141,7 @@ class Comparison:
                 channels, or the two differ in more than their number.
             LayerNotCapturedError: The layer was not compared.
         """
-        number(threshold, "threshold", above=0, most=1)
+        threshold = number(threshold, "threshold", above=0, most=1)
         alike = self._alike[self._place(layer, call)]
         if alike is None:
             raise InvalidArgumentError(
@@ -230,7 +230,7 @@ class Comparison:
             raise LayerNotCapturedError(f"`{layer}` was not compared; {nearest(str(layer), names)}")
         if call is None:
             return next((place for place, row in rows if row.is_beyond), rows[0][0])
-        integer(call, "call", least=0)
+        call = integer(call, "call", least=0)
         found = next((place for place, row in rows if row.call == call), None)
         if found is None:
             raise InvalidArgumentError(

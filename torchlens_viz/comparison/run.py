@@ -72,7 +72,7 @@ class Run:
         self._correlations, self._isolates = correlations, isolates
         self._counts = is_layer if chosen is None else has_place
         self._first = Reference(a, self._counts, chosen)
-        self._second = Other(b, self._counts, self._hold, isolates=isolates)
+        self._second = Other(b, self._counts, isolates=isolates)
         self._rounding = Rounding()
         self._batch = 0
         self._ran: tuple[dict[str, None], dict[str, None]] = ({}, {})
@@ -102,8 +102,7 @@ class Run:
             with self._a.capture(shaken):
                 self._a.run(args, kwargs)
         self._second.begin()
-        self._second.counterpart = self._plan()
-        with self._b.capture(self._second):
+        with self._second.held_against(self._plan(), self._hold), self._b.capture(self._second):
             self._b.run(args, kwargs)
         self._first.kept.clear()
         self.inputs += self._batch

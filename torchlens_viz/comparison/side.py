@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, TypeAlias, final
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from torchlens_viz.hooks.forward import refuse_torchscript, refuse_unhookable
 from torchlens_viz.hooks.layout import Layout, mixes_layouts
 from torchlens_viz.hooks.sink import Sink, real_tensor
 from torchlens_viz.models.inputs import shown_to
-from torchlens_viz.models.layers import Layer, named_layers, unwrap
+from torchlens_viz.models.layers import Layer, named_layers, require_module, unwrap
 from torchlens_viz.models.state import like_parameters, require_values, untouched
 from torchlens_viz.nested import map_tensors
 
@@ -68,6 +69,7 @@ class Side:
             raise InvalidTypeError(
                 f"`{name}` must be a torch.nn.Module or an ExportedProgram, got {type(model).__name__}"
             )
+        require_module(model)
         try:
             refuse_torchscript(model)
         except CaptureError as error:
@@ -188,6 +190,10 @@ class Reference(Calls):
             self.kept[row] = Kept(tensor.clone(), dim)
 
 
+_Counterpart: TypeAlias = Callable[[Call], Call | None]
+_Hold: TypeAlias = Callable[[torch.Tensor, int | None, Row, Row], torch.Tensor | None]
+
+
 @final
 class Other(Calls):
     """Holds what the second network puts out against what was kept of the first.
@@ -195,8 +201,6 @@ class Other(Calls):
     Args:
         side: The network.
         has_place: Tells which layers count in the order of execution.
-        hold: Is called with a tensor, its channel dimension and its row where it has a counterpart, and that;
-            returns what was kept of it.
         isolates: Whether the network is to go on from what was kept.
     """
 
@@ -204,14 +208,29 @@ class Other(Calls):
         self,
         side: Side,
         has_place: Callable[[nn.Module], bool],
-        hold: Callable[[torch.Tensor, int | None, Row, Row], torch.Tensor | None],
         *,
         isolates: bool,
     ) -> None:
-        self._hold, self._isolates = hold, isolates
+        self._isolates = isolates
         self._given: Any = None
-        self.counterpart: Callable[[Call], Call | None] = lambda call: None
+        self._counterpart: _Counterpart = _nothing
+        self._hold: _Hold = _nothing
         super().__init__(side, has_place)
+
+    @contextmanager
+    def held_against(self, counterpart: _Counterpart, hold: _Hold) -> Iterator[None]:
+        """Hold within the block what is put out against something; both are let go at its end.
+
+        Args:
+            counterpart: Finds the call in the other network that a call stands for.
+            hold: Is called with a tensor, its channel dimension and its row where it has a counterpart, and
+                that; returns what was kept of it.
+        """
+        self._counterpart, self._hold = counterpart, hold
+        try:
+            yield
+        finally:
+            self._counterpart = self._hold = _nothing
 
     @property
     def is_on_graph(self) -> bool:
@@ -232,10 +251,14 @@ class Other(Calls):
 
     def take(self, tensor: torch.Tensor, dim: int | None, row: Row) -> None:
         """Hold it against its counterpart, if it has one."""
-        call = self.counterpart(row.call)
+        call = self._counterpart(row.call)
         kept = None if call is None else self._hold(tensor, dim, row, Row(call, row.part))
         if kept is not None and self._isolates and kept.shape == tensor.shape:
             self._given = _in_the_manner_of(tensor, kept)
+
+
+def _nothing(*_: object) -> None:
+    """Hold nothing against anything."""
 
 
 def _in_the_manner_of(tensor: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -296,7 +296,8 @@ def pick(source: Any, samples: Iterable[int], rule: InputOf) -> Mapping[int, Any
     """
     wanted = sorted(set(samples))
     source = source.dataset if isinstance(source, DataLoader) else source
-    if hasattr(type(source), "__getitem__") and not isinstance(source, IterableDataset):
+    has_items = any("__getitem__" in vars(kind) for kind in type(source).__mro__)
+    if has_items and not isinstance(source, IterableDataset):
         return _Lookup(source, wanted, rule)
     if not isinstance(source, Iterable):
         raise InvalidTypeError(f"`source` must be a dataset or a tensor of inputs, got {shown(source)}")

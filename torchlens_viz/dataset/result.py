@@ -186,7 +186,7 @@ class Survey(Record):
         Raises:
             InvalidArgumentError: As in `patches`, an index is out of range, or the sheet would be too large.
         """
-        integer(tile, "tile", least=1)
+        tile = integer(tile, "tile", least=1)
         style = Style(normalize=False, upscale=upscale, padding=padding, labels=labels, title=title)
         inputs = Source(source, preprocess, invert, input_of, bands)
         return self.gallery(layer, channels, inputs, by=by, model=model).draw(tile=tile, style=style)

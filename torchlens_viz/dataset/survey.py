@@ -186,8 +186,7 @@ def survey(
         "by_class": by_class,
         "encoder": _name_of(encoder),
     }
-    if device is None or first is None or not first.is_meta:  # others may be loaded layer by layer
-        require_values(model)
+    require_values(model, is_placed=device is not None)
     if checkpoint is not None or processes > 1:
         settings["weights"] = checksum(unwrap(model))
 

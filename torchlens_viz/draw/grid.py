@@ -8,7 +8,7 @@ from math import inf
 
 import torch
 
-from torchlens_viz.arguments import check_dense, flag, integer, made_of, real, shown, wide
+from torchlens_viz.arguments import check_dense, flag, has_values, integer, made_of, real, shown, wide
 from torchlens_viz.draw.scale import finite_range
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError
 
@@ -57,9 +57,10 @@ def make_grid(
         torch.Size([3, 14, 20])
     """
     images = _as_batch(tensor)
-    if integer(nrow, "nrow") < 1:
+    nrow, padding = integer(nrow, "nrow"), integer(padding, "padding")
+    if nrow < 1:
         raise InvalidArgumentError(f"`nrow` (the number of columns) must be at least 1, got {nrow}")
-    if integer(padding, "padding") < 0:
+    if padding < 0:
         raise InvalidArgumentError(f"`padding` must not be negative, got {padding}")
     normalize, scale_each = flag(normalize, "normalize"), flag(scale_each, "scale_each")
     if value_range is not None:
@@ -229,7 +230,7 @@ def _normalized(images: torch.Tensor, value_range: Sequence[float] | None, scale
         raise InvalidTypeError(f"`normalize` needs real values, got {images.dtype}; pass `tensor.abs()`")
     if images.is_quantized:
         raise InvalidTypeError(f"`normalize` needs plain numbers, got {images.dtype}; pass `.dequantize()`")
-    if images.is_meta:
+    if not has_values(images):
         raise InvalidTypeError("`normalize` needs values, got a tensor on meta; load its values first")
     if images.is_floating_point() and images.dtype.itemsize == 1:
         raise InvalidTypeError(f"`normalize` needs a type to compute in, got {images.dtype}; pass `.float()`")

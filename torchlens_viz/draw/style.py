@@ -73,9 +73,9 @@ class Style:
             ("page", self.page, 0),
         ):
             if value is not None or name in ("padding", "page"):
-                integer(value, name, least=least, most=_MOST)
+                object.__setattr__(self, name, integer(value, name, least=least, most=_MOST))
         for name in ("normalize", "scale_each", "legend"):
-            flag(getattr(self, name), name)
+            object.__setattr__(self, name, flag(getattr(self, name), name))
         if self.title is not None and not isinstance(self.title, str):
             raise InvalidTypeError(f"`title` must be a string or None, got {shown(self.title)}")
         one_of(self.interpolation, "interpolation", get_args(Interpolation))

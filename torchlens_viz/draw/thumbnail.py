@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from torchlens_viz.arguments import has_values
 from torchlens_viz.draw.canvas import draw
 from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.draw.style import Style
@@ -27,7 +28,7 @@ def thumbnail(values: Any, channel_dim: int | None) -> Image.Image | None:
     Returns:
         An image, or None for what is no such maps of plain numbers.
     """
-    if not isinstance(values, torch.Tensor) or values.is_nested or values.is_meta or values.ndim != 4:
+    if not isinstance(values, torch.Tensor) or values.is_nested or not has_values(values) or values.ndim != 4:
         return None
     try:
         maps = maps_of(values, 0, channel_dim=channel_dim)[:_TILES].detach()

@@ -56,7 +56,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = 100_000_000) -
         PictureError: If the file is missing, unreadable, not a picture, damaged, or too large.
         InvalidArgumentError: If `max_pixels` is less than 1.
     """
-    integer(max_pixels, "max_pixels", least=1)
+    max_pixels = integer(max_pixels, "max_pixels", least=1)
     source = as_path(path)
     shown = repr(str(source))
     try:

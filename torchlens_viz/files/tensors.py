@@ -264,13 +264,25 @@ def require_same_settings(before: object, now: Mapping[str, Any], path: Path) ->
 
 
 def checksum(*sources: nn.Module | torch.Tensor | None) -> int:
-    """Return a number that differs where weights or values differ."""
+    """Return a number that differs where weights or values differ.
+
+    Of what has no values, such as weights on the meta device, only the type and shape count.
+    """
     total = 0
     for source in sources:
         tensors = [source] if isinstance(source, torch.Tensor) else []
         if isinstance(source, nn.Module):
             tensors = [*source.parameters(), *source.buffers()]
         for tensor in tensors:
-            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            total = zlib.crc32(values.numpy().data, total)
+            total = zlib.crc32(_bytes_of(tensor.detach()), total)
     return total
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """Return what a tensor holds, as memory that can be read; of another layout, what it stands for."""
+    try:
+        dense = tensor if tensor.layout is torch.strided else tensor.to_dense()
+        values = dense.cpu().resolve_conj().resolve_neg().contiguous()
+        return values.view(-1).view(torch.uint8).numpy().data
+    except (RuntimeError, TypeError, NotImplementedError):  # it has none, or is of a class of its own
+        return repr((str(tensor.dtype), tuple(tensor.shape))).encode()

@@ -214,7 +214,7 @@ def overlay_grid(
     lines = [*blend.legend(), note] if legend else []
     if axes == 1:
         signal, drawn = as_signal(batch, invert, bands)
-        size = size_of(signal, upscale)
+        size = size_of(signal, sheet.upscale)
         check_size((len(maps), 3, *size), replace(sheet, upscale=1))
         lines += [legend_of(signal, drawn)] if legend else []
         tiles = over_curves(
@@ -230,7 +230,7 @@ def overlay_grid(
             planes = slicing.take(pixels).movedim(1, 0)
             pixels = planes[[place % len(suffixes) for place in choice.places]]
             lines += [slicing.note()] if legend else []
-        factor = upscale or ceil(_TILE_SIZE / max(pixels.shape[-2:]))
+        factor = sheet.upscale or ceil(_TILE_SIZE / max(pixels.shape[-2:]))
         check_size((len(maps), 3, *(factor * side for side in pixels.shape[-2:])), replace(sheet, upscale=1))
         tiles = blend.tiles(
             pixels, shown, origins=origins, steps=steps, interpolation=interpolation, upscale=factor

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchlens_viz.arguments import flag, function, indices_of, one_of
-from torchlens_viz.draw.canvas import draw_chosen, in_colour
+from torchlens_viz.draw.canvas import check_size, draw_chosen, in_colour
 from torchlens_viz.draw.maps import maps_of
 from torchlens_viz.draw.style import Style, choose
 from torchlens_viz.errors import InvalidArgumentError
@@ -127,6 +127,8 @@ def pair_grid(
     if nrow is None:  # a pair is about twice as wide as high
         sheet = replace(sheet, nrow=ceil(sqrt(len(choice.places) / 2)))
     shown = [chosen[place] for place in choice.places]
+    factor = ceil(_MAP_SIZE / max(maps.shape[1:]))  # before any is drawn: at least this much
+    check_size((len(shown), 3, *(factor * side for side in maps.shape[1:])), replace(sheet, max_tiles=None))
     pairs = _drawn(weight[shown], maps[shown], Style(scale_each=scale_each))
     words = [_MEANING] if labels is True else []
     return draw_chosen(pairs, choice, sheet, labels=_captions(chosen, patterns), lines=words)

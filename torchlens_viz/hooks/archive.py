@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from torchlens_viz.arguments import has_values
 from torchlens_viz.errors import ArchiveError, reason_of
 from torchlens_viz.files.tensors import SafetensorsFile, write_safetensors
 from torchlens_viz.hooks.layout import mark, marked_dim
@@ -172,7 +173,8 @@ class _Packing:
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor has one place in memory for every element, in a type that a file can have."""
-    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+    is_usual = not tensor.is_nested and tensor.layout is torch.strided and not tensor.is_quantized
+    if not is_usual or not has_values(tensor):
         return False
     try:
         tensor.untyped_storage().data_ptr()

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, final
 import torch
 from torch.utils._pytree import tree_leaves
 
+from torchlens_viz.arguments import has_values
 from torchlens_viz.dimensions.factors import channel_dim, input_dim, laid_out
 from torchlens_viz.dimensions.operations import SOURCES, Called, Known, Seen, followed
 from torchlens_viz.dimensions.parts import Part, takes_memory, view_of, whole, whole_after
@@ -125,8 +126,8 @@ def operation(func: Any) -> str:
 def key_of(tensor: torch.Tensor) -> _Key | None:
     """Return what tells the values of a tensor from those of others, while they are there."""
     try:
-        # What is on the meta device has no address, and still what would be its memory.
-        place = tensor.data_ptr() if not tensor.is_meta else _place_of(tensor)
+        # What has no values has no address, and still what would be its memory.
+        place = tensor.data_ptr() if has_values(tensor) else _place_of(tensor)
         return place, tuple(tensor.shape), tensor.stride()
     except Exception:  # sparse, without memory, or what stands for a tensor
         return None
@@ -139,7 +140,8 @@ def _place_of(tensor: torch.Tensor) -> tuple[int, int]:
 @lru_cache(1024)
 def _is_made_of_others(func: Any) -> bool:
     """Tell whether an operation is nothing but a few others, on every device."""
-    if not isinstance(func, torch._ops.OpOverload):
+    # What a tensor says of itself, such as its device, is told as well, and has no kernels.
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
         return False
     name, has_kernel = str(func._schema.name), torch._C._dispatch_has_kernel_for_dispatch_key
     name += f".{func._schema.overload_name}" if func._schema.overload_name else ""

@@ -11,8 +11,8 @@ from typing import Generic, Literal, NoReturn, TypeVar, final
 import torch
 from torch import nn
 
-from torchlens_viz.arguments import channel_tuple, flag, named_device, one_of
-from torchlens_viz.errors import CaptureError
+from torchlens_viz.arguments import all_indices, flag, named_device, one_of, shown
+from torchlens_viz.errors import CaptureError, InvalidArgumentError
 from torchlens_viz.hooks.activations import Activations, Recorder
 from torchlens_viz.hooks.block import Block
 from torchlens_viz.hooks.forward import (
@@ -104,13 +104,13 @@ def capture(
     """
     one_of(io, "io", ("output", "input", "both"))
     one_of(compiled, "compiled", ("eager", "error"))
-    flag(stop, "stop")
+    stop = flag(stop, "stop")
     retention = Retention(
         copy=copy,
         grad=grad,
         dtype=dtype,
         device=None if device is None else named_device(device),
-        channels=None if channels is None else channel_tuple(channels),
+        channels=None if channels is None else _channels(channels),
         reduce=reduce,
         max_bytes=max_bytes,
     )
@@ -126,6 +126,14 @@ def capture(
             followed = layout
     sink = Recorder(retention, layout)
     return Capture(unwrap(model), selected, check, sink, io=io, stop=stop, layout=followed)
+
+
+def _channels(channels: int | Sequence[int]) -> tuple[int, ...]:
+    """Return channel indices as a tuple, refusing what is not a list of indices from 0."""
+    indices = tuple(all_indices(channels, "channels"))
+    if min(indices) < 0:
+        raise InvalidArgumentError(f"`channels` must be one or more indices from 0, got {shown(channels)}")
+    return indices
 
 
 @final

@@ -45,7 +45,7 @@ class Retention:
     def __post_init__(self) -> None:
         if not isinstance(self.copy, bool) and not (isinstance(self.copy, str) and self.copy == "lazy"):
             raise InvalidArgumentError(f'`copy` must be True, False or "lazy", got {shown(self.copy)}')
-        flag(self.grad, "grad")
+        object.__setattr__(self, "grad", flag(self.grad, "grad"))
         gathers = self.reduce is RunningStats or isinstance(self.reduce, RunningStats)
         object.__setattr__(self, "gathers", gathers)
         if self.dtype is not None and not isinstance(self.dtype, torch.dtype):

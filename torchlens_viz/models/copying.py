@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchlens_viz.errors import InvalidTypeError, reason_of
 from torchlens_viz.models.keeping import same_random_numbers
-from torchlens_viz.models.state import refuse_lazy, set_eval
+from torchlens_viz.models.state import is_ours, refuse_lazy, set_eval
 from torchlens_viz.models.watching import Parting
 
 # Where a module keeps what runs with it, forward and backward.
@@ -91,13 +91,20 @@ def _require_same_tensors(model: nn.Module, twin: nn.Module, memo: dict[int, obj
         if f"{name.removeprefix('module ')}.".startswith(scripted):
             continue
         other = theirs.get(name)
-        is_same = other is memo[id(part)] if isinstance(part, torch.Tensor) else type(other) is type(part)
+        is_same = other is memo[id(part)] if isinstance(part, torch.Tensor) else _is_alike(part, other)
         if not is_same or other is part:
             raise InvalidTypeError(
                 f"`model` must be a module that can be copied, got {type(model).__name__}, of which "
                 f"copy.deepcopy makes something else (`{name}` differs); let `__deepcopy__` copy all that "
                 "the model holds, or leave it out"
             )
+
+
+def _is_alike(module: nn.Module, other: object) -> bool:
+    """Tell whether a module runs the code of another; each of torch.fx has a class of its own."""
+    if isinstance(module, torch.fx.GraphModule):
+        return isinstance(other, torch.fx.GraphModule) and other.code == module.code
+    return type(other) is type(module)
 
 
 def _close_over_copies(model: nn.Module, memo: dict[int, object]) -> None:
@@ -169,7 +176,7 @@ def _hooks_apart(
             own = {key: hook for key, hook in hooks.items() if all_belong or _belongs(hook, modules)}
             found.append((kept, own))
             left_out |= "forward" in name and any(
-                key not in own and not _is_ours(hook) for key, hook in hooks.items()
+                key not in own and not is_ours(hook) for key, hook in hooks.items()
             )
         memo[id(module._forward_hooks_always_called)] = OrderedDict()
     if left_out and warn:
@@ -179,10 +186,6 @@ def _hooks_apart(
             stacklevel=4,
         )
     return found
-
-
-def _is_ours(hook: object) -> bool:
-    return type(hook).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def computes_weights(module: nn.Module) -> bool:

@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 
 from torchlens_viz.arguments import check_dense, function
-from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, calling, one_line
+from torchlens_viz.errors import (
+    InvalidArgumentError,
+    InvalidTypeError,
+    PictureError,
+    calling,
+    one_line,
+    reason_of,
+)
 from torchlens_viz.files.pictures import as_rgb, upright
 from torchlens_viz.models.keeping import same_random_numbers
 
@@ -77,7 +84,7 @@ def image_batch(
                 f"`image` must be a tensor (1, {AXES[axes]}) or ({AXES[axes]}) for this network, got a "
                 "picture; pass `preprocess`, which makes one of it"
             )
-        picture = as_rgb(image)
+        picture = _in_colours(image)
         pixels = torch.from_numpy(np.array(picture.convert("L") if channels == 1 else picture))
         return (pixels[None, None] if channels == 1 else pixels.movedim(2, 0)[None]).float() / 255
     return in_floats(as_batch(image, axes))
@@ -122,7 +129,22 @@ def as_shown(image: object, channels: int | None, axes: int = 2) -> Any:
     if channels == len(image.getbands()) == 4:
         return upright(image)
     is_gray = image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
-    return as_rgb(image).convert("L") if channels == 1 and is_gray else as_rgb(image)
+    return _in_colours(image).convert("L") if channels == 1 and is_gray else _in_colours(image)
+
+
+def _in_colours(picture: Image.Image) -> Image.Image:
+    """Return a picture as RGB; one that was opened, and never looked at, may turn out to be damaged.
+
+    Raises:
+        PictureError: Its pixels cannot be read.
+    """
+    try:
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PictureError(
+            f"the pixels of the picture cannot be read ({reason_of(error)}); open it again, or mend its file"
+        ) from error
+    return as_rgb(picture)
 
 
 def _require_image(image: object) -> None:

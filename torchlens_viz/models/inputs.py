@@ -234,7 +234,9 @@ def _holds(row: torch.Tensor, item: torch.Tensor) -> bool:
 def _as_tensors(value: Any) -> list[torch.Tensor]:
     """Return what holds plain numbers as a tensor on the CPU, as the only one in a list."""
     try:
-        found = torch.as_tensor(value) if isinstance(value, _VALUES) else None
+        found = value if isinstance(value, torch.Tensor) else None
+        if found is None and isinstance(value, _VALUES):
+            found = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return []
     is_plain = found is not None and found.layout == torch.strided and found.device.type == "cpu"

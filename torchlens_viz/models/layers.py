@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeAlias, final
+from typing import Any, Final, NamedTuple, TypeAlias, final
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ from torchlens_viz.errors import (
     InvalidTypeError,
     LayerNotFoundError,
     calling,
+    kind_of,
+    one_line,
 )
 from torchlens_viz.models.keeping import same_attributes
 
@@ -31,6 +33,11 @@ Selector: TypeAlias = OneSelector | Sequence[OneSelector]
 # Modules that stand between a parent and the module a person wrote; they have no place in a name.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 _MOST_SELECTORS = 2**20
+_PARTS: Final = frozenset(("_modules", "_parameters", "_buffers"))
+_LISTING: Final = (  # what all that takes a model walks over
+    "modules", "named_modules", "parameters", "named_parameters", "buffers", "named_buffers", "children",
+    "named_children",
+)  # fmt: skip
 _GLOB = re.compile(r"[*?\[]")
 
 
@@ -42,13 +49,44 @@ class Layer(NamedTuple):
 
 
 def require_module(model: object) -> None:
-    """Refuse what is no model.
+    """Refuse what is no model, or one that cannot tell its parts.
 
     Raises:
-        InvalidTypeError: It is none.
+        InvalidArgumentError: It or a part of it was not initialised, or what it has in the place of a method
+            that lists its modules, parameters or buffers fails.
+        InvalidTypeError: It is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise InvalidTypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    _require_root(model)
+    _listed(model, "named_modules")
+
+
+def _require_root(model: object) -> None:
+    """Do so without a look at its parts."""
+    if not issubclass(type(model), nn.Module):  # not as the object says itself, which may say anything
+        raise InvalidTypeError(f"`model` must be a torch.nn.Module, got {kind_of(model)}")
+    for name in _LISTING:
+        if name in vars(model) or getattr(type(model), name) is not getattr(nn.Module, name):
+            _listed(model, name)
+    if not isinstance(model, torch.jit.ScriptModule) and not vars(model).keys() >= _PARTS:
+        raise InvalidArgumentError(
+            f"`model` must be initialised, got {kind_of(model)} without {', '.join(sorted(_PARTS))}; call "
+            "`super().__init__()` first in its `__init__`"
+        )
+
+
+def _listed(model: Any, method: str, **options: Any) -> list[Any]:
+    """Return what a method lists of a model's parts.
+
+    Raises:
+        InvalidArgumentError: It fails.
+    """
+    try:
+        return [*getattr(model, method)(**options)]
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"`model` must list its parts, but `{method}()` of {kind_of(model)} fails ({one_line(error)}); "
+            "mend that, or call `super().__init__()` first in the `__init__` of each"
+        ) from error
 
 
 @final
@@ -91,7 +129,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: It is TorchScript, which has no layers that anybody could look into.
     """
-    require_module(model)
+    _require_root(model)
     while True:
         if isinstance(model, torch.jit.ScriptModule):
             raise CaptureError(
@@ -111,7 +149,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_layers(model: nn.Module) -> list[Layer]:
     """List every module of `model` in definition order, a shared module once per name it is reached by."""
     found = {}
-    for raw, module in unwrap(model).named_modules(remove_duplicate=False):
+    listed = _listed(unwrap(model), "named_modules", remove_duplicate=False)
+    for raw, module in listed:
         if not any(wrapper in module._modules for wrapper in _WRAPPERS):
             name = ".".join(part for part in raw.split(".") if part not in _WRAPPERS)
             found[name] = Layer(name, module)

@@ -72,19 +72,45 @@ def refuse_lazy(tensors: Iterable[torch.Tensor]) -> None:
         )
 
 
-def require_values(model: nn.Module) -> None:
-    """Refuse a model that has no values to compute with.
+def require_values(model: nn.Module, *, is_copied: bool = False, is_placed: bool = False) -> None:
+    """Refuse a model that has no values to compute with, or not all of them.
+
+    What torch computes with weights on the meta device may be whatever stands in memory. Parts whose weights
+    come as they run, by a hook or a `forward` of their own, have theirs then.
+
+    Args:
+        model: The model.
+        is_copied: Whether a copy is to run, which would be left without what brings the weights.
+        is_placed: Whether it is said where inputs go; else the first parameter must say so.
 
     Raises:
-        InvalidArgumentError: Its parameters are lazy, on the meta device, or fake.
+        InvalidArgumentError: A parameter is lazy, on the meta device, or fake, or a buffer is.
     """
     refuse_lazy(chain(model.parameters(), model.buffers()))
-    first = next(chain(model.named_parameters(), model.named_buffers()), None)
-    if first is not None and not has_values(first[1]):
-        raise InvalidArgumentError(
-            f"`model` must have values, got `{first[0]}` {_without(first[1])}; build it on cpu, or call "
-            '`model.to_empty(device="cpu")` and load its weights'
-        )
+    held = dict(chain(model.named_parameters(), model.named_buffers()))
+    missing = {name: tensor for name, tensor in held.items() if not has_values(tensor)}
+    brought = () if is_copied or not missing else _brought(model)
+    for name, tensor in missing.items():
+        is_first = name == next(iter(held))
+        if (is_first and not is_placed) or not name.startswith(brought):
+            raise InvalidArgumentError(
+                f"`model` must have values, got `{name}` {_without(tensor)}; build it on cpu, or call "
+                '`model.to_empty(device="cpu")` and load its weights'
+            )
+
+
+def _brought(model: nn.Module) -> tuple[str, ...]:
+    """Return how the names begin of parameters that may get their values as their module runs."""
+    return tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if "forward" in vars(module) or any(not is_ours(hook) for hook in module._forward_pre_hooks.values())
+    )
+
+
+def is_ours(hook: object) -> bool:
+    """Tell whether a hook is of this library, which changes nothing."""
+    return type(hook).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _without(tensor: torch.Tensor) -> str:

@@ -15,6 +15,10 @@ from torchlens_viz.monitor.health import Cause, Figures, Kind, Trouble
 # or large as well: the latter alone may be the scale of the data.
 _GAINS: Final = (0.05, 20.0)
 _SIGNALS: Final = (0.01, 50.0)
+_AFTER_NAN: Final = (
+    ": all weights have NaN or Inf at once, as a step leaves them where the loss is not finite; look at the "
+    "labels and at the data of the steps before, and for the logarithm of zero or a division by it"
+)
 _LEAST_STD: Final = 0.01  # growth is counted from there: what begins at nothing grows without bounds
 
 
@@ -210,6 +214,8 @@ class Watchman:
         if layer in evidence.spoilt:
             if self._hasty is not None:
                 return self._haste()
+            if self._first and len(evidence.gains) > 1 and evidence.gains.keys() <= evidence.spoilt.keys():
+                return _Why("loss", _AFTER_NAN)
             words = (
                 f": its `{evidence.spoilt[layer]}` has NaN or Inf, while what the network is given is finite"
             )

@@ -86,7 +86,7 @@ class Figures:
 
 Kind: TypeAlias = Literal["nonfinite", "dead", "std", "growth", "weights", "update"]
 Cause: TypeAlias = Literal[
-    "input", "initialisation", "weights", "bias", "learning rate", "overflow", "unknown"
+    "input", "initialisation", "weights", "bias", "learning rate", "loss", "overflow", "unknown"
 ]
 
 
@@ -106,7 +106,8 @@ class Trouble:
         figures: All figures of the layer.
         cause: Where the trouble comes from, as far as inputs, weights and updates tell: `"input"`, what the
             network is given; `"initialisation"`, the weights at the first look; `"weights"`, those of now;
-            `"bias"`; `"learning rate"`; `"overflow"`, from finite inputs and weights; else `"unknown"`.
+            `"bias"`; `"learning rate"`; `"loss"`, which left NaN in all weights at once; `"overflow"`, from
+            finite inputs and weights; else `"unknown"`.
         message: A sentence with layer, step, figure and cause.
     """
 

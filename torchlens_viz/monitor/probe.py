@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torchlens_viz.arguments import shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, one_line
-from torchlens_viz.models.inputs import InputOf, input_of
+from torchlens_viz.models.inputs import InputOf, input_of, shown_to
 from torchlens_viz.models.keeping import same_random_numbers
 from torchlens_viz.models.state import (
     inference,
     like_parameters,
     no_autocast_cache,
     no_cached_parametrizations,
+    require_values,
 )
 from torchlens_viz.nested import cloned, map_tensors
 
@@ -86,13 +87,15 @@ class ProbeBatch:
             raise InvalidArgumentError(
                 "the model has lazy parameters, which the probe would give values: train a step before"
             )
+        require_values(model)
         with (
             inference(model),
             no_autocast_cache(),
             no_cached_parametrizations(),
         ):
             args, kwargs = map_tensors(placed, cloned((self._args, self._kwargs)))
-            model(*args, **kwargs)
+            with shown_to(model, (args, kwargs), "probe", remedy="pass what the network takes in training"):
+                model(*args, **kwargs)
 
     def picture(self) -> torch.Tensor | None:
         """Return the inputs where they are pictures: (N, 1, H, W) or (N, 3, H, W), else None."""

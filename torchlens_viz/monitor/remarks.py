@@ -9,7 +9,7 @@ from typing import final
 
 from torch import nn
 
-from torchlens_viz.errors import in_one_line, message_of
+from torchlens_viz.errors import in_one_line, kind_of, message_of
 from torchlens_viz.hooks.forward import is_compiled
 from torchlens_viz.monitor.health import MonitorWarning
 from torchlens_viz.monitor.observe import Observation
@@ -42,7 +42,7 @@ class Remarks:
             return False
         if not self._has_failed:
             self._has_failed = True
-            told = f"{type(error).__name__}: {in_one_line(message_of(error))}"
+            told = f"{kind_of(error)}: {in_one_line(message_of(error))}"
             _say(
                 f"step {step} could not be logged, or not in full ({told}). The "
                 "training goes on, and nothing more is said of this; `strict=True` raises instead"

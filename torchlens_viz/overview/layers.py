@@ -91,7 +91,7 @@ def layers(
             trace(model, known, inputs, log)
             if device_of(model).type != "meta":
                 shares = time_shares(model, known, inputs)
-    still = twin or model
+    still = model if twin is None else twin
     fields = receptive_fields(still, named_layers(still), *inputs, log.channel_dims())
     rows = rows_of(known, log.calls, _image_shape(inputs), fields, shares)
     asked = {layer.name for layer in wanted}

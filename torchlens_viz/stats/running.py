@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast, final
 import numpy.typing as npt
 import torch
 
-from torchlens_viz.arguments import has_float64, integer, listed, made_of, plain, shown
+from torchlens_viz.arguments import has_float64, has_values, integer, listed, made_of, plain, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, NoDataError, one_line
 from torchlens_viz.stats.channels import (
     ChannelStats,
@@ -151,8 +151,10 @@ class RunningStats:
         """
         if not isinstance(values, torch.Tensor):
             raise InvalidTypeError(f"`values` must be a tensor, got {type(values).__name__}")
-        if values.is_complex() or values.is_nested or values.is_meta:
-            kind = "nested" if values.is_nested else "a meta tensor" if values.is_meta else str(values.dtype)
+        if values.is_complex() or values.is_nested or not has_values(values):
+            kind = (
+                "nested" if values.is_nested else str(values.dtype) if has_values(values) else "a meta tensor"
+            )
             raise InvalidTypeError(f"`values` must be a tensor of real numbers, got one that is {kind}")
         dim = 1 if self.channel_dim is None else self.channel_dim
         if not -values.ndim <= dim < values.ndim:

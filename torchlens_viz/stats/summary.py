@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from torchlens_viz.arguments import plain
+from torchlens_viz.arguments import has_values, plain
 from torchlens_viz.stats.channels import ChannelStats
 
 
@@ -38,7 +38,7 @@ def summary_of(value: torch.Tensor | ChannelStats | None) -> Summary:
 
 
 def _figures(value: torch.Tensor) -> tuple[str, str, str]:
-    if value.is_meta or value.is_nested or value.numel() == 0 or value.is_complex():
+    if value.is_nested or not has_values(value) or value.numel() == 0 or value.is_complex():
         return ("-", "-", "-")
     value = plain(value)
     if not value.is_floating_point():

@@ -56,7 +56,8 @@ def assert_no_dead_channels(
         msg: Put before the message.
     """
     __tracebackhide__ = True
-    if integer(max_dead, "max_dead") < 0:
+    max_dead = integer(max_dead, "max_dead")
+    if max_dead < 0:
         raise InvalidArgumentError(f"`max_dead` must be 0 or more, got {shown(max_dead)}")
     eps = real(eps, "eps")
     if eps != eps:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from torchlens_viz.arguments import integer, listed, shown
+from torchlens_viz.arguments import has_values, integer, listed, shown
 from torchlens_viz.errors import InvalidArgumentError, InvalidTypeError, LayerNotFoundError
 from torchlens_viz.hooks.activations import Activations
 from torchlens_viz.hooks.layout import marked_dim
@@ -114,7 +114,7 @@ def _readings(label: str, value: Any, *, whole: bool) -> Iterator[Reading]:
             raise InvalidTypeError(f"{label} must be one tensor, got {what}; pass the one that counts")
     for index, part in enumerate(parts):
         name = label if len(parts) == 1 else f"{label} [tensor {index}]"
-        if isinstance(part, torch.Tensor) and (part.is_nested or part.is_meta):
+        if isinstance(part, torch.Tensor) and (part.is_nested or not has_values(part)):
             kind = "a nested tensor" if part.is_nested else "a tensor on meta, which has no values"
             raise InvalidTypeError(f"{name} must be a tensor of numbers, got {kind}")
         amount = part.numel() if isinstance(part, torch.Tensor) else int(part.count.sum())
