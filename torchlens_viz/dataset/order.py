@@ -248,9 +248,8 @@ class Watch:
         self._dataset: Any = getattr(loader, "_dataset" if is_begun else "dataset", None)
         self._holder: Any = getattr(loader, "_dataset_fetcher", None) if is_begun else loader
         self._collate = _collate_of(loader)
-        self._flags: Any = torch.zeros(
-            2, dtype=torch.uint8, device="cpu"
-        )  # whether it is over, and what it heard
+        # Whether it is over, and whether anything was not in order.
+        self._flags: Any = torch.zeros(2, dtype=torch.uint8, device="cpu")
         if not _is_watchable(loader, self._collate):
             self._holder = None
             return

@@ -80,7 +80,7 @@ class ChannelAxes(Following):  # type: ignore[no-untyped-call]
                 self._found[key] = followed(name, called, known, self._clock)
             if takes_memory(name):
                 self._parts[key] = whole(key, called.made)
-            elif getattr(func, "is_view", False) and keys[0] in self._parts:
+            elif getattr(func, "is_view", False) and keys and keys[0] in self._parts:
                 self._parts[key] = view_of(self._parts[keys[0]], name, called, given[0])
             elif key not in keys:
                 self._parts.pop(key, None)
