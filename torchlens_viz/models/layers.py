@@ -191,7 +191,8 @@ def first_layer(model: nn.Module) -> nn.Module | None:
             with _Before():
                 unwrap(model).forward(_Unread())
         except _MetError as met:
-            given = [each for each in modules if met.args and each._parameters.get("weight") is met.args[0]]
+            own = [each for each in modules if not isinstance(each, torch.jit.ScriptModule)]
+            given = [each for each in own if met.args and each._parameters.get("weight") is met.args[0]]
             return given[0] if given else None
         except Exception:  # the model's own, which was given what it does not know
             return None
