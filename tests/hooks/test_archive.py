@@ -444,6 +444,8 @@ def test_what_knows_more_than_its_items_is_refused(tmp_path):
     "packed",
     [
         {"numpy": ["int8", 300]},
+        {"numpy": ["uint8", -1]},
+        {"numpy": ["int64", 0.5]},
         {"numpy": ["object", 1]},
         {"numpy": ["int64"]},
         {"size": [{"value": 10**30}]},

@@ -219,7 +219,11 @@ def _unpack(packed: Any, get: Callable[[str, str], Any], kinds: Mapping[str, typ
         name, number = content
         if name not in _NUMBERS or not isinstance(number, bool | int | float):
             raise ValueError("a number is none")
-        return np.dtype(name).type(number)
+        dtype = np.dtype(name)
+        limits = np.iinfo(dtype) if dtype.kind in "iu" else None
+        if limits is not None and not (isinstance(number, int) and limits.min <= number <= limits.max):
+            raise ValueError("a number is not of its type")  # older numpy only warns
+        return dtype.type(number)
     if kind == "value":
         if not isinstance(content, _SCALARS):
             raise ValueError("a scalar is none")
